@@ -1,0 +1,51 @@
+# Every target makes .venv by itself where it is missing or out of date.
+#   PYTHON=python3.12   the interpreter a new .venv is made with (>= 3.10)
+#   TORCH=cpu|cuda      which PyTorch to install; default: cuda where nvidia-smi finds a GPU
+#   ARGS="..."          more arguments for the command that the target runs
+#   PY=python           use this environment as it is; no .venv is made
+
+PYTHON ?= python3
+ifndef TORCH
+TORCH := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo cuda || echo cpu)
+endif
+ifeq ($(filter $(TORCH),cpu cuda),)
+$(error TORCH must be cpu or cuda, got '$(TORCH)')
+endif
+ifndef PY
+PY := .venv/bin/python
+READY := .venv/.ready-$(TORCH)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lint format inspect clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
+	@echo && sed -n '2,5s/^#   //p' Makefile
+
+demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
+	$(PY) -m demo --out out $(ARGS)
+
+test: $(READY) ## the tests, without those marked long
+	$(PY) -m pytest -q -m "not long" $(or $(ARGS),tests)
+
+test-long: $(READY) ## all tests
+	$(PY) -m pytest -q -m "" $(or $(ARGS),tests)
+
+lint: $(READY) ## ruff: rules and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY) ## ruff: mend what can be mended, and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+inspect: $(READY) ## the compile gate: every kernel compiled for a GPU that need not be here
+	$(PY) -m rir_kernels.triton.inspect --arch sm_90 $(ARGS)
+
+clean: ## remove build outputs, reports and caches; keeps .venv
+	rm -rf out dist build .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./.venv -prune -o -type d -name __pycache__ -print | xargs rm -rf
+
+.venv/.ready-%: pyproject.toml requirements/%.txt scripts/setup-venv.sh Makefile
+	PYTHON="$(PYTHON)" scripts/setup-venv.sh $*

@@ -1,0 +1,1 @@
+"""Networks built from rir_kernels, run from a checkout; the wheel does not hold them."""

@@ -1,0 +1,17 @@
+"""Fused convolution blocks for PyTorch: conv, batch norm, residual and ReLU of "Resnet in Resnet" and of any ResNet.
+
+    import rir_kernels as rir
+    y = rir.functional.conv_bn_act(x, weight, ...)     the one operation
+    rir.RiRLayer, rir.RiRBlock, rir.ConvBNAct          drop-in modules
+    rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
+    rir.compare(reference, candidate, inputs)          proof of equivalence
+
+Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
+"""
+
+from . import functional, reference
+from .dispatch import use_impl
+from .modules import ConvBNAct, RiRBlock, RiRLayer
+
+__version__ = "0.1.0"
+__all__ = ["ConvBNAct", "RiRBlock", "RiRLayer", "functional", "reference", "use_impl"]

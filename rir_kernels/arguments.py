@@ -1,0 +1,131 @@
+"""Checks of the constructors' arguments: one place, so that the fused modules and the reference refuse the same things.
+
+Every function raises ValueError, saying what came and what was expected, and returns nothing. What a call is handed
+(tensors, shapes, dtypes) is checked elsewhere; what torch's own constructors refuse by themselves is left to them.
+"""
+
+import math
+from numbers import Integral, Real
+
+SHORTCUTS = ("pad", "projection", "none")
+OUTER_SHORTCUTS = ("pre_norm", "post_act", "none")
+OUTER_STREAMS = ("residual", "both")
+RESIDUAL_AT = ("pre_norm", "post_norm")
+ACTIVATIONS = ("relu", None)
+
+
+def _is_int(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_choice(name, value, choices):
+    """`value` is one of `choices`."""
+    # compared one by one: a list or an array is then refused by name, not by "unhashable" or "ambiguous"
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive_int(name, value):
+    """`value` is an int >= 1 (bool is not an int here)."""
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def check_int_or_pair(name, value, minimum):
+    """`value` is an int >= `minimum`, or a pair of such."""
+    values = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+    if not all(_is_int(v) and v >= minimum for v in values):
+        raise ValueError(f"{name} must be an int >= {minimum} or a pair of such, got {value!r}")
+
+
+def check_kernel_size(kernel_size):
+    """`kernel_size` of RiRLayer is an odd positive int: padding k // 2 then keeps the image's size."""
+    if not _is_int(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be an odd positive int, got {kernel_size!r}: "
+            "the shortcut needs a convolution that keeps the image's size (1, 3, 5, ...)"
+        )
+
+
+def check_fraction(residual_fraction):
+    """`residual_fraction` is a number within [0, 1]; both ends are legal."""
+    if not _is_number(residual_fraction) or not 0 <= residual_fraction <= 1:  # NaN fails the comparison
+        raise ValueError(
+            f"residual_fraction must be a number within [0, 1], got {residual_fraction!r}: "
+            "it is the part of the channels that the residual stream takes"
+        )
+
+
+def check_branch_scale(branch_scale):
+    """`branch_scale` is a finite number."""
+    if not _is_number(branch_scale) or not math.isfinite(branch_scale):
+        raise ValueError(f"branch_scale must be a finite number, got {branch_scale!r}: 1.0 leaves the branch as it is")
+
+
+def check_eps(eps):
+    """`eps` is a finite number above zero."""
+    if not _is_number(eps) or not (0 < eps < math.inf):
+        raise ValueError(f"eps must be a positive number, got {eps!r}: BatchNorm2d's own default is 1e-5")
+
+
+def check_momentum(momentum):
+    """`momentum` is a number, or None for the cumulative average; its range is not limited, as in torch."""
+    if momentum is not None and not _is_number(momentum):
+        raise ValueError(f"momentum must be a number, or None for the cumulative average, got {momentum!r}")
+
+
+def check_layer(
+    in_channels, out_channels, *, kernel_size, stride, residual_fraction, shortcut, branch_scale, eps, momentum
+):
+    """The arguments of RiRLayer."""
+    check_positive_int("in_channels", in_channels)
+    check_positive_int("out_channels", out_channels)
+    check_kernel_size(kernel_size)
+    check_positive_int("stride", stride)
+    check_fraction(residual_fraction)
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    check_branch_scale(branch_scale)
+    check_eps(eps)
+    check_momentum(momentum)
+
+
+def check_block(num_layers, *, outer_shortcut, outer_streams):
+    """The arguments of RiRBlock that its layers do not check."""
+    check_positive_int("num_layers", num_layers)
+    check_choice("outer_shortcut", outer_shortcut, OUTER_SHORTCUTS)
+    check_choice("outer_streams", outer_streams, OUTER_STREAMS)
+
+
+def check_conv_bn_act(
+    in_channels,
+    out_channels,
+    kernel_size,
+    *,
+    stride,
+    padding,
+    dilation,
+    groups,
+    residual_at,
+    branch_scale,
+    activation,
+    eps,
+    momentum,
+):
+    """The arguments of ConvBNAct; `padding` is the one that was passed, None included."""
+    check_positive_int("in_channels", in_channels)
+    check_positive_int("out_channels", out_channels)
+    check_int_or_pair("kernel_size", kernel_size, 1)
+    check_int_or_pair("stride", stride, 1)
+    if padding is not None:
+        check_int_or_pair("padding", padding, 0)
+    check_int_or_pair("dilation", dilation, 1)
+    check_positive_int("groups", groups)  # that it divides the channels is checked by Conv2d
+    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    check_branch_scale(branch_scale)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_eps(eps)
+    check_momentum(momentum)

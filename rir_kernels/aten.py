@@ -1,0 +1,35 @@
+"""The "torch" implementation: the packed operation in ATen ops, under torch's own autograd.
+
+Runs anywhere, in every float dtype, differentiable any number of times; the default on a CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def conv_bn_act(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
+) -> torch.Tensor:
+    """y; the running statistics are updated in place when training."""
+    z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    if spec.conv_scale != 1.0:
+        z = z * spec.conv_scale
+    before = [] if spec.post_norm else list(residuals)
+    if spec.shortcut_channels:
+        before.append(spec.shortcut(x))
+    for residual in before:
+        z = _add(z, residual)
+    y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
+    if spec.norm_scale != 1.0:
+        y = y * spec.norm_scale
+    for residual in residuals if spec.post_norm else ():
+        y = _add(y, residual)
+    return F.relu(y) if spec.relu else y
+
+
+def _add(z, residual):
+    """z + [residual | 0]"""
+    channels = residual.shape[1]
+    if channels == z.shape[1]:
+        return z + residual
+    return torch.cat([z[:, :channels] + residual, z[:, channels:]], dim=1)

@@ -1,0 +1,147 @@
+"""Which implementation runs: an explicit name never falls back, "auto" does, and says so once.
+
+    "reference"  naive PyTorch          "hybrid"  the vendor's convolution, our norm kernels
+    "torch"      ATen ops, packed       "triton"  our kernels throughout
+
+On a CPU "auto" is "torch".
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import threading
+import warnings
+
+import torch
+
+from .spec import ConvBNActSpec
+
+IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
+TRITON_NEEDED = (3, 6)
+CAPABILITY_NEEDED = (8, 0)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class _PerThread(threading.local):
+    auto = "auto"  # what "auto" means in this thread
+
+
+_state = _PerThread()
+
+
+@contextlib.contextmanager
+def use_impl(name: str):
+    """Within it "auto" means `name`, in this thread; calls that name another implementation are left alone.
+
+    ValueError where `name` is none of "auto", "reference", "torch", "hybrid", "triton".
+    """
+    check_impl(name)
+    _state.auto, saved = name, _state.auto
+    try:
+        yield
+    finally:
+        _state.auto = saved
+
+
+def check_impl(impl) -> None:
+    """ValueError unless `impl` names an implementation."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
+def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpec) -> str:
+    """The implementation for these tensors: a name of IMPLS other than "auto"."""
+    if impl == "auto":
+        impl = _state.auto
+    if impl == "auto":
+        return _choose(x, weight, spec)
+    if impl in ("hybrid", "triton"):
+        _require_kernels(impl, x)
+    if impl == "triton" and (missing := unsupported(weight, spec)):
+        raise NotImplementedError(f'impl="triton" has no kernel for {missing}: use "hybrid", "torch" or "auto"')
+    return impl
+
+
+def unsupported(weight: torch.Tensor, spec: ConvBNActSpec) -> str:
+    """What of this convolution our kernels do not do, or an empty string."""
+    if spec.groups != 1:
+        return f"groups={spec.groups}"
+    if spec.dilation != (1, 1):
+        return f"dilation={spec.dilation}"
+    if not set(weight.shape[2:]) <= {1, 3}:
+        return f"kernel size {tuple(weight.shape[2:])} (1 and 3 are supported)"
+    if not set(spec.stride) <= {1, 2}:
+        return f"stride={spec.stride} (1 and 2 are supported)"
+    return ""
+
+
+def _choose(x, weight, spec):
+    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES:
+        return "torch"
+    if missing := _missing_on(x.device.index):
+        _warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
+        return "torch"
+    return "hybrid" if unsupported(weight, spec) else "triton"
+
+
+def _require_kernels(impl, x):
+    missing = triton_missing()
+    if missing:
+        raise ImportError(f'impl="{impl}" needs {missing}')
+    if x.dtype not in KERNEL_DTYPES:
+        raise TypeError(f'impl="{impl}" takes float16, bfloat16 and float32, got {x.dtype}: use "torch" or "reference"')
+    if x.device.type == "cuda":
+        if missing := _missing_on(x.device.index):
+            raise RuntimeError(f'impl="{impl}": {missing}')
+    elif x.device.type == "cpu" and interpreting():
+        if x.dtype == torch.bfloat16:
+            raise TypeError(
+                f'impl="{impl}" refuses bfloat16 under TRITON_INTERPRET=1: the interpreter multiplies the raw bits '
+                "and returns wrong numbers; use float32 or float16 there, or a GPU"
+            )
+    else:
+        raise RuntimeError(
+            f'impl="{impl}" needs a CUDA device, got x on {x.device}: move the tensors there, set TRITON_INTERPRET=1 '
+            'before Python starts to run the kernels on a CPU (slowly), or use impl="auto"'
+        )
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_missing() -> str:
+    """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
+    needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"
+    try:
+        import triton
+    except Exception as error:  # a broken install raises more than ImportError
+        return f"{needed}, which cannot be imported here ({type(error).__name__}: {error}): pip install triton"
+    version = getattr(triton, "__version__", None) or importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
+        return f"{needed}, found {version}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _missing_on(index: int) -> str:
+    if missing := triton_missing():
+        return f"needs {missing}"
+    if torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs, this is a ROCm build of torch"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < CAPABILITY_NEEDED:
+        name = torch.cuda.get_device_name(index)
+        return f"the kernels need compute capability {CAPABILITY_NEEDED} or later, {name} has {capability}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,161 @@
+"""The one operation: convolution, batch norm, residual, activation.
+
+    z = branch_scale * (conv(x, W) + bias) + [residual | 0]     residual_at="pre_norm": RiR, the norm sees the sum
+    y = act(norm(z))
+
+    y = act(branch_scale * norm(conv(x, W) + bias) + [residual | 0])     residual_at="post_norm": an ordinary ResNet
+
+The norm uses the batch's statistics in training and the running ones otherwise.
+"""
+
+import contextlib
+
+import torch
+
+from . import aten, ops
+from .dispatch import check_impl, resolve
+from .layout import is_channels_last, to_format
+from .reference import functional as reference
+from .spec import ConvBNActSpec
+from .validation import build_spec, check_tensors
+
+
+def conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    residual_at: str = "pre_norm",
+    branch_scale: float = 1.0,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Convolution, batch norm, residual and activation in as few passes as the device allows.
+
+    Args:
+        x: (N, C_in, H, W), contiguous or channels_last (the kernels' own format; the other one is converted).
+        weight: (C_out, C_in/groups, kh, kw).
+        bn_weight, bn_bias, running_mean, running_var: (C_out,) or None; x's dtype, or fp32 beside half activations.
+            The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
+        bias: (C_out,), added to the convolution's output.
+        residual: (N, C_res, H', W') with C_res <= C_out, or two such, added to the first C_res channels.
+        residual_at: "pre_norm" or "post_norm".
+        branch_scale: multiplies what the residual is added to, never the residual.
+        activation: "relu" or None.
+        impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back.
+
+    Returns: (N, C_out, H', W') in x's dtype (autocast's, within autocast) and memory format.
+
+    Raises, before any work: TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and
+    missing statistics, ImportError and NotImplementedError where the implementation asked for cannot run.
+    """
+    spec = build_spec(
+        residual_at=residual_at,
+        branch_scale=branch_scale,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        eps=eps,
+        activation=activation,
+    )
+    residuals = () if residual is None else (residual,) if isinstance(residual, torch.Tensor) else tuple(residual)
+    return apply(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum, impl=impl,
+    )  # fmt: skip
+
+
+def apply(
+    x,
+    weight,
+    bn_weight,
+    bn_bias,
+    running_mean,
+    running_var,
+    *,
+    bias=None,
+    residuals=(),
+    spec: ConvBNActSpec,
+    training: bool,
+    momentum: float,
+    impl: str,
+) -> torch.Tensor:
+    """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself."""
+    check_impl(impl)
+    x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
+    check_tensors(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+    )  # fmt: skip
+    impl = resolve(impl, x, weight, spec)
+    channels_last = is_channels_last(x)
+    if impl in ("hybrid", "triton") and x.shape[0] > 0:
+        y, mean, var = ops.conv_bn_act(
+            to_format(x, True), weight, bias, bn_weight, bn_bias,
+            *((None, None) if training else (running_mean, running_var)),
+            [to_format(r, True) if not is_channels_last(r) else r for r in residuals],
+            spec, training=training, impl=impl,
+        )  # fmt: skip
+        if training and running_mean is not None:
+            count = y.shape[0] * y.shape[2] * y.shape[3]
+            _update_running(running_mean, mean, momentum)
+            _update_running(running_var, var * (count / (count - 1)), momentum)
+    else:
+        run = _reference if impl == "reference" else aten.conv_bn_act
+        # the rule above has cast what is to be cast: autocast must not cast again, or the norm's parameters too
+        with _no_autocast(x.device.type):
+            y = run(
+                x, weight, bn_weight, bn_bias, running_mean, running_var,
+                bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+            )  # fmt: skip
+    return to_format(y, channels_last)
+
+
+def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum):
+    if spec.shortcut_channels:
+        residuals = (*residuals, spec.shortcut(x))
+    return reference.conv_bn_act(
+        x, weight, bn_weight, bn_bias, running_mean, running_var,
+        bias=bias, residual=residuals, residual_at="post_norm" if spec.post_norm else "pre_norm",
+        branch_scale=spec.branch_scale, stride=spec.stride, padding=spec.padding, dilation=spec.dilation,
+        groups=spec.groups, training=training, momentum=momentum, eps=spec.eps,
+        activation="relu" if spec.relu else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _update_running(running, batch, momentum):
+    # as torch does it: one expression in fp32, rounded once to the buffer's dtype
+    running.copy_(batch * momentum + running * (1 - momentum))
+
+
+def _autocast(x, weight, bias, residuals):
+    """Within autocast the convolution's inputs take its dtype, as torch's conv2d does; the norm's tensors stay."""
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias, residuals
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor):
+        eligible = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(x), cast(weight), cast(bias), tuple(cast(residual) for residual in residuals)
+
+
+def _no_autocast(device_type):
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

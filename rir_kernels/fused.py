@@ -1,0 +1,82 @@
+"""The fused layer as a sequence of kernels, forward and backward, cut at the batch norm's reduction.
+
+"triton" and "hybrid" differ in who convolves; everything else is shared. Tensors are channels_last and validated.
+"""
+
+import importlib
+
+import torch
+
+from rir_kernels.spec import ConvBNActSpec
+
+
+def _kernels(impl: str):
+    """(convolution, weight gradient, norm) launchers, imported late: triton is optional and its import is slow."""
+    norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
+    if impl == "hybrid":
+        vendor = importlib.import_module("rir_kernels.vendor")
+        return vendor, vendor, norm
+    conv = importlib.import_module("rir_kernels.triton.launch.conv")
+    return conv, importlib.import_module("rir_kernels.triton.launch.wgrad"), norm
+
+
+def forward(x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec, *, training, save, impl):
+    """(y, z, mean, var, invstd); what is not computed is None.
+
+    training: batch statistics; z, mean, biased var and invstd are always there. Otherwise the running statistics are
+    used, and z, mean, invstd (copies: the buffers may change before backward runs) are kept only if `save`.
+    """
+    conv, _, norm = _kernels(impl)
+    if training:
+        z, moments = conv.conv_train(x, weight, bias=bias, residuals=residuals, spec=spec)
+        statistics = norm.bn_finalize(moments, spec.eps)
+        after = residuals if spec.post_norm else ()
+        y = norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec)
+        return y, z, statistics.mean, statistics.var, statistics.invstd
+    y, z = conv.conv_infer(
+        x, weight, bias=bias, residuals=residuals, spec=spec,
+        mean=running_mean, var=running_var, gamma=gamma, beta=beta, save_z=save,
+    )  # fmt: skip
+    if not save:
+        return y, None, None, None, None
+    mean = running_mean.to(torch.float32, copy=True)
+    return y, z, mean, None, torch.rsqrt(running_var.float() + spec.eps)
+
+
+def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec, *, training, needs, impl):
+    """(dx, dweight, dbias, dgamma, dbeta, dresidual) as `needs` asks in that order, None elsewhere.
+
+    y is given where the ReLU's mask is that of a sum after the norm. dresidual has all C_out channels. The gradients
+    of the per-channel parameters are fp32.
+    """
+    conv, wgrad, norm = _kernels(impl)
+    need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
+    per_channel = {"mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "spec": spec}
+    residual_is_dz = need_residual and not spec.post_norm
+    need_dz = need_x or need_weight or residual_is_dz
+
+    sums = None
+    if need_gamma or need_beta or need_bias or (training and need_dz):
+        sums = norm.bn_reduce(dy, z, y, **per_channel)
+    dx = dweight = dbias = dz = dresidual = None
+    if need_dz or need_residual:
+        dz, dresidual = norm.bn_apply_grad(
+            dy, z, y, sums, count=z.numel() // z.shape[1] if training else None, **per_channel,
+            need_dz=need_dz, need_dres=need_residual and spec.post_norm,
+        )  # fmt: skip
+    if need_x:
+        dx = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec)
+    if need_weight:
+        dweight = wgrad.conv_weight_grad(dz, x, kernel=tuple(weight.shape[2:]), spec=spec)
+    if need_bias:
+        # the sum of dz over the pixels: batch statistics take any constant out again, so there it is exactly zero
+        scale = invstd if gamma is None else invstd * gamma.float()
+        dbias = torch.zeros_like(mean) if training else scale * sums[0] * spec.conv_scale
+    return (
+        dx,
+        dweight,
+        dbias,
+        sums[1].clone() if need_gamma else None,
+        sums[0].clone() if need_beta else None,
+        dz if residual_is_dz else dresidual,
+    )

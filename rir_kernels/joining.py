@@ -1,0 +1,42 @@
+"""Two streams as one tensor, without a copy where they already lie side by side."""
+
+import torch
+
+
+def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """[r | t] along the channels: a view where both are adjacent slices of one buffer, else a copy.
+
+    Each stream has its own gradient; the buffer they were sliced from plays no part in it.
+    """
+    if r.shape[1] == 0 or t.shape[1] == 0:
+        return t if r.shape[1] == 0 else r
+    if torch.compiler.is_compiling() or not _adjacent(r, t):
+        return torch.cat([r, t], dim=1)
+    return _Join.apply(r, t)
+
+
+def _adjacent(r, t) -> bool:
+    return (
+        r.device == t.device
+        and r.dtype == t.dtype
+        and r.shape[2:] == t.shape[2:]
+        and r.shape[0] == t.shape[0]
+        and r.stride() == t.stride()
+        and r.device.type != "meta"
+        and r.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
+        and t.storage_offset() == r.storage_offset() + r.shape[1] * r.stride(1)
+    )
+
+
+class _Join(torch.autograd.Function):
+    """A view of r's buffer that reaches over t; saved like any view, so a change in place is noticed."""
+
+    @staticmethod
+    def forward(ctx, r, t):
+        ctx.split = r.shape[1]
+        n, c, h, w = r.shape
+        return r.as_strided((n, c + t.shape[1], h, w), r.stride())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[:, : ctx.split], grad[:, ctx.split :]

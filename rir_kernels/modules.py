@@ -1,0 +1,309 @@
+"""The fused modules: RiRLayer, RiRBlock and ConvBNAct. They own parameters and buffers; `functional` does the work.
+
+Constructors, forward signatures and meaning are those of `rir_kernels.reference`, where the formulas stand.
+"""
+
+import torch
+from torch import nn
+
+from . import conversion, norm_state, reference
+from .arguments import check_block, check_conv_bn_act, check_layer
+from .dispatch import check_impl
+from .joining import join
+from .reference.functional import as_tuple
+from .spec import ConvBNActSpec, spec_of_conv
+from .streams import (
+    PACKED,
+    add_to_first_channels,
+    as_streams,
+    check_image,
+    init_std,
+    needs_projection,
+    pad_shortcut,
+    split_channels,
+)
+from .validation import check_projected
+
+
+class RiRLayer(nn.Module):
+    """Generalized residual layer: one packed convolution, one norm, the identity added inside the kernel.
+
+    forward(x): packed x = [r | t] (N, in_channels, H, W) -> (N, out_channels, H', W'), H' = ceil(H / stride).
+    forward(r, t) -> (r', t'): two slices of one buffer; where r and t lie side by side they are not copied. An absent
+    stream is None or has zero channels, and comes back with zero channels. `outer` (N, C_o <= out_channels, H', W')
+    joins the sum before the norm: a block's outer shortcut.
+
+    Attributes: weight (out_channels, in_channels, k, k), rows [r' | t'], columns [r | t]; bn (BatchNorm2d);
+    projection (Conv2d, 1x1) where shortcut="projection" and the residual stream changes shape, else None.
+
+    impl: see functional.conv_bn_act. Errors as there; ValueError for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        residual_fraction: float = 0.5,
+        shortcut: str = "pad",
+        branch_scale: float = 1.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_layer(
+            in_channels,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            residual_fraction=residual_fraction,
+            shortcut=shortcut,
+            branch_scale=branch_scale,
+            eps=eps,
+            momentum=momentum,
+        )
+        check_impl(impl)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.residual_fraction = residual_fraction
+        self.shortcut = shortcut
+        self.branch_scale = branch_scale
+        self.impl = impl
+        self.in_residual, _ = split_channels(in_channels, residual_fraction)
+        self.out_residual, _ = split_channels(out_channels, residual_fraction)
+        factory = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size, **factory))
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+        self.projection = None
+        if needs_projection(shortcut, self.in_residual, self.out_residual, stride):
+            self.projection = nn.Conv2d(self.in_residual, self.out_residual, 1, stride, bias=False, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He normal, with the fan-in of the packed weight."""
+        nn.init.normal_(self.weight, std=init_std(self.in_channels, self.kernel_size))
+        if self.projection is not None:
+            nn.init.normal_(self.projection.weight, std=init_std(self.in_residual, 1))
+
+    def forward(self, x, t=PACKED, *, outer=None):
+        packed = t is PACKED
+        if not packed:
+            x = join(*as_streams(x, t, self.in_residual, self.in_channels))
+        residuals = []
+        if self.projection is not None:
+            check_projected(x, self.in_channels, self.projection.weight)
+            residuals.append(self.projection(x[:, : self.in_residual]))
+        if outer is not None and outer.shape[1] > 0:
+            residuals.append(outer)
+        y = norm_state.conv_bn_act(
+            self.bn, x, self.weight, spec=self._spec(), residuals=tuple(residuals), impl=self.impl
+        )
+        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+
+    def _spec(self) -> ConvBNActSpec:
+        identity = self.shortcut != "none" and self.projection is None
+        return ConvBNActSpec(
+            stride=(self.stride, self.stride),
+            padding=(self.kernel_size // 2, self.kernel_size // 2),
+            shortcut_channels=min(self.in_residual, self.out_residual) if identity else 0,
+            branch_scale=self.branch_scale,
+            eps=self.bn.eps,
+        )
+
+    def to_reference(self) -> "reference.RiRLayer":
+        """An independent, exact copy as four convolutions and two norms; mode, device and requires_grad are kept."""
+        return conversion.layer_to_reference(self)
+
+    @classmethod
+    def from_reference(cls, ref: "reference.RiRLayer", *, impl: str = "auto") -> "RiRLayer":
+        """The reverse of `to_reference`, exact as well.
+
+        ValueError where `ref` cannot be packed: its four weights must agree in requires_grad, and its two norms in
+        everything but their per-channel values.
+        """
+        return conversion.layer_from_reference(cls, ref, impl)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, residual {self.in_residual}->{self.out_residual}, "
+            f"kernel_size={self.kernel_size}, stride={self.stride}, shortcut={self.shortcut!r}, "
+            f"branch_scale={self.branch_scale:g}, impl={self.impl!r}"
+        )
+
+
+class RiRBlock(nn.Module):
+    """`num_layers` generalized residual layers and an outer shortcut around them; the stride is the first layer's.
+
+    forward(x) and forward(r, t) as in RiRLayer. outer_shortcut: "pre_norm" (joins the last layer's sum, before its
+    norm), "post_act" (added after the last ReLU, nothing follows) or "none"; outer_streams: "residual" or "both"
+    (stream by stream). `layer_options` go to every layer, and the outer shortcut is of the layers' kind `shortcut`
+    ("pad" where that is "none").
+
+    Attributes: layers (ModuleList); projection, projection_t: the outer 1x1 convolutions of the two streams, or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        num_layers: int = 2,
+        stride: int = 1,
+        outer_shortcut: str = "pre_norm",
+        outer_streams: str = "residual",
+        **layer_options,
+    ):
+        super().__init__()
+        check_block(num_layers, outer_shortcut=outer_shortcut, outer_streams=outer_streams)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.stride = stride
+        self.outer_shortcut = outer_shortcut
+        self.outer_streams = outer_streams
+        self.layers = nn.ModuleList([RiRLayer(in_channels, out_channels, stride=stride, **layer_options)])
+        self.layers.extend(RiRLayer(out_channels, out_channels, **layer_options) for _ in range(num_layers - 1))
+        self.in_residual, self.out_residual = self.layers[0].in_residual, self.layers[-1].out_residual
+        self.projection, self.projection_t = (
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False, **{k: layer_options.get(k) for k in ("device", "dtype")})
+            if outer_shortcut != "none" and needs_projection(self.layers[0].shortcut, c_in, c_out, stride)
+            else None
+            for c_in, c_out in self._outer_channels()
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He normal for the outer projections; the layers look after their own."""
+        for projection in (self.projection, self.projection_t):
+            if projection is not None:
+                nn.init.normal_(projection.weight, std=init_std(projection.in_channels, 1))
+
+    def forward(self, x, t=PACKED):
+        packed = t is PACKED
+        if not packed:
+            x = join(*as_streams(x, t, self.in_residual, self.in_channels))
+        outer = None if self.outer_shortcut == "none" else self._outer(x)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        y = self.layers[-1](x, outer=outer if self.outer_shortcut == "pre_norm" else None)
+        if self.outer_shortcut == "post_act" and outer.shape[1] > 0:
+            y = add_to_first_channels(y, outer)
+        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+
+    def _outer_channels(self):
+        """(in, out) of the outer shortcut's part on each stream; the transient one's is empty unless it has one."""
+        both = self.outer_streams == "both"
+        transient = (self.in_channels - self.in_residual, self.out_channels - self.out_residual) if both else (0, 0)
+        return (self.in_residual, self.out_residual), transient
+
+    def _outer(self, x):
+        """The outer shortcut (N, C_o, H', W'); where no stream changes shape, a slice of x or x itself."""
+        check_image("x", x, self.in_channels)
+        (r_in, r_out), (t_in, t_out) = self._outer_channels()
+        if (r_in, t_in) == (r_out, t_out) and self.stride == 1:
+            return x[:, : r_in + t_in]
+        r = self._shortcut(x[:, :r_in], r_out, self.projection)
+        return join(r, self._shortcut(x[:, r_in : r_in + t_in], t_out, self.projection_t)) if t_out else r
+
+    def _shortcut(self, stream, channels, projection):
+        if projection is None:
+            return pad_shortcut(stream, channels, self.stride)
+        check_projected(stream, stream.shape[1], projection.weight)
+        return projection(stream)
+
+    def to_reference(self) -> "reference.RiRBlock":
+        """An independent, exact copy, as RiRLayer.to_reference."""
+        return conversion.block_to_reference(self)
+
+    @classmethod
+    def from_reference(cls, ref: "reference.RiRBlock", *, impl: str = "auto") -> "RiRBlock":
+        """The reverse of `to_reference`, as RiRLayer.from_reference."""
+        return conversion.block_from_reference(
+            cls, ref, [RiRLayer.from_reference(layer, impl=impl) for layer in ref.layers]
+        )
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, outer_shortcut={self.outer_shortcut!r}, outer_streams={self.outer_streams!r}"
+
+
+class ConvBNAct(nn.Module):
+    """Convolution, batch norm, activation, and a residual: the unit that ordinary ResNets and CNNs are made of.
+
+    forward(x, residual=None): x (N, in_channels, H, W), residual (N, C_res <= out_channels, H', W') or two such ->
+    (N, out_channels, H', W'). kernel_size, stride, padding, dilation: int or pair; padding None is kernel_size // 2.
+    activation: "relu" or None. impl: see functional.conv_bn_act.
+
+    Attributes: conv (Conv2d), bn (BatchNorm2d), both with torch's own defaults and initialisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        residual_at: str = "post_norm",
+        branch_scale: float = 1.0,
+        activation: str | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        impl: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        check_conv_bn_act(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            residual_at=residual_at,
+            branch_scale=branch_scale,
+            activation=activation,
+            eps=eps,
+            momentum=momentum,
+        )
+        check_impl(impl)
+        if padding is None:
+            padding = tuple(k // 2 for k in kernel_size) if isinstance(kernel_size, (tuple, list)) else kernel_size // 2
+        factory = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias, **factory
+        )
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
+        self.residual_at = residual_at
+        self.branch_scale = branch_scale
+        self.activation = activation
+        self.impl = impl
+
+    def forward(self, x, residual=None):
+        conv = self.conv
+        return norm_state.conv_bn_act(
+            self.bn,
+            x,
+            conv.weight,
+            bias=conv.bias,
+            residuals=as_tuple(residual),
+            spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, self.bn.eps),
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"residual_at={self.residual_at!r}, branch_scale={self.branch_scale:g}, activation={self.activation!r}, "
+            f"impl={self.impl!r}"
+        )

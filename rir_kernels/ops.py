@@ -1,0 +1,140 @@
+"""The operation as registered ops, one per direction, and the autograd.Function that joins them.
+
+The ops are functional: they return the batch statistics, and whoever owns the running ones updates them. Outputs that
+were not asked for are empty tensors of shape (0,). Everything is channels_last; no output aliases another or an input.
+"""
+
+import dataclasses
+
+import torch
+
+from . import fused
+from .spec import ConvBNActSpec
+
+_SPEC = (
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, int shortcut_channels, bool post_norm, "
+    "float branch_scale, float eps, bool relu"
+)
+_library = torch.library.Library("rir_kernels", "DEF")
+_library.define(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+    f"Tensor? running_var, Tensor[] residuals, {_SPEC}, bool training, bool save, str impl) "
+    "-> (Tensor y, Tensor z, Tensor mean, Tensor var, Tensor invstd)"
+)
+_library.define(
+    "conv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor? y, Tensor mean, Tensor invstd, "
+    f"Tensor? bn_weight, Tensor? bn_bias, {_SPEC}, bool training, bool[6] needs, str impl) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dbn_weight, Tensor dbn_bias, Tensor dresidual)"
+)
+
+
+def conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, spec, *, training, impl):
+    """(y, batch mean, biased batch var); the statistics are fp32, and empty in evaluation."""
+    tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ConvBNAct.apply(
+            x, weight, bias, bn_weight, bn_bias, running_mean, running_var, spec, training, impl, *residuals
+        )
+    y, _, mean, var, _ = torch.ops.rir_kernels.conv_bn_act(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *_flat(spec), training, False, impl
+    )
+    return y, mean, var
+
+
+class _ConvBNAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, bn_weight, bn_bias, running_mean, running_var, spec, training, impl, *residuals):
+        y, z, mean, var, invstd = torch.ops.rir_kernels.conv_bn_act(
+            x, weight, bias, bn_weight, bn_bias, running_mean, running_var, list(residuals),
+            *_flat(spec), training, True, impl,
+        )  # fmt: skip
+        # after the norm the ReLU's mask is that of the sum, which z alone does not tell
+        mask = y if spec.relu and spec.post_norm and residuals else None
+        ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
+        ctx.call = spec, training, impl
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, bn_weight, bn_bias)]
+        ctx.residual_channels = [residual.shape[1] for residual in residuals]
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _dmean, _dvar):
+        x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
+        spec, training, impl = ctx.call
+        needed = ctx.needs_input_grad
+        needs = [*needed[:5], any(needed[10:])]
+        *grads, dresidual = torch.ops.rir_kernels.conv_bn_act_backward(
+            dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias, *_flat(spec), training, needs, impl
+        )
+        grads = [grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)]
+        if grads[1] is not None and weight.is_contiguous():
+            grads[1] = grads[1].contiguous()  # in the weight's own format, which DDP's buckets expect
+        dresiduals = [
+            dresidual[:, :channels] if need else None
+            for channels, need in zip(ctx.residual_channels, needed[10:], strict=True)
+        ]
+        return (*grads, None, None, None, None, None, *dresiduals)
+
+
+def _flat(spec: ConvBNActSpec):
+    return tuple(getattr(spec, field.name) for field in dataclasses.fields(spec))
+
+
+def _spec(values) -> ConvBNActSpec:
+    stride, padding, dilation, *rest = values
+    return ConvBNActSpec(tuple(stride), tuple(padding), tuple(dilation), *rest)
+
+
+def _or_empty(tensors, like):
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def _forward(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *rest):
+    *spec, training, save, impl = rest
+    outputs = fused.forward(
+        x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, _spec(spec),
+        training=training, save=save, impl=impl,
+    )  # fmt: skip
+    return _or_empty(outputs, x)
+
+
+def _forward_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *rest):
+    *spec, training, save, _impl = rest
+    shape = _spec(spec).output_shape(x, weight)
+    y = _empty(shape, x)
+    keep = training or save
+    statistics = [x.new_empty(weight.shape[0], dtype=torch.float32) if keep else x.new_empty(0) for _ in range(3)]
+    if not training:
+        statistics[1] = x.new_empty(0)
+    return y, torch.empty_like(y) if keep else x.new_empty(0), *statistics
+
+
+def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
+    *spec, training, needs, impl = rest
+    grads = fused.backward(
+        dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, _spec(spec), training=training, needs=needs, impl=impl
+    )
+    return _or_empty(grads, x)
+
+
+def _backward_fake(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
+    needs = rest[-2]
+    channels = mean.shape
+    shapes = (x.shape, weight.shape, channels, channels, channels, z.shape)
+    return tuple(
+        x.new_empty(0) if not need else mean.new_empty(shape) if shape is channels else _empty(shape, x)
+        for need, shape in zip(needs, shapes, strict=True)
+    )
+
+
+def _empty(shape, like):
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+for _name, _implementation, _fake in (
+    ("conv_bn_act", _forward, _forward_fake),
+    ("conv_bn_act_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rir_kernels::{_name}", _fake, lib=_library)

@@ -1,0 +1,62 @@
+"""The static description of one fused operation: everything that is not a tensor."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ConvBNActSpec:
+    """z = branch_scale * conv(x) + residual, y = act(norm(z)); with `post_norm`, scale and residual follow the norm.
+
+    `shortcut_channels`: so many leading channels of x itself, subsampled by the stride, join the pre-norm sum. It is a
+    number rather than a tensor so that backward can add dz to dx inside the data-gradient kernel.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    shortcut_channels: int = 0
+    post_norm: bool = False
+    branch_scale: float = 1.0
+    eps: float = 1e-5
+    relu: bool = True
+
+    def output_shape(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int]:
+        """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw)."""
+        h, w = (
+            (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
+            for size, pad, dilation, k, stride in zip(
+                x.shape[2:], self.padding, self.dilation, weight.shape[2:], self.stride, strict=True
+            )
+        )
+        return x.shape[0], weight.shape[0], h, w
+
+    @property
+    def conv_scale(self) -> float:
+        """The factor on the convolution itself."""
+        return 1.0 if self.post_norm else self.branch_scale
+
+    @property
+    def norm_scale(self) -> float:
+        """The factor on the normed output."""
+        return self.branch_scale if self.post_norm else 1.0
+
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of x that joins the sum, as a view."""
+        return x[:, : self.shortcut_channels, :: self.stride[0], :: self.stride[1]]
+
+
+def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, eps) -> ConvBNActSpec:
+    """The spec of a Conv2d (zero padding by numbers) followed by a norm with that eps."""
+    return ConvBNActSpec(
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        post_norm=residual_at == "post_norm",
+        branch_scale=branch_scale,
+        eps=eps,
+        relu=activation == "relu",
+    )

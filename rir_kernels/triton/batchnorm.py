@@ -1,0 +1,247 @@
+"""Batch normalization cut at the reduction: statistics | merge | apply, and reduce | sum | apply backward.
+
+All kernels see activations as rows [M, C], M = N*H*W pixels of a channels-last tensor. With n pixels a channel and
+
+    xhat = (z - mean) * invstd,    u = branch_scale * (gamma * xhat + beta) + residual,    y = act(u)
+    dy'  = dy where u > 0          (u recomputed from z, or y read where a residual came after the norm)
+
+the gradients are, with s1 = branch_scale * sum(dy') and s2 = branch_scale * sum(dy' * xhat),
+
+    dbeta = s1,   dgamma = s2,   dz = gamma * invstd * (branch_scale * dy' - s1 / n - xhat * s2 / n)
+
+(Ioffe and Szegedy 2015, section 3). Where the running statistics were used the two means drop out of dz.
+"""
+
+import triton
+import triton.language as tl
+
+from rir_kernels.triton.pointwise import load_channels, merge_moments, normalize, relu, tile_moments
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
+def _bn_stats_fwd_kernel(
+    z_ptr,  # [M, C]
+    tile_mean_ptr,  # [tiles, C] fp32
+    tile_m2_ptr,
+    tile_count_ptr,  # [tiles] fp32
+    M,
+    steps,  # row blocks a program merges
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    tile = pid // BLOCKS_C
+    channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < C
+    count = 0.0
+    mean = tl.zeros([BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for step in tl.range(steps):
+        row = (tile.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = row < M
+        mask = is_row[:, None] & is_channel[None, :]
+        z = tl.load(z_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = tl.sum(is_row.to(tl.float32), 0)
+        block_mean, block_m2 = tile_moments(z, is_row[:, None], rows, 0)
+        count, mean, m2 = merge_moments(count, mean, m2, rows, block_mean, block_m2)
+    out = tile.to(tl.int64) * C + channel
+    tl.store(tile_mean_ptr + out, mean, mask=is_channel)
+    tl.store(tile_m2_ptr + out, m2, mask=is_channel)
+    tl.store(tile_count_ptr + tile, count, mask=pid % BLOCKS_C == 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "eps"])
+def _bn_finalize_fwd_kernel(
+    tile_mean_ptr,  # [tiles, C] fp32
+    tile_m2_ptr,
+    tile_count_ptr,  # [tiles] fp32
+    mean_ptr,  # [C] fp32
+    var_ptr,  # [C] fp32, biased
+    invstd_ptr,  # [C] fp32
+    tiles,
+    eps,
+    C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merges the tiles' moments, in their order."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < C
+    count = 0.0
+    mean = tl.zeros([BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for first in tl.range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        is_tile = tile < tiles
+        mask = is_tile[:, None] & is_channel[None, :]
+        offset = tile[:, None] * C + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
+        weight = tl.load(tile_count_ptr + tile, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
+        tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
+        tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
+        block_count = tl.sum(tl.sum(weight, 1), 0)
+        # deviations from the first tile's mean: sums of small numbers, where the means themselves may be large
+        anchor = tl.load(tile_mean_ptr + first * C + channel, mask=is_channel, other=0.0)
+        shift = tl.where(is_tile[:, None], tile_mean - anchor[None, :], 0.0)
+        block_shift = tl.sum(weight * shift, 0) / block_count
+        deviation = tl.where(is_tile[:, None], shift - block_shift[None, :], 0.0)
+        block_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
+        count, mean, m2 = merge_moments(count, mean, m2, block_count, anchor + block_shift, block_m2)
+    var = m2 / count
+    tl.store(mean_ptr + channel, mean, mask=is_channel)
+    tl.store(var_ptr + channel, var, mask=is_channel)
+    tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=is_channel)
+
+
+@triton.jit
+def _load_rows(ptr, row, channel, stride, C, mask):
+    """[BLOCK_M, BLOCK_C] fp32; channels past C read zero."""
+    mask = mask & (channel < C)[None, :]
+    return tl.load(ptr + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["M", "branch_scale"])
+def _bn_apply_fwd_kernel(
+    z_ptr,  # [M, C]
+    residual0_ptr,  # [M, C_RES0] rows residual0_stride apart, or None
+    residual1_ptr,
+    y_ptr,  # [M, C]
+    mean_ptr,  # [C] fp32
+    invstd_ptr,
+    gamma_ptr,  # [C] or None
+    beta_ptr,
+    M,
+    residual0_stride,
+    residual1_stride,
+    branch_scale,
+    C: tl.constexpr,
+    C_RES0: tl.constexpr,
+    C_RES1: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_row = (row < M)[:, None]
+    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
+    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
+    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
+    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    z = _load_rows(z_ptr, row, channel, C, C, is_row)
+    y = normalize(z, mean, invstd, gamma, beta) * branch_scale
+    if residual0_ptr is not None:
+        y += _load_rows(residual0_ptr, row, channel, residual0_stride, C_RES0, is_row)
+    if residual1_ptr is not None:
+        y += _load_rows(residual1_ptr, row, channel, residual1_stride, C_RES1, is_row)
+    if RELU:
+        y = relu(y)
+    mask = is_row & (channel < C)[None, :]
+    tl.store(y_ptr + row[:, None] * C + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _masked_grad(
+    dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C: tl.constexpr, RELU: tl.constexpr
+):
+    """dy' of the file's docstring."""
+    dy = _load_rows(dy_ptr, row, channel, dy_stride, C, is_row)
+    if RELU:
+        if y_ptr is not None:
+            u = _load_rows(y_ptr, row, channel, C, C, is_row)
+        else:
+            u = normalize(z, mean, invstd, gamma, beta)
+        # not (u <= 0): where u is NaN the gradient passes, as in torch
+        dy = tl.where(u <= 0, 0.0, dy)
+    return dy
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
+def _bn_reduce_bwd_kernel(
+    dy_ptr,  # [M, C] rows dy_stride apart
+    z_ptr,  # [M, C]
+    y_ptr,  # [M, C]: the ReLU's mask is y's; or None: it is recomputed from z
+    mean_ptr,  # [C] fp32
+    invstd_ptr,
+    gamma_ptr,  # [C] or None
+    beta_ptr,
+    partial_ptr,  # [splits, 2, C] fp32: sum dy', sum dy' * xhat
+    M,
+    steps,  # row blocks a program adds up
+    dy_stride,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    split = pid // BLOCKS_C
+    channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
+    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
+    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
+    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
+    sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for step in tl.range(steps):
+        row = (split.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = (row < M)[:, None]
+        z = _load_rows(z_ptr, row, channel, C, C, is_row)
+        dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
+        sum_dy += tl.sum(dy, 0)
+        # a row past the end has dy = 0 but xhat = -mean * invstd, which may be infinite
+        sum_dy_xhat += tl.sum(tl.where(is_row, dy * ((z - mean) * invstd), 0.0), 0)
+    out = partial_ptr + split.to(tl.int64) * (2 * C) + channel
+    tl.store(out, sum_dy, mask=channel < C)
+    tl.store(out + C, sum_dy_xhat, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["M", "inv_count", "branch_scale"])
+def _bn_apply_bwd_kernel(
+    dy_ptr,  # [M, C] rows dy_stride apart
+    z_ptr,  # [M, C]
+    y_ptr,  # as in the reduction
+    dz_ptr,  # [M, C]
+    dres_ptr,  # [M, C]: dy' itself, the gradient of a residual added after the norm; or None
+    sums_ptr,  # [2, C] fp32: s1, s2
+    mean_ptr,  # [C] fp32
+    invstd_ptr,
+    gamma_ptr,  # [C] or None
+    beta_ptr,
+    M,
+    dy_stride,
+    inv_count,  # 1 / n; 0 where the running statistics were used: s1 and s2 drop out
+    branch_scale,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_row = (row < M)[:, None]
+    mask = is_row & (channel < C)[None, :]
+    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
+    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
+    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
+    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    z = _load_rows(z_ptr, row, channel, C, C, is_row)
+    dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
+    offset = row[:, None] * C + channel[None, :]
+    if dres_ptr is not None:
+        tl.store(dres_ptr + offset, dy.to(dres_ptr.dtype.element_ty), mask=mask)
+    if dz_ptr is not None:
+        dz = dy * branch_scale
+        if BATCH_STATS:
+            s1 = load_channels(sums_ptr, channel, C, 0.0)[None, :]
+            s2 = load_channels(sums_ptr + C, channel, C, 0.0)[None, :]
+            dz -= (s1 + (z - mean) * invstd * s2) * inv_count
+        dz *= gamma * invstd
+        tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=mask)

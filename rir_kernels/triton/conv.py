@@ -1,0 +1,206 @@
+"""Convolution as an implicit GEMM with a fused epilogue: the forward pass, inference, and the data gradient.
+
+    acc[co, p] = sum over taps (i, j) and channels ci of  W[co, i, j, ci] * x[pixel p shifted by the tap, ci]
+
+Pixels stand on the right of `tl.dot`: a descriptor (TMA) box of the channels-last input, reshaped to [P, BLOCK_K] and
+transposed, stays in swizzled shared memory as Hopper's wgmma wants it. Out-of-range coordinates read zero, which is
+the convolution's padding: no im2col, no masks.
+
+Strides of two are handled by parity. Row r of the input lies in plane p = r mod s at index r // s, so for a tap k of
+an axis with stride s and padding P,
+
+    forward        s * o + k - P = s * (o + d) + p        k = (p + P) mod s, + s, ...     d = (k - P - p) / s
+    data gradient  s * i + p + P - k = s * (i + d)        the same taps k                 d = (p + P - k) / s
+
+so the offsets are each other's negatives, and SIGN alone tells the two apart. The forward pass sums over the planes
+of its input; the data gradient is launched once per plane of its output. At stride 1 there is one plane, and the data
+gradient is the forward kernel again, with the ORIGINAL weight read transposed.
+
+Epilogue, in this order, each part optional:
+
+    z = branch_scale * (acc + bias) + addends             ("pre_norm"; the addends carry the identity)
+    per-tile mean, M2 and count of z                      (training)
+    y = act(norm(z))  or  act(branch_scale * norm(acc + bias) + addends)    (inference; the latter under "post_norm")
+"""
+
+import triton
+import triton.language as tl
+
+from rir_kernels.triton.pointwise import load_channels, normalize, relu, tile_moments
+
+
+@triton.jit
+def _add_plane(
+    acc,  # [BLOCK_C, P]
+    x_desc,  # [N, H_plane, W_plane, K], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
+    w_desc,  # [taps, C, K], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, K, C], box [1, BLOCK_K, BLOCK_C]
+    n,
+    h,
+    w,
+    c,
+    K: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    PLANE_H: tl.constexpr,
+    PLANE_W: tl.constexpr,
+    SIGN: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + the taps that meet parity plane (PLANE_H, PLANE_W)."""
+    FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
+    FIRST_W: tl.constexpr = (PLANE_W + PAD[1]) % STRIDE[1]
+    TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
+    TAPS_W: tl.constexpr = (KERNEL[1] - FIRST_W + STRIDE[1] - 1) // STRIDE[1]
+    OFFSET_H: tl.constexpr = (FIRST_H - PAD[0] - PLANE_H) // STRIDE[0]
+    OFFSET_W: tl.constexpr = (FIRST_W - PAD[1] - PLANE_W) // STRIDE[1]
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
+    for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
+        k = step % K_BLOCKS * BLOCK_K
+        j = step // K_BLOCKS % TAPS_W
+        i = step // (K_BLOCKS * TAPS_W)
+        tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
+        x = x_desc.load([n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), k])
+        if WEIGHT_T:
+            weight = w_desc.load([tap, k, c]).reshape([BLOCK_K, BLOCK_C]).T  # [BLOCK_C, BLOCK_K]
+        else:
+            weight = w_desc.load([tap, c, k]).reshape([BLOCK_C, BLOCK_K])  # [BLOCK_C, BLOCK_K]
+        acc = tl.dot(weight, x.reshape([P, BLOCK_K]).T, acc, input_precision=PRECISION)  # [BLOCK_C, P]
+    return acc
+
+
+@triton.jit
+def _load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    return desc.load([n, h, w, c]).reshape([P, BLOCK_C]).T.to(tl.float32)
+
+
+@triton.jit
+def _store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the rows are not 16-byte aligned."""
+    if isinstance(out, tl.tensor_descriptor):
+        out.store([n, h, w, c], tile.to(out.dtype).T.reshape([BOX[0], BOX[1], BOX[2], BLOCK_C]))
+    else:
+        tl.store(out + pixel_offset[None, :] + channel[:, None], tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "branch_scale", "eps"])
+def _conv_fwd_kernel(
+    x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has the first alone, absent ones
+    x01_desc,  # are None
+    x10_desc,
+    x11_desc,
+    w_desc,
+    addend0_desc,  # [N, H, W, <= C] or None
+    addend1_desc,
+    out,  # [N, H, W, C]: a descriptor, or a pointer
+    z_out,  # the same beside y at inference, where a gradient will be wanted; or None
+    bias_ptr,  # [C] or None, as are the next four
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    tile_mean_ptr,  # [tiles, C] fp32, or None: no statistics
+    tile_m2_ptr,
+    tile_count_ptr,  # [tiles] fp32
+    N,
+    H,
+    W,
+    TILES_H,
+    TILES_W,
+    stride_n,  # of out and z_out, in elements
+    stride_h,
+    stride_w,
+    branch_scale,
+    eps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    OUT_PLANE: tl.constexpr,  # the data gradient's parity plane, or None: forward
+    WEIGHT_T: tl.constexpr,
+    POST_NORM: tl.constexpr,
+    RELU: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    tile = pid // TILES_C  # the channel tiles of one pixel tile run side by side and share it in L2
+    c = pid % TILES_C * BLOCK_C
+    w = tile % TILES_W * BOX[2]
+    h = tile // TILES_W % TILES_H * BOX[1]
+    n = tile // (TILES_W * TILES_H) * BOX[0]
+
+    acc = tl.zeros([BLOCK_C, P], dtype=tl.float32)
+    planes = (x00_desc, x01_desc, x10_desc, x11_desc)
+    if OUT_PLANE is not None:
+        acc = _add_plane(
+            acc, x00_desc, w_desc, n, h, w, c, K, KERNEL, STRIDE, PAD, OUT_PLANE[0], OUT_PLANE[1],
+            -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        for plane in tl.static_range(4):
+            if planes[plane] is not None:
+                acc = _add_plane(
+                    acc, planes[plane], w_desc, n, h, w, c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
+                    1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                )  # fmt: skip
+
+    channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    pixel = tl.arange(0, P)
+    pixel_n = n + pixel // (BOX[1] * BOX[2])
+    pixel_h = h + pixel // BOX[2] % BOX[1]
+    pixel_w = w + pixel % BOX[2]
+    is_pixel = (pixel_n < N) & (pixel_h < H) & (pixel_w < W)  # [P]
+    is_channel = channel < C
+    mask = is_channel[:, None] & is_pixel[None, :]
+    pixel_offset = pixel_n.to(tl.int64) * stride_n + pixel_h.to(tl.int64) * stride_h + pixel_w.to(tl.int64) * stride_w
+
+    if bias_ptr is not None:
+        acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]
+    if not POST_NORM:
+        acc *= branch_scale
+        if addend0_desc is not None:
+            acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
+        if addend1_desc is not None:
+            acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+
+    if tile_mean_ptr is not None:
+        count = (tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1], H - h) * tl.minimum(BOX[2], W - w)).to(tl.float32)
+        mean, m2 = tile_moments(acc, is_pixel[None, :], count, 1)  # [BLOCK_C]
+        row = tile.to(tl.int64) * C
+        tl.store(tile_mean_ptr + row + channel, mean, mask=is_channel)
+        tl.store(tile_m2_ptr + row + channel, m2, mask=is_channel)
+        tl.store(tile_count_ptr + tile, count, mask=c == 0)
+
+    if mean_ptr is not None:
+        if z_out is not None:
+            # backward recomputes the mask from the stored z, so y must come from the same rounded value
+            acc = acc.to(x00_desc.dtype).to(tl.float32)
+            _store_tile(z_out, acc, n, h, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+        mean = load_channels(mean_ptr, channel, C, 0.0)
+        invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
+        gamma = load_channels(gamma_ptr, channel, C, 1.0)
+        beta = load_channels(beta_ptr, channel, C, 0.0)
+        acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
+        if POST_NORM:
+            acc *= branch_scale
+            if addend0_desc is not None:
+                acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
+            if addend1_desc is not None:
+                acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+        if RELU:
+            acc = relu(acc)
+    _store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)

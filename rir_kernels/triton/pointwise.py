@@ -1,0 +1,46 @@
+"""The per-element mathematics that several kernels share, each formula once.
+
+    norm(z)  = (z - mean) * (invstd * gamma) + beta
+
+The mean is subtracted first: `scale * z + shift` with a folded shift cancels catastrophically where |mean| >> std.
+The backward kernels recompute the ReLU's mask with the very same expression from the very same z.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_channels(ptr, channels, C, default):
+    """A per-channel fp32 vector, or `default` where the argument is None (no affine parameters)."""
+    if ptr is None:
+        return tl.full(channels.shape, default, tl.float32)
+    return tl.load(ptr + channels, mask=channels < C, other=default).to(tl.float32)
+
+
+@triton.jit
+def normalize(z, mean, invstd, gamma, beta):
+    return (z - mean) * (invstd * gamma) + beta
+
+
+@triton.jit
+def relu(v):
+    # a NaN passes, as it does through torch's relu
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def merge_moments(count, mean, m2, count_b, mean_b, m2_b):
+    """Chan et al.'s pairwise update of (count, mean, sum of squared deviations); either side may be empty."""
+    total = count + count_b
+    weight = count_b / tl.maximum(total, 1.0)
+    delta = mean_b - mean
+    return total, mean + delta * weight, m2 + m2_b + delta * delta * (count * weight)
+
+
+@triton.jit
+def tile_moments(values, valid, count, AXIS: tl.constexpr):
+    """Mean and M2 of the valid entries of a tile along AXIS; `count` is their number."""
+    mean = tl.sum(tl.where(valid, values, 0.0), AXIS) / tl.maximum(count, 1.0)
+    deviation = tl.where(valid, values - tl.expand_dims(mean, AXIS), 0.0)
+    return mean, tl.sum(deviation * deviation, AXIS)

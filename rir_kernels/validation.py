@@ -1,0 +1,166 @@
+"""What a call is handed is checked here, before any work: nothing below `functional` raises for a user's mistake.
+
+TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and for statistics that are missing,
+as torch has it. Constructors' arguments are checked in `arguments`.
+"""
+
+import torch
+
+from .arguments import (
+    ACTIVATIONS,
+    RESIDUAL_AT,
+    check_branch_scale,
+    check_choice,
+    check_eps,
+    check_int_or_pair,
+    check_positive_int,
+)
+from .spec import ConvBNActSpec
+from .streams import check_image
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def build_spec(
+    *, residual_at, branch_scale, stride, padding, dilation, groups, eps, activation, shortcut_channels=0
+) -> ConvBNActSpec:
+    """The options of one call, checked: ValueError names the option, what came and what is allowed."""
+    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_branch_scale(branch_scale)
+    check_eps(eps)
+    check_int_or_pair("stride", stride, 1)
+    check_int_or_pair("padding", padding, 0)
+    check_int_or_pair("dilation", dilation, 1)
+    check_positive_int("groups", groups)
+    return ConvBNActSpec(
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        groups=groups,
+        shortcut_channels=shortcut_channels,
+        post_norm=residual_at == "post_norm",
+        branch_scale=float(branch_scale),
+        eps=float(eps),
+        relu=activation == "relu",
+    )
+
+
+def check_tensors(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
+):
+    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved."""
+    convolved = {"x": x, "weight": weight, "bias": bias}
+    convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
+    normed = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    convolved = {name: t for name, t in convolved.items() if t is not None or name in ("x", "weight")}
+    normed = {name: t for name, t in normed.items() if t is not None}
+
+    for name, tensor in (convolved | normed).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    _check_dtypes(convolved, normed)
+    _check_devices(convolved | normed)
+    _check_conv_shapes(x, weight, bias, spec)
+    c_out = weight.shape[0]
+    for name, tensor in normed.items():
+        if tensor.shape != (c_out,):
+            raise ValueError(
+                f"{name} must have the shape ({c_out},), one value per output channel, got {_shape(tensor)}"
+            )
+    output = spec.output_shape(x, weight)
+    if min(output[2:]) < 1:
+        raise ValueError(
+            f"the output would be {output[2]} x {output[3]} pixels: x {_shape(x)} is smaller than the kernel "
+            f"{tuple(weight.shape[2:])} with padding {spec.padding} and dilation {spec.dilation}"
+        )
+    _check_residuals(residuals, output)
+    _check_statistics(running_mean, running_var, output, training, momentum)
+
+
+def check_projected(x, channels, weight):
+    """x, before its residual stream is projected by a module of its own: what `check_tensors` would say later."""
+    check_image("x", x, channels)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and weight must share a dtype outside autocast, got x {x.dtype}, weight {weight.dtype}")
+
+
+def _check_dtypes(convolved, normed):
+    dtypes = {name: tensor.dtype for name, tensor in convolved.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {dtype}: cast it with .to(dtype)"
+            )
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"{', '.join(dtypes)} must share a dtype outside autocast, got {_listed(dtypes)}")
+    dtype = dtypes["x"]
+    allowed = {dtype, torch.float32} if dtype.itemsize == 2 else {dtype}
+    for name, tensor in normed.items():
+        if tensor.dtype not in allowed:
+            raise TypeError(
+                f"{name} must be {' or '.join(sorted(map(str, allowed)))} beside x in {dtype}, got {tensor.dtype}"
+            )
+
+
+def _check_devices(tensors):
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {_listed(devices)}: move them with .to(device)")
+
+
+def _check_conv_shapes(x, weight, bias, spec):
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dim() != 4:
+            layout = "(N, C_in, H, W)" if name == "x" else "(C_out, C_in/groups, kh, kw)"
+            raise ValueError(f"{name} must have four dimensions {layout}, got the shape {_shape(tensor)}")
+    c_out, c_group = weight.shape[:2]
+    if c_out == 0 or c_out % spec.groups:
+        raise ValueError(f"weight {_shape(weight)}: its {c_out} output channels must divide into groups={spec.groups}")
+    if x.shape[1] != c_group * spec.groups or x.shape[1] == 0:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, but weight {_shape(weight)} with groups={spec.groups} takes "
+            f"{c_group * spec.groups}"
+        )
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"bias must have the shape ({c_out},), one value per output channel, got {_shape(bias)}")
+
+
+def _check_residuals(residuals, output):
+    if len(residuals) > 2:
+        raise ValueError(
+            f"residual must be a tensor or a tuple of at most two, got {len(residuals)}: add some up first"
+        )
+    n, c_out, h, w = output
+    for residual in residuals:
+        fits = residual.dim() == 4 and residual.shape[0] == n and residual.shape[2:] == (h, w)
+        if not fits or not 1 <= residual.shape[1] <= c_out:
+            raise ValueError(
+                f"residual must have the shape ({n}, C_res, {h}, {w}) and C_res <= {c_out}, got {_shape(residual)}"
+            )
+
+
+def _check_statistics(running_mean, running_var, output, training, momentum):
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(
+            f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
+            "which count the batches"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if not training and running_mean is None:
+        raise RuntimeError("running_mean must be defined in evaluation mode: pass both statistics, or training=True")
+    if training and output[0] * output[2] * output[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
+
+
+def _pair(value) -> tuple[int, int]:
+    return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value), int(value))
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)
+
+
+def _listed(by_name):
+    return ", ".join(f"{name} {value}" for name, value in by_name.items())

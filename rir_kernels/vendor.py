@@ -1,0 +1,54 @@
+"""The vendor's convolution (cuDNN, oneDNN) behind the launcher's four functions: the "hybrid" implementation's half.
+
+Same signatures as `rir_kernels.triton.launch.conv` and `.wgrad`, any kernel size, groups and dilation; the norm
+kernels stay ours.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from rir_kernels.triton.launch.batchnorm import Statistics, TileMoments, bn_apply, bn_stats
+
+
+def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:
+    """z and its statistics."""
+    z = _conv(x, weight, bias, () if spec.post_norm else residuals, spec)
+    return z, bn_stats(z)
+
+
+def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save_z):
+    """(y, z or None) with given statistics."""
+    z = _conv(x, weight, bias, () if spec.post_norm else residuals, spec)
+    statistics = Statistics(mean, var, torch.rsqrt(var.float() + spec.eps))
+    after = residuals if spec.post_norm else ()
+    return bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec), z if save_z else None
+
+
+def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
+    """dx of the given shape."""
+    dx = torch.nn.grad.conv2d_input(shape, weight, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
+    dx = dx.contiguous(memory_format=torch.channels_last)
+    if spec.conv_scale != 1.0:
+        dx *= spec.conv_scale
+    if spec.shortcut_channels:
+        spec.shortcut(dx).add_(dz[:, : spec.shortcut_channels])
+    return dx
+
+
+def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
+    """dW (C_out, C_in/groups, kh, kw)."""
+    shape = (dz.shape[1], x.shape[1] // spec.groups, *kernel)
+    dw = torch.nn.grad.conv2d_weight(x, shape, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
+    return dw * spec.conv_scale if spec.conv_scale != 1.0 else dw
+
+
+def _conv(x, weight, bias, residuals, spec) -> torch.Tensor:
+    z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    z = z.contiguous(memory_format=torch.channels_last)
+    if spec.conv_scale != 1.0:
+        z *= spec.conv_scale
+    if spec.shortcut_channels:
+        residuals = (*residuals, spec.shortcut(x))
+    for residual in residuals:
+        z[:, : residual.shape[1]] += residual
+    return z

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Make .venv, or bring it up to date: scripts/setup-venv.sh cpu|cuda   (called by make)
+#
+# PYTHON names the interpreter a new .venv is made with. A finished environment carries .venv/.ready-cpu or
+# .venv/.ready-cuda; one whose installation was cut short carries .venv/.unfinished and is made again from scratch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+flavour=${1:?usage: scripts/setup-venv.sh cpu|cuda}
+python=${PYTHON:-python3}
+venv=.venv
+requirements=requirements/$flavour.txt
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+die() {
+    echo "setup-venv: $*" >&2
+    exit 1
+}
+
+[ -f "$requirements" ] || die "TORCH must be cpu or cuda, got '$flavour'"
+
+# a build of PyTorch for the other kind of machine also satisfies the requirements: it has to go first
+other=$([ "$flavour" = cpu ] && echo cuda || echo cpu)
+if [ -e "$venv/.unfinished" ] || [ -e "$venv/.ready-$other" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    command -v "$python" >/dev/null || die "$python not found; name a Python >= 3.10 with PYTHON=..."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "Python >= 3.10 is needed, but $python is $("$python" --version 2>&1); name another one with PYTHON=..."
+    rm -rf "$venv/bin" "$venv"/.ready-* # first, because --clear may be cut short as well
+    echo "setup-venv: making $venv ($flavour) with $("$python" --version); this takes minutes, once"
+    "$python" -m venv --clear "$venv"
+fi
+touch "$venv/.unfinished"
+rm -f "$venv"/.ready-*
+
+install() { "$venv/bin/python" -m pip install -qq "$@"; }
+
+install --requirement "$requirements"
+# a CUDA build of PyTorch pins its own Triton; a CPU build has none
+"$venv/bin/python" -m pip show --quiet triton 2>/dev/null || install 'triton==3.6.0; platform_system == "Linux"'
+install --constraint "$requirements" --editable '.[dev,bench,train]'
+install --no-deps pytorchcv==0.0.74
+
+rm "$venv/.unfinished"
+touch "$venv/.ready-$flavour"
