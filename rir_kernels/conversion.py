@@ -11,13 +11,12 @@ from .streams import pack_weight, unpack_weight
 _LAYER_OPTIONS = ("kernel_size", "stride", "residual_fraction", "shortcut", "branch_scale")
 _BLOCK_OPTIONS = ("stride", "outer_shortcut", "outer_streams")
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
+_EMPTY = {"device": "meta"}  # every parameter is replaced: nothing to allocate, and no random number to draw
 
 
 def layer_to_reference(layer) -> "reference.RiRLayer":
     """See RiRLayer.to_reference."""
-    ref = reference.RiRLayer(
-        layer.in_channels, layer.out_channels, **_options(layer, _LAYER_OPTIONS), **_like(layer.weight)
-    )
+    ref = reference.RiRLayer(layer.in_channels, layer.out_channels, **_options(layer, _LAYER_OPTIONS), **_EMPTY)
     blocks = unpack_weight(layer.weight.detach(), layer.in_residual, layer.out_residual)
     for conv, block in zip((ref.conv_rr, ref.conv_rt, ref.conv_tr, ref.conv_tt), blocks, strict=True):
         if conv is not None:
@@ -37,7 +36,7 @@ def layer_from_reference(cls, ref, impl):
         packed = pack_weight(*weights)
     present = [weight for weight in weights if weight is not None]
     requires_grad = _agreed("requires_grad of the four convolutions", [weight.requires_grad for weight in present])
-    layer = cls(ref.in_channels, ref.out_channels, **_options(ref, _LAYER_OPTIONS), impl=impl, **_like(packed))
+    layer = cls(ref.in_channels, ref.out_channels, **_options(ref, _LAYER_OPTIONS), impl=impl, **_EMPTY)
     layer.weight = nn.Parameter(packed, requires_grad)
     layer.projection = copy.deepcopy(ref.projection)
     layer.train(ref.training)
@@ -59,7 +58,7 @@ def _convert_block(source, cls, layers):
     options = _options(source, _BLOCK_OPTIONS) | {
         name: value for name, value in _options(layers[0], _LAYER_OPTIONS).items() if name != "stride"
     }
-    block = cls(source.in_channels, source.out_channels, num_layers=len(layers), **options)
+    block = cls(source.in_channels, source.out_channels, num_layers=len(layers), **options, **_EMPTY)
     block.train(source.training)
     block.layers = nn.ModuleList(layers)
     block.projection, block.projection_t = copy.deepcopy(source.projection), copy.deepcopy(source.projection_t)
@@ -108,7 +107,3 @@ def _agreed(what, values):
 
 def _options(module, names):
     return {name: getattr(module, name) for name in names}
-
-
-def _like(tensor):
-    return {"device": tensor.device, "dtype": tensor.dtype}

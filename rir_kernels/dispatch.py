@@ -113,7 +113,6 @@ def interpreting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def triton_missing() -> str:
     """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
     needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"

@@ -17,7 +17,7 @@ from .dispatch import check_impl, resolve
 from .layout import is_channels_last, to_format
 from .reference import functional as reference
 from .spec import ConvBNActSpec
-from .validation import build_spec, check_tensors
+from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors
 
 
 def conv_bn_act(
@@ -50,7 +50,7 @@ def conv_bn_act(
         bn_weight, bn_bias, running_mean, running_var: (C_out,) or None; x's dtype, or fp32 beside half activations.
             The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
         bias: (C_out,), added to the convolution's output.
-        residual: (N, C_res, H', W') with C_res <= C_out, or two such, added to the first C_res channels.
+        residual: (N, C_res, H', W') with C_res <= C_out, or a tuple of two such, added to the first C_res channels.
         residual_at: "pre_norm" or "post_norm".
         branch_scale: multiplies what the residual is added to, never the residual.
         activation: "relu" or None.
@@ -71,10 +71,9 @@ def conv_bn_act(
         eps=eps,
         activation=activation,
     )
-    residuals = () if residual is None else (residual,) if isinstance(residual, torch.Tensor) else tuple(residual)
     return apply(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
-        bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum, impl=impl,
+        bias=bias, residuals=as_residuals(residual), spec=spec, training=training, momentum=momentum, impl=impl,
     )  # fmt: skip
 
 
@@ -100,13 +99,14 @@ def apply(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
     )  # fmt: skip
+    residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec)
     channels_last = is_channels_last(x)
     if impl in ("hybrid", "triton") and x.shape[0] > 0:
         y, mean, var = ops.conv_bn_act(
-            to_format(x, True), weight, bias, bn_weight, bn_bias,
+            x.contiguous(memory_format=torch.channels_last), weight, bias, bn_weight, bn_bias,
             *((None, None) if training else (running_mean, running_var)),
-            [to_format(r, True) if not is_channels_last(r) else r for r in residuals],
+            [r if is_channels_last(r) else r.contiguous(memory_format=torch.channels_last) for r in residuals],
             spec, training=training, impl=impl,
         )  # fmt: skip
         if training and running_mean is not None:
@@ -114,14 +114,29 @@ def apply(
             _update_running(running_mean, mean, momentum)
             _update_running(running_var, var * (count / (count - 1)), momentum)
     else:
-        run = _reference if impl == "reference" else aten.conv_bn_act
-        # the rule above has cast what is to be cast: autocast must not cast again, or the norm's parameters too
-        with _no_autocast(x.device.type):
-            y = run(
-                x, weight, bn_weight, bn_bias, running_mean, running_var,
-                bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
-            )  # fmt: skip
+        y = _plain(
+            _reference if impl == "reference" else aten.conv_bn_act,
+            x, weight, bn_weight, bn_bias, running_mean, running_var,
+            bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+        )  # fmt: skip
     return to_format(y, channels_last)
+
+
+def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, training, **options):
+    """`run` by torch's own operators, between torch's rules and ours."""
+    # torch's norm wants its four tensors in one dtype, and keeps the statistics it was handed for backward: it gets
+    # copies, as the buffers may change in between (DDP rewrites them before each forward)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (bn_weight, bn_bias))
+    mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
+    # what autocast casts has been cast: it must not cast again, or the norm's parameters too
+    with _no_autocast(x.device):
+        y = run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options)
+    if training and mean is not None:
+        with torch.no_grad():
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+    return y
 
 
 def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum):
@@ -144,18 +159,18 @@ def _update_running(running, batch, momentum):
 
 def _autocast(x, weight, bias, residuals):
     """Within autocast the convolution's inputs take its dtype, as torch's conv2d does; the norm's tensors stay."""
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device) if isinstance(x, torch.Tensor) else None
+    if dtype is None:
         return x, weight, bias, residuals
-    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor):
-        eligible = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        eligible = isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS and tensor.dtype != torch.float64
         return tensor.to(dtype) if eligible else tensor
 
     return cast(x), cast(weight), cast(bias), tuple(cast(residual) for residual in residuals)
 
 
-def _no_autocast(device_type):
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _no_autocast(device):
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -22,20 +22,31 @@ def _adjacent(r, t) -> bool:
         and r.shape[2:] == t.shape[2:]
         and r.shape[0] == t.shape[0]
         and r.stride() == t.stride()
-        and r.device.type != "meta"
-        and r.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
         and t.storage_offset() == r.storage_offset() + r.shape[1] * r.stride(1)
+        and _share_storage(r, t)
     )
+
+
+def _share_storage(r, t) -> bool:
+    try:
+        return r.untyped_storage()._cdata == t.untyped_storage()._cdata
+    except NotImplementedError:  # the wrappers of torch.func have no storage
+        return False
 
 
 class _Join(torch.autograd.Function):
     """A view of r's buffer that reaches over t; saved like any view, so a change in place is noticed."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, r, t):
-        ctx.split = r.shape[1]
+    def forward(r, t):
         n, c, h, w = r.shape
         return r.as_strided((n, c + t.shape[1], h, w), r.stride())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from forward: torch.func asks for it
+        ctx.split = inputs[0].shape[1]
 
     @staticmethod
     def backward(ctx, grad):

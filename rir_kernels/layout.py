@@ -20,5 +20,14 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def to_format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """x itself, or a dense copy in the other format."""
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    """x itself, or a dense copy in the other format, in whose strides the format can be read again."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if is_channels_last(x) != channels_last:  # `contiguous` would leave what fits both formats as it is
+        return x.clone(memory_format=memory_format)
+    return x.contiguous(memory_format=memory_format)
+
+
+def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x, copied only if it must be, with exactly the strides of a fresh channels_last tensor, sizes of one included."""
+    n, c, h, w = x.shape
+    return x.contiguous(memory_format=torch.channels_last).as_strided((n, c, h, w), (h * w * c, 1, w * c, c))

@@ -10,19 +10,17 @@ from . import conversion, norm_state, reference
 from .arguments import check_block, check_conv_bn_act, check_layer
 from .dispatch import check_impl
 from .joining import join
-from .reference.functional import as_tuple
 from .spec import ConvBNActSpec, spec_of_conv
 from .streams import (
     PACKED,
     add_to_first_channels,
     as_streams,
-    check_image,
     init_std,
     needs_projection,
     pad_shortcut,
     split_channels,
 )
-from .validation import check_projected
+from .validation import as_residuals, check_packed, check_projected, check_streams
 
 
 class RiRLayer(nn.Module):
@@ -95,12 +93,12 @@ class RiRLayer(nn.Module):
     def forward(self, x, t=PACKED, *, outer=None):
         packed = t is PACKED
         if not packed:
-            x = join(*as_streams(x, t, self.in_residual, self.in_channels))
+            x = _pack(self, x, t)
         residuals = []
         if self.projection is not None:
             check_projected(x, self.in_channels, self.projection.weight)
             residuals.append(self.projection(x[:, : self.in_residual]))
-        if outer is not None and outer.shape[1] > 0:
+        if outer is not None:
             residuals.append(outer)
         y = norm_state.conv_bn_act(
             self.bn, x, self.weight, spec=self._spec(), residuals=tuple(residuals), impl=self.impl
@@ -187,7 +185,7 @@ class RiRBlock(nn.Module):
     def forward(self, x, t=PACKED):
         packed = t is PACKED
         if not packed:
-            x = join(*as_streams(x, t, self.in_residual, self.in_channels))
+            x = _pack(self, x, t)
         outer = None if self.outer_shortcut == "none" else self._outer(x)
         for layer in self.layers[:-1]:
             x = layer(x)
@@ -204,7 +202,7 @@ class RiRBlock(nn.Module):
 
     def _outer(self, x):
         """The outer shortcut (N, C_o, H', W'); where no stream changes shape, a slice of x or x itself."""
-        check_image("x", x, self.in_channels)
+        check_packed(x, self.in_channels)
         (r_in, r_out), (t_in, t_out) = self._outer_channels()
         if (r_in, t_in) == (r_out, t_out) and self.stride == 1:
             return x[:, : r_in + t_in]
@@ -230,6 +228,11 @@ class RiRBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, outer_shortcut={self.outer_shortcut!r}, outer_streams={self.outer_streams!r}"
+
+
+def _pack(module, r, t):
+    check_streams(r, t)
+    return join(*as_streams(r, t, module.in_residual, module.in_channels))
 
 
 class ConvBNAct(nn.Module):
@@ -297,7 +300,7 @@ class ConvBNAct(nn.Module):
             x,
             conv.weight,
             bias=conv.bias,
-            residuals=as_tuple(residual),
+            residuals=as_residuals(residual),
             spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, self.bn.eps),
             impl=self.impl,
         )

@@ -58,8 +58,16 @@ class _ConvBNAct(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _dmean, _dvar):
+        with torch.no_grad():
+            grads = _ConvBNAct._gradients(ctx, dy)
+        if not torch.is_grad_enabled():
+            return grads
+        # create_graph=True: torch's once_differentiable would drop the graph silently where dy itself needs no gradient
+        return _FirstOrder.apply(*[None if grad is None else grad.detach().requires_grad_() for grad in grads])
+
+    @staticmethod
+    def _gradients(ctx, dy):
         x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
         spec, training, impl = ctx.call
         needed = ctx.needs_input_grad
@@ -67,7 +75,9 @@ class _ConvBNAct(torch.autograd.Function):
         *grads, dresidual = torch.ops.rir_kernels.conv_bn_act_backward(
             dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias, *_flat(spec), training, needs, impl
         )
-        grads = [grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)]
+        grads = [
+            grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)
+        ]
         if grads[1] is not None and weight.is_contiguous():
             grads[1] = grads[1].contiguous()  # in the weight's own format, which DDP's buckets expect
         dresiduals = [
@@ -75,6 +85,21 @@ class _ConvBNAct(torch.autograd.Function):
             for channels, need in zip(ctx.residual_channels, needed[10:], strict=True)
         ]
         return (*grads, None, None, None, None, None, *dresiduals)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Passes gradients on, and raises where one of them is differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx, *grads):
+        return tuple(None if grad is None else grad.clone() for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            'impl="triton" and impl="hybrid" have no second derivatives: use impl="torch" (or use_impl("torch")) '
+            "where gradients are differentiated again"
+        )
 
 
 def _flat(spec: ConvBNActSpec):

@@ -18,6 +18,7 @@ from .arguments import (
 from .spec import ConvBNActSpec
 from .streams import check_image
 
+# fp8 and complex are floating too, but no implementation computes in them
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,16 +52,17 @@ def check_tensors(
 ):
     """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved."""
     convolved = {"x": x, "weight": weight, "bias": bias}
+    if bias is None:
+        del convolved["bias"]
     convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
     normed = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
-    convolved = {name: t for name, t in convolved.items() if t is not None or name in ("x", "weight")}
     normed = {name: t for name, t in normed.items() if t is not None}
 
-    for name, tensor in (convolved | normed).items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    _check_dtypes(convolved, normed)
+    _check_types(convolved | normed)
+    _check_dtypes(convolved, autocast=False)  # whose casts have been made
+    _check_norm_dtypes(x.dtype, normed)
     _check_devices(convolved | normed)
+    check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
     _check_conv_shapes(x, weight, bias, spec)
     c_out = weight.shape[0]
     for name, tensor in normed.items():
@@ -78,23 +80,64 @@ def check_tensors(
     _check_statistics(running_mean, running_var, output, training, momentum)
 
 
+def check_packed(x, channels):
+    """x, before it is sliced: what `check_tensors` would say later."""
+    _check_types({"x": x})
+    check_image("x", x, channels)
+
+
 def check_projected(x, channels, weight):
     """x, before its residual stream is projected by a module of its own: what `check_tensors` would say later."""
-    check_image("x", x, channels)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x and weight must share a dtype outside autocast, got x {x.dtype}, weight {weight.dtype}")
+    check_packed(x, channels)
+    tensors = {"x": x, "weight": weight}
+    _check_dtypes(tensors, autocast=autocast_dtype(x.device) is not None)
+    _check_devices(tensors)
 
 
-def _check_dtypes(convolved, normed):
-    dtypes = {name: tensor.dtype for name, tensor in convolved.items()}
+def check_streams(r, t):
+    """Two streams, before they are joined; None is an absent one, and shapes are checked by `as_streams`."""
+    streams = {name: stream for name, stream in (("r", r), ("t", t)) if stream is not None}
+    _check_types(streams)
+    _check_devices(streams)
+    if streams:
+        _check_dtypes(streams, autocast=autocast_dtype(next(iter(streams.values())).device) is not None)
+
+
+def as_residuals(residual) -> tuple:
+    """None, a tensor or a tuple of tensors -> a tuple of tensors, which `check_tensors` looks into."""
+    if residual is None:
+        return ()
+    if not isinstance(residual, (torch.Tensor, tuple, list)):
+        raise TypeError(f"residual must be a torch.Tensor or a tuple of two, got {type(residual).__name__}")
+    return (residual,) if isinstance(residual, torch.Tensor) else tuple(residual)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to convolutions on this device now, None outside autocast."""
+    # asked first, since "meta" and others have no autocast, and raise
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _check_types(tensors):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _check_dtypes(tensors, *, autocast):
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {dtype}: cast it with .to(dtype)"
             )
-    if len(set(dtypes.values())) > 1:
+    if len(set(dtypes.values())) > 1 and not autocast:
         raise TypeError(f"{', '.join(dtypes)} must share a dtype outside autocast, got {_listed(dtypes)}")
-    dtype = dtypes["x"]
+
+
+def _check_norm_dtypes(dtype, normed):
     allowed = {dtype, torch.float32} if dtype.itemsize == 2 else {dtype}
     for name, tensor in normed.items():
         if tensor.dtype not in allowed:
@@ -115,9 +158,12 @@ def _check_conv_shapes(x, weight, bias, spec):
             layout = "(N, C_in, H, W)" if name == "x" else "(C_out, C_in/groups, kh, kw)"
             raise ValueError(f"{name} must have four dimensions {layout}, got the shape {_shape(tensor)}")
     c_out, c_group = weight.shape[:2]
-    if c_out == 0 or c_out % spec.groups:
+    for name, sizes in (("x", x.shape[1:]), ("weight", weight.shape)):
+        if 0 in sizes:  # an empty batch is fine
+            raise ValueError(f"{name} must have no empty dimension, got {_shape(x if name == 'x' else weight)}")
+    if c_out % spec.groups:
         raise ValueError(f"weight {_shape(weight)}: its {c_out} output channels must divide into groups={spec.groups}")
-    if x.shape[1] != c_group * spec.groups or x.shape[1] == 0:
+    if x.shape[1] != c_group * spec.groups:
         raise ValueError(
             f"x has {x.shape[1]} channels, but weight {_shape(weight)} with groups={spec.groups} takes "
             f"{c_group * spec.groups}"
@@ -134,7 +180,7 @@ def _check_residuals(residuals, output):
     n, c_out, h, w = output
     for residual in residuals:
         fits = residual.dim() == 4 and residual.shape[0] == n and residual.shape[2:] == (h, w)
-        if not fits or not 1 <= residual.shape[1] <= c_out:
+        if not fits or residual.shape[1] > c_out:
             raise ValueError(
                 f"residual must have the shape ({n}, C_res, {h}, {w}) and C_res <= {c_out}, got {_shape(residual)}"
             )
@@ -146,10 +192,11 @@ def _check_statistics(running_mean, running_var, output, training, momentum):
             f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
             "which count the batches"
         )
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if not training and statistic is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode: pass both statistics, or training=True")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if not training and running_mean is None:
-        raise RuntimeError("running_mean must be defined in evaluation mode: pass both statistics, or training=True")
     if training and output[0] * output[2] * output[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
 

@@ -7,6 +7,7 @@ kernels stay ours.
 import torch
 import torch.nn.functional as F
 
+from rir_kernels.layout import dense_channels_last
 from rir_kernels.triton.launch.batchnorm import Statistics, TileMoments, bn_apply, bn_stats
 
 
@@ -27,7 +28,7 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
 def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
     """dx of the given shape."""
     dx = torch.nn.grad.conv2d_input(shape, weight, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
-    dx = dx.contiguous(memory_format=torch.channels_last)
+    dx = dense_channels_last(dx)
     if spec.conv_scale != 1.0:
         dx *= spec.conv_scale
     if spec.shortcut_channels:
@@ -39,12 +40,13 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     """dW (C_out, C_in/groups, kh, kw)."""
     shape = (dz.shape[1], x.shape[1] // spec.groups, *kernel)
     dw = torch.nn.grad.conv2d_weight(x, shape, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
+    dw = dense_channels_last(dw)
     return dw * spec.conv_scale if spec.conv_scale != 1.0 else dw
 
 
 def _conv(x, weight, bias, residuals, spec) -> torch.Tensor:
     z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-    z = z.contiguous(memory_format=torch.channels_last)
+    z = dense_channels_last(z)
     if spec.conv_scale != 1.0:
         z *= spec.conv_scale
     if spec.shortcut_channels:

@@ -51,6 +51,9 @@ def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
                 continue
             shortcut = spec.shortcut_channels if plane_h == plane_w == 0 else 0
             addends = [dz[:, :shortcut]] if shortcut else []
+            if not addends and not _meets(tuple(weight.shape[2:]), spec, plane_h, plane_w):
+                plane.zero_()  # a 1x1 at stride 2 never reads these pixels
+                continue
             _launch_tiles(
                 [dz, None, None, None],
                 packed,

@@ -1,0 +1,172 @@
+"""fuse_ and unfuse_: look first, then swap, so that a call that fails has changed nothing."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from ..dispatch import check_impl
+from .patterns import FAMILIES, Family, Match, Refusal
+from .patterns.base import PATTERNS
+from .report import FusionReport, Replaced, Skipped
+from .swap import Recipe, is_covered, is_fused, swap_back, swap_in
+
+
+class _Candidate(NamedTuple):
+    module: nn.Module
+    family: Family
+    found: list[Match | Refusal]
+    names: list[str]  # all under which the module is reached
+
+
+def fuse_(
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    patterns: Iterable[str] | None = None,
+    impl: str = "auto",
+    dry_run: bool = False,
+) -> FusionReport:
+    """Let the blocks of `model` that are known run as fused operations, in place.
+
+    Known are, by their exact class: rir_kernels.reference.RiRLayer and pytorchcv's RiRUnit (P4), and within an
+    nn.Sequential every Conv2d, BatchNorm2d, ReLU in a row (P1) or Conv2d, BatchNorm2d (P2).
+
+    Only the class of such a module changes, to a subclass of itself: submodules, parameter objects, state_dict keys,
+    hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
+    torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
+    that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
+    one layer that disagree), that call runs the original forward. `unfuse_` is the way back.
+
+    Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
+    also where an fp32 identity would have raised the sum to fp32.
+
+    Args:
+        filter_fn: called as filter_fn(module, name); False leaves that module alone. One that is reached by several
+            names is fused only if none of them is refused.
+        patterns: of "P1" ... "P6", those to be fused; None is all.
+        impl: see functional.conv_bn_act. One that cannot run is refused by the call, not here.
+        dry_run: only report what would be done.
+
+    Returns a FusionReport: what was replaced, and what looked like it but was left alone, with the reason.
+
+    Raises ValueError for an unknown `impl` or pattern, TypeError for a model that is no nn.Module.
+    """
+    _check_model(model)
+    check_impl(impl)
+    enabled = _check_patterns(patterns)
+    report = FusionReport(model, dry_run=dry_run)
+    swaps = []
+    for candidate in _candidates(model):
+        matches = _select(candidate, enabled, filter_fn, report)
+        if not matches:
+            continue
+        module, family, _, names = candidate
+        swaps.append((module, Recipe(family.target(), family.mixin, impl, enabled)))
+        kind = type(module).__name__
+        report.replaced += [
+            Replaced(names[0], match.pattern, kind, impl, match.parts, tuple(names[1:])) for match in matches
+        ]
+    if not dry_run:
+        for module, recipe in swaps:
+            swap_in(module, recipe)
+    return report
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undo fuse_: every module gets its class back, and nothing of the fusion remains. Returns `model`.
+
+    RuntimeError, with nothing changed, where something else has swapped the class of a fused module since (FSDP's
+    fully_shard, a parametrization): undo that first. TypeError for a model that is no nn.Module.
+    """
+    _check_model(model)
+    fused = [(name, module) for name, module in model.named_modules() if is_fused(module)]
+    for name, module in fused:
+        if is_covered(module):
+            raise RuntimeError(
+                f"{name or 'the model'} was fused, and is now a {type(module).__name__}, a class that something else "
+                "put on top: undo that first, or unfuse_ before it is applied"
+            )
+    for _, module in fused:
+        swap_back(module)
+    return model
+
+
+def _candidates(model):
+    """Every module that a family finds something in; what would be bypassed is not offered again."""
+    by_id: dict[int, tuple[list[str], _Candidate | None]] = {}
+
+    def visit(module, name):
+        if id(module) in by_id:  # shared, or a cycle
+            by_id[id(module)][0].append(name)
+            return
+        names = [name]
+        candidate = next(_offers(module, names), None)
+        by_id[id(module)] = names, candidate
+        bypassed = set()
+        if candidate is not None:
+            bypassed = {part for found in candidate.found if isinstance(found, Match) for part in found.parts}
+        for child_name, child in module._modules.items():
+            if child is not None and child_name not in bypassed:
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return [candidate for _, candidate in by_id.values() if candidate is not None]
+
+
+def _offers(module, names):
+    for family in FAMILIES:
+        target = family.target()
+        if target is not None and isinstance(module, target):
+            found = family.find(module)
+            if found:
+                yield _Candidate(module, family, found, names)
+
+
+def _select(candidate, enabled, filter_fn, report):
+    """The matches to be fused; the rest goes to report.skipped."""
+    module, family, found, names = candidate
+
+    def skip(reason):
+        report.skipped.append(Skipped(names[0], reason, type(module).__name__, tuple(names[1:])))
+
+    if reason := _unit_obstacle(module, family.target()):
+        skip(reason)
+        return []
+    matches = []
+    for one in found:
+        if isinstance(one, Refusal):
+            skip(one.reason)
+        elif one.pattern not in enabled:
+            skip(f"{one.pattern} is not among the patterns {', '.join(enabled) or '(none)'}")
+        else:
+            matches.append(one)
+    if matches and filter_fn is not None and not all(filter_fn(module, name) for name in names):
+        skip("excluded by filter_fn")
+        return []
+    return matches
+
+
+def _unit_obstacle(module, target):
+    if is_fused(module):
+        return f"already fused (impl={module._rir_fusion.impl!r}): unfuse_ first to change that"
+    if type(module) is not target:
+        return f"{type(module).__name__} is a subclass of {target.__name__}: only the exact class is known"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return ""
+
+
+def _check_model(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_patterns(patterns):
+    if patterns is None:
+        return PATTERNS
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    unknown = [name for name in patterns if name not in PATTERNS]
+    if unknown:
+        raise ValueError(f"patterns must be names out of {', '.join(PATTERNS)}, got {', '.join(map(repr, unknown))}")
+    return tuple(sorted(set(patterns)))

@@ -1,0 +1,69 @@
+"""How a module is fused: its class becomes a subclass of itself whose forward is ours.
+
+The submodules, parameters, buffers and the instance's __dict__ are untouched: what the fusion needs to know stands in
+the class. So a copy, deep or shallow, runs on its own weights (a forward bound to the instance would run on the
+original's), `super().forward` is the original one, and swapping back leaves nothing behind.
+"""
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that tells a fused class from others: enough to make it again in another process."""
+
+    original: type  # the class that was swapped
+    mixin: type  # a Fused, with the forward
+    impl: str
+    patterns: tuple[str, ...]  # those that forward may use, sorted
+
+
+class Fused:
+    """Base of the mixins, which bring `forward`: class FusedX(mixin, X)."""
+
+    _rir_fusion: Recipe
+
+    def __init__(self, *args, **kwargs):
+        # only ever called where an instance asks for another of its class, as a slice of a Sequential does; nobody
+        # has matched that one, so it is of the original class
+        self.__class__ = self._rir_fusion.original
+        self.__init__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # deepcopy, copy and pickle: the class is not found by its name, so it is made again
+        return (_rebuild, (self._rir_fusion,), *super().__reduce_ex__(protocol)[2:])
+
+
+def swap_in(module, recipe: Recipe) -> None:
+    """Fuse `module`, whose class is exactly recipe.original."""
+    module.__class__ = _fused_class(recipe)
+
+
+def swap_back(module) -> None:
+    """The reverse, for a module that `is_fused`."""
+    module.__class__ = module._rir_fusion.original
+
+
+def is_fused(module) -> bool:
+    """Whether forward is ours; a class that something else swapped on top may override it."""
+    return isinstance(module, Fused)
+
+
+def is_covered(module) -> bool:
+    """Whether something else has swapped the class of a fused module once more (FSDP, a parametrization)."""
+    return is_fused(module) and "_rir_fusion" not in type(module).__dict__
+
+
+@functools.cache
+def _fused_class(recipe):
+    name = f"Fused{recipe.original.__name__}"
+    # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
+    namespace = {"__module__": recipe.mixin.__module__, "__doc__": recipe.original.__doc__, "_rir_fusion": recipe}
+    return type(name, (recipe.mixin, recipe.original), namespace)
+
+
+def _rebuild(recipe):
+    module = recipe.original.__new__(recipe.original)
+    swap_in(module, recipe)
+    return module

@@ -1,0 +1,260 @@
+"""The compile gate: every kernel as it would be launched, compiled for a GPU that need not be there, and read.
+
+    python -m rir_kernels.triton.inspect --arch sm_90 [--dtype bf16] [--json FILE] [--save DIR]
+
+The launchers run on meta tensors under a driver that only compiles, so what is read is what a GPU would get: same
+configurations, same specialization. A row fails where its kernel spills, exceeds the shared memory, draws one of
+ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product, loads an operand from shared
+memory to registers, converts a layout, or has no wgmma at all. The exit status is 1 if any row fails.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+SHARED_MEMORY_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    shape: str
+    dtype: str
+    op: str
+    kernel: str
+    config: str
+    registers: int
+    spills: int  # bytes, stores and loads
+    shared_kb: float
+    wgmma: int
+    conversions: int  # layout conversions in the main loop
+    local_loads: int  # shared memory to registers in the main loop
+    warnings: tuple[str, ...]  # C75xx of ptxas
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+
+class _CompileOnlyDriver:
+    """What JITFunction asks of a driver when it compiles without launching."""
+
+    def __init__(self, arch: str):
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+
+def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
+    """(op, kernel name, constants, compiled kernel) of each kernel that one layer of this shape launches."""
+    from triton.runtime.driver import driver
+
+    from rir_kernels.triton.launch import batchnorm, conv, runtime, wgrad
+
+    driver.set_active(_CompileOnlyDriver(arch))
+    compiled = []
+    op = ""
+
+    def record(kernel, _programs, *args, **options):
+        constants = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
+        compiled.append((op, kernel.__name__, constants, kernel.warmup(*args, grid=(1,), **options)))
+
+    spec = ConvBNActSpec(
+        stride=(shape.stride,) * 2,
+        padding=(shape.kernel // 2,) * 2,
+        # the residual stream of a RiR layer: half of the channels
+        shortcut_channels=min(shape.c_in, shape.c_out) // 2,
+    )
+    x = _meta((shape.batch, shape.c_in, shape.size, shape.size), dtype)
+    weight = _meta((shape.c_out, shape.c_in, shape.kernel, shape.kernel), dtype)
+    channels = torch.empty(shape.c_out, device="meta")
+    norm = {"mean": channels, "gamma": channels, "beta": channels}
+    with runtime.intercepted(record):
+        op = "forward, training"
+        z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+        op = "forward, inference"
+        conv.conv_infer(x, weight, bias=None, residuals=(), spec=spec, var=channels, save_z=False, **norm)
+        op = "data gradient"
+        conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
+        op = "weight gradient"
+        wgrad.conv_weight_grad(z, x, kernel=(shape.kernel,) * 2, spec=spec)
+        op = "norm, forward"
+        batchnorm.bn_stats(z)
+        statistics = batchnorm.bn_finalize(moments, spec.eps)
+        batchnorm.bn_apply(z, statistics, gamma=channels, beta=channels, residuals=(), spec=spec)
+        op = "norm, backward"
+        sums = batchnorm.bn_reduce(z, z, None, invstd=channels, spec=spec, **norm)
+        batchnorm.bn_apply_grad(z, z, None, sums, count=1, invstd=channels, spec=spec, **norm)
+    return compiled
+
+
+def _meta(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> list[Row]:
+    """The rows of one layer, one for each distinct kernel; .ptx and .ttgir go to the folder `save`."""
+    rows, seen = [], set()
+    for op, kernel, constants, compiled in compile_ops(shape, DTYPES[dtype], arch):
+        if (op, compiled.hash) in seen:
+            continue
+        seen.add((op, compiled.hash))
+        ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
+        if save:
+            stem = re.sub(r"[^\w.-]+", "_", f"{shape.name}_{dtype}_{op}{kernel}_{len(rows)}")
+            Path(save).mkdir(parents=True, exist_ok=True)
+            (Path(save) / f"{stem}.ptx").write_text(ptx)
+            (Path(save) / f"{stem}.ttgir").write_text(ttgir)
+        registers, spills, warnings = assemble(ptx, arch)
+        loop = main_loop(ttgir)
+        found = {
+            "registers": registers,
+            "spills": spills,
+            "shared_kb": compiled.metadata.shared / 1024,
+            "wgmma": ptx.count("wgmma.mma_async"),
+            "conversions": loop.count("ttg.convert_layout"),
+            "local_loads": loop.count("ttg.local_load"),
+            "warnings": warnings,
+        }
+        needs_wgmma = kernel.startswith("_conv") and arch == "sm_90"
+        # a tf32 weight gradient would have to transpose in shared memory, which wgmma does for 16 bits alone
+        exempt = dtype == "tf32" and op == "weight gradient"
+        faults = _faults(found, needs_wgmma and not exempt, SHARED_MEMORY_KB.get(arch, 99))
+        rows.append(Row(shape.name, dtype, op, kernel, _describe(constants), **found, faults=faults))
+    return rows
+
+
+def _faults(found, needs_wgmma, shared_limit):
+    faults = []
+    if found["spills"]:
+        faults.append(f"{found['spills']} bytes spilled")
+    if found["shared_kb"] > shared_limit:
+        faults.append(f"{found['shared_kb']:.0f} KB of shared memory, limit {shared_limit}")
+    if found["warnings"]:
+        faults.append(" ".join(found["warnings"]))
+    if needs_wgmma:
+        if not found["wgmma"]:
+            faults.append("no wgmma")
+        for name in ("conversions", "local_loads"):
+            if found[name]:
+                faults.append(f"{found[name]} {name} in the main loop")
+    return tuple(faults)
+
+
+def assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
+    """(registers a thread, bytes spilled, C75xx warnings) from the ptxas that Triton brings."""
+    from triton import knobs
+
+    target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+    gpu = target.group(1).rstrip(",") if target else arch
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
+    return max(registers, default=0), sum(spills), tuple(sorted(set(re.findall(r"C75\d\d", log))))
+
+
+def main_loop(ttgir: str) -> str:
+    """The text of the innermost loops that hold a matrix product."""
+    lines = ttgir.splitlines()
+    loops = []
+    for start, line in enumerate(lines):
+        if "scf.for" in line:
+            indent = len(line) - len(line.lstrip())
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
+            body = "\n".join(lines[start + 1 : end])
+            if "scf.for" not in body and ("warp_group_dot " in body or "tt.dot " in body):
+                loops.append(body)
+    return "\n".join(loops)
+
+
+def _describe(constants) -> str:
+    """The configuration in a few characters: tile, warps and stages."""
+    names = {"BOX": "", "WALK": "", "STEPS": "steps ", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
+             "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
+    parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
+    warps = constants.get("num_warps", 4)
+    stages = f"/{constants['num_stages']}" if "num_stages" in constants else ""
+    return " ".join([*parts, f"w{warps}{stages}"])
+
+
+def run(shapes, dtypes, arch: str, save: str | None = None, workers: int | None = None) -> list[Row]:
+    """`inspect` over shapes and dtypes, in processes of their own."""
+    jobs = [(shape, dtype, arch, save) for shape in shapes for dtype in dtypes]
+    workers = min(len(jobs), workers or os.cpu_count() or 1)
+    # fresh processes: the parent may hold kernels decorated for the interpreter
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_compile_for_real) as pool:
+        return [row for rows in pool.map(inspect, *zip(*jobs, strict=True)) for row in rows]
+
+
+def _compile_for_real():
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    header = ("shape", "dtype", "op", "kernel", "config", "regs", "spill", "smem KB", "wgmma", "cvt", "lds", "")
+    lines = [header] + [
+        (
+            row.shape, row.dtype, row.op, row.kernel.strip("_").removesuffix("_kernel"), row.config,
+            str(row.registers), str(row.spills), f"{row.shared_kb:.0f}", str(row.wgmma), str(row.conversions),
+            str(row.local_loads), "ok" if row.passed else "FAIL " + "; ".join(row.faults),
+        )
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rir_kernels.triton.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="sm_90", choices=sorted(SHARED_MEMORY_KB))
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; all by default")
+    parser.add_argument("--table-only", action="store_true", help="the eleven rows alone, no stems and transitions")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--save", metavar="DIR", help="keep every kernel's .ptx and .ttgir")
+    args = parser.parse_args(argv)
+    shapes = SHAPE_TABLE if args.table_only else SHAPE_TABLE + TRANSITIONS
+    rows = run(shapes, args.dtype or list(DTYPES), args.arch, args.save)
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"arch": args.arch, "rows": [asdict(row) for row in rows]}, indent=1))
+    failed = [row for row in rows if not row.passed]
+    print(f"\n{len(rows)} kernels for {args.arch}, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

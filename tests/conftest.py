@@ -1,0 +1,47 @@
+"""Where kernels run: on a GPU where one is, else in Triton's interpreter on CPU tensors.
+
+That must be decided before triton is imported. TRITON_INTERPRET=1 in the environment chooses the interpreter on a
+machine with a GPU too.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and (INTERPRETING or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))
+        if item.get_closest_marker("interpreter") and not INTERPRETING:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
+
+
+@pytest.fixture
+def device():
+    """The device that kernels run on here."""
+    return torch.device("cpu" if INTERPRETING else "cuda")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every fresh allocation holds NaN (integers their least value): what a kernel forgets to write shows."""
+
+    def poison(tensor):
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).min) if tensor.dtype != torch.bool else tensor.fill_(True)
+
+    def poisoning(allocate):
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    for owner, name in (
+        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))

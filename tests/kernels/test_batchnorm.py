@@ -1,0 +1,179 @@
+"""The normalization kernels against their formulas in fp64."""
+
+import pytest
+import torch
+
+from rir_kernels.spec import ConvBNActSpec
+
+from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+targets = pytest.mark.parametrize("target", TARGETS)
+SHAPES = [(2, 8, 5, 5), (3, 5, 7, 3), (2, 96, 4, 4), (1, 33, 1, 9), (700, 3, 3, 3), (2, 130, 2, 2)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def _channels(values):
+    return values[None, :, None, None]
+
+
+def _moments(z):
+    z = z.double()
+    return z.mean((0, 2, 3)), z.var((0, 2, 3), unbiased=False)
+
+
+def _statistics(z, eps=1e-5):
+    from rir_kernels.triton.launch import batchnorm
+
+    return batchnorm.bn_finalize(batchnorm.bn_stats(z), eps)
+
+
+@shapes
+@targets
+def test_statistics(shape, target):
+    z = rand(shape, target, seed=1)
+    statistics = _statistics(z)
+    mean, var = _moments(z)
+    terms = z[:, 0].numel()
+    # the mean may be close to zero: its error is measured against the deviation
+    assert ((statistics.mean.double() - mean).abs() <= 4 * terms**0.5 * 6e-8 * var.sqrt()).all()
+    assert_close(statistics.var, var, torch.float32, terms=terms, name="var")
+    assert_close(statistics.invstd, torch.rsqrt(var + 1e-5), torch.float32, terms=terms, name="invstd")
+
+
+@targets
+@pytest.mark.parametrize("stride", [1, 2])
+def test_statistics_of_the_convolutions_epilogue(target, stride):
+    """Tiles that hang over the image count their true pixels: 3 x 9 x 17 pixels leave every kind of partial tile."""
+    from rir_kernels.triton.launch import batchnorm, conv
+
+    spec = ConvBNActSpec(stride=(stride, stride), padding=(1, 1))
+    x, weight = rand((3, 8, 9, 17), target, seed=1), rand((24, 8, 3, 3), target, seed=2)
+    z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+    pixels = z[:, 0].numel()
+    assert moments.count.sum().item() == pixels
+    golden = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 1)
+    mean, var = _moments(golden)
+    statistics = batchnorm.bn_finalize(moments, 1e-5)
+    assert ((statistics.mean.double() - mean).abs() <= 4 * pixels**0.5 * 6e-8 * var.sqrt()).all()
+    assert_close(statistics.var, var, torch.float32, terms=pixels, name="var")
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][1] == torch.float32])
+@pytest.mark.parametrize("ratio", [1e3, 1e4])
+def test_large_mean_small_deviation(target, ratio):
+    """E[x^2] - E[x]^2 would lose every digit here: fp32 holds 7, and mean^2 / var takes 6 or 8 of them."""
+    z = rand((64, 5, 6, 6), target, seed=1) + ratio
+    statistics = _statistics(z)
+    mean, var = _moments(z)
+    # a tile's sum is some 64 * ratio: a few of its roundings, divided by 64, are left in the mean
+    assert ((statistics.mean.double() - mean).abs() <= 4 * torch.finfo(torch.float32).eps * ratio).all()
+    assert ((statistics.var.double() - var).abs() <= 1e-3 * var).all()
+
+
+@targets
+def test_constant_channel_and_half_precision_limits(target):
+    """Variance 0 gives rsqrt(eps); values near fp16's largest do not overflow the fp32 sums."""
+    z = rand((2, 3, 8, 8), target, seed=1)
+    z[:, 1] = 2.5
+    z[:, 2] = 60000.0
+    statistics = _statistics(z)
+    assert statistics.var[1:].tolist() == [0.0, 0.0]
+    assert statistics.mean[1].item() == 2.5
+    assert torch.isfinite(statistics.invstd).all()
+    assert abs(statistics.invstd[1].item() - 1e5**0.5) < 1e-3
+
+
+@targets
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_channel(target, value):
+    from rir_kernels.triton.launch import batchnorm
+
+    z = rand((2, 6, 4, 4), target, seed=1)
+    z[1, 2, 3, 3] = value
+    statistics = _statistics(z)
+    y = batchnorm.bn_apply(z, statistics, gamma=None, beta=None, residuals=(), spec=ConvBNActSpec())
+    assert y[:, 2].isnan().all()  # the ReLU passes a NaN, as torch's does
+    assert torch.isfinite(y[:, [0, 1, 3, 4, 5]]).all()
+
+
+def _layer_formula(z, mean, var, gamma, beta, residuals, spec):
+    xhat = (z - _channels(mean)) * torch.rsqrt(_channels(var) + spec.eps)
+    u = spec.norm_scale * (_channels(gamma) * xhat + _channels(beta))
+    for residual in residuals:
+        u = torch.cat([u[:, : residual.shape[1]] + residual, u[:, residual.shape[1] :]], 1)
+    return u.relu() if spec.relu else u
+
+
+OPTIONS = {
+    "relu": ConvBNActSpec(),
+    "no relu": ConvBNActSpec(relu=False),
+    "residuals after the norm": ConvBNActSpec(post_norm=True, branch_scale=0.7),
+}
+
+
+@shapes
+@targets
+@pytest.mark.parametrize("spec", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("training", [True, False])
+def test_apply_and_backward(shape, target, spec, training):
+    """y, then the sums, dz and the residual's gradient, against autograd through the formula in fp64."""
+    from rir_kernels.triton.launch import batchnorm
+
+    dtype = target[1]
+    c = shape[1]
+    z, dy = rand(shape, target, seed=1), rand(shape, target, seed=2)
+    gamma, beta = rand((c,), (target[0], torch.float32), seed=3) + 1, rand((c,), (target[0], torch.float32), seed=4)
+    residuals = [rand((shape[0], k, *shape[2:]), target, seed=5 + k) for k in (c, max(1, c // 2))]
+    residuals = residuals if spec.post_norm else []
+    statistics = _statistics(z)
+    y = batchnorm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=residuals, spec=spec)
+
+    leaves = [t.double().requires_grad_() for t in (z, gamma, beta, *residuals)]
+    mean, var = (m if training else m.detach() for m in (leaves[0].mean((0, 2, 3)), leaves[0].var((0, 2, 3), False)))
+    golden = _layer_formula(leaves[0], mean, var, leaves[1], leaves[2], leaves[3:], spec)
+    # an element whose u is within rounding of zero may fall on either side of the ReLU: leave it out of the gradient
+    if spec.relu:
+        u = _layer_formula(leaves[0], mean, var, leaves[1], leaves[2], leaves[3:], spec.__class__(**{
+            **spec.__dict__, "relu": False}))  # fmt: skip
+        dy = dy * (u.abs() > 1e-2)
+    dz, dgamma, dbeta, *dresiduals = torch.autograd.grad(golden, leaves, dy.double())
+    assert_close(y, golden.detach(), dtype, terms=64, name="y")
+
+    per_channel = {"mean": statistics.mean, "invstd": statistics.invstd, "gamma": gamma, "beta": beta, "spec": spec}
+    mask = y if spec.post_norm else None
+    sums = batchnorm.bn_reduce(dy, z, mask, **per_channel)
+    pixels = z[:, 0].numel()
+    # sums cancel: their scale is that of the terms, not of the result
+    assert_close(sums[0], dbeta, torch.float32, terms=4 * pixels, name="dbeta")
+    assert_close(sums[1], dgamma, torch.float32, terms=4 * pixels, name="dgamma")
+    count = pixels if training else None
+    ours, dres = batchnorm.bn_apply_grad(dy, z, mask, sums, count=count, **per_channel, need_dres=spec.post_norm)
+    assert_close(ours, dz, dtype, terms=4 * pixels, name="dz")
+    for golden_residual in dresiduals:
+        k = golden_residual.shape[1]
+        assert torch.equal(dres[:, :k].double(), golden_residual)
+
+
+@targets
+def test_channel_slices_are_read_in_place_or_copied(target):
+    """dy and residuals may be slices of wider tensors, expanded, or in the other memory format."""
+    from rir_kernels.triton.launch import batchnorm
+
+    spec = ConvBNActSpec(post_norm=True, relu=False)
+    z = small_integers((2, 8, 4, 4), target, seed=1)
+    identity = batchnorm.Statistics(*(torch.full((8,), v, device=target[0]) for v in (0.0, 1.0, 1.0)))
+    wide = small_integers((2, 24, 4, 4), target, seed=2)
+    for residual in (wide[:, 3:9], wide[:1, :8].expand(2, 8, 4, 4), wide[:, :5].contiguous(), wide[:, :8].mT):
+        y = batchnorm.bn_apply(z, identity, gamma=None, beta=None, residuals=[residual], spec=spec)
+        golden = z.clone()
+        golden[:, : residual.shape[1]] += residual
+        assert torch.equal(y, golden)
+        dy = torch.zeros_like(z)
+        dy[:, : residual.shape[1]] = residual
+        sums = batchnorm.bn_reduce(
+            dy if residual.shape[1] < 8 else residual, z, None, mean=identity.mean, invstd=identity.invstd,
+            gamma=None, beta=None, spec=spec,
+        )  # fmt: skip
+        assert torch.equal(sums[0], dy.float().sum((0, 2, 3)))
+        assert torch.equal(sums[1], (dy * z).float().sum((0, 2, 3)))
