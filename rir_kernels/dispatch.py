@@ -82,7 +82,14 @@ def _choose(x, weight, spec):
     if missing := _missing_on(x.device.index):
         _warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch"
-    return "hybrid" if unsupported(weight, spec) else "triton"
+    # fp32 without TF32 has no tensor cores: nothing of what our convolution is made for
+    plain_fp32 = x.dtype == torch.float32 and not tf32_allowed()
+    return "hybrid" if plain_fp32 or unsupported(weight, spec) else "triton"
+
+
+def tf32_allowed() -> bool:
+    """torch's own switch for fp32 convolutions."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _require_kernels(impl, x):

@@ -75,9 +75,7 @@ class _ConvBNAct(torch.autograd.Function):
         *grads, dresidual = torch.ops.rir_kernels.conv_bn_act_backward(
             dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias, *_flat(spec), training, needs, impl
         )
-        grads = [
-            grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)
-        ]
+        grads = [grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)]
         if grads[1] is not None and weight.is_contiguous():
             grads[1] = grads[1].contiguous()  # in the weight's own format, which DDP's buckets expect
         dresiduals = [

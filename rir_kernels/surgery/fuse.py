@@ -1,22 +1,14 @@
 """fuse_ and unfuse_: look first, then swap, so that a call that fails has changed nothing."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from torch import nn
 
 from ..dispatch import check_impl
-from .patterns import FAMILIES, Family, Match, Refusal
-from .patterns.base import PATTERNS
+from .patterns import FAMILIES, PATTERNS, Refusal
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, is_covered, is_fused, swap_back, swap_in
-
-
-class _Candidate(NamedTuple):
-    module: nn.Module
-    family: Family
-    found: list[Match | Refusal]
-    names: list[str]  # all under which the module is reached
 
 
 def fuse_(
@@ -57,16 +49,19 @@ def fuse_(
     enabled = _check_patterns(patterns)
     report = FusionReport(model, dry_run=dry_run)
     swaps = []
-    for candidate in _candidates(model):
-        matches = _select(candidate, enabled, filter_fn, report)
-        if not matches:
-            continue
-        module, family, _, names = candidate
-        swaps.append((module, Recipe(family.target(), family.mixin, impl, enabled)))
-        kind = type(module).__name__
-        report.replaced += [
-            Replaced(names[0], match.pattern, kind, impl, match.parts, tuple(names[1:])) for match in matches
-        ]
+
+    def fuse(module, family, names):
+        """Of this one module; the names of the children that are then bypassed."""
+        found = family.find(module)
+        kind, also = type(module).__name__, tuple(names[1:])
+        matches, reasons = _select(module, family, found, enabled, filter_fn, names)
+        report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
+        report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
+        if matches:
+            swaps.append((module, Recipe(family.target(), family.mixin, impl, enabled)))
+        return {part for match in matches for part in match.parts}
+
+    _walk(model, fuse)
     if not dry_run:
         for module, recipe in swaps:
             swap_in(module, recipe)
@@ -92,59 +87,46 @@ def unfuse_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _candidates(model):
-    """Every module that a family finds something in; what would be bypassed is not offered again."""
-    by_id: dict[int, tuple[list[str], _Candidate | None]] = {}
+def _walk(model, visit):
+    """visit(module, family, all its names) once for every module of a family's class, the outer ones first.
 
-    def visit(module, name):
-        if id(module) in by_id:  # shared, or a cycle
-            by_id[id(module)][0].append(name)
+    It returns the names of children that are not to be looked at any more.
+    """
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+    seen = set()
+
+    def walk(module):
+        if module is None or id(module) in seen:
             return
-        names = [name]
-        candidate = next(_offers(module, names), None)
-        by_id[id(module)] = names, candidate
+        seen.add(id(module))
         bypassed = set()
-        if candidate is not None:
-            bypassed = {part for found in candidate.found if isinstance(found, Match) for part in found.parts}
-        for child_name, child in module._modules.items():
-            if child is not None and child_name not in bypassed:
-                visit(child, f"{name}.{child_name}" if name else child_name)
+        for family in FAMILIES:
+            if (target := family.target()) is not None and isinstance(module, target):
+                bypassed = visit(module, family, names[id(module)])
+        for name, child in module._modules.items():
+            if name not in bypassed:
+                walk(child)
 
-    visit(model, "")
-    return [candidate for _, candidate in by_id.values() if candidate is not None]
-
-
-def _offers(module, names):
-    for family in FAMILIES:
-        target = family.target()
-        if target is not None and isinstance(module, target):
-            found = family.find(module)
-            if found:
-                yield _Candidate(module, family, found, names)
+    walk(model)
 
 
-def _select(candidate, enabled, filter_fn, report):
-    """The matches to be fused; the rest goes to report.skipped."""
-    module, family, found, names = candidate
-
-    def skip(reason):
-        report.skipped.append(Skipped(names[0], reason, type(module).__name__, tuple(names[1:])))
-
-    if reason := _unit_obstacle(module, family.target()):
-        skip(reason)
-        return []
-    matches = []
+def _select(module, family, found, enabled, filter_fn, names):
+    """(the matches to be fused, the reasons of what is left alone)"""
+    if found and (reason := _unit_obstacle(module, family.target())):
+        return [], [reason]
+    matches, reasons = [], []
     for one in found:
         if isinstance(one, Refusal):
-            skip(one.reason)
+            reasons.append(one.reason)
         elif one.pattern not in enabled:
-            skip(f"{one.pattern} is not among the patterns {', '.join(enabled) or '(none)'}")
+            reasons.append(f"{one.pattern} is not among the patterns asked for")
         else:
             matches.append(one)
     if matches and filter_fn is not None and not all(filter_fn(module, name) for name in names):
-        skip("excluded by filter_fn")
-        return []
-    return matches
+        return [], [*reasons, "excluded by filter_fn"]
+    return matches, reasons
 
 
 def _unit_obstacle(module, target):

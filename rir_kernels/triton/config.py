@@ -1,7 +1,8 @@
 """Tile shapes by an analytic rule: functions of shape and dtype alone, so every process and rank chooses the same.
 
 The rule gives the tiles that were compiled for sm_90 and read (`python -m rir_kernels.triton.inspect`): pixels are
-cut by powers of two that divide the image, taken from further images where one image is too small.
+cut by powers of two that divide the image, taken from further images where one image is too small. fp32 without TF32
+has no tensor cores: its products are plain multiply-adds in registers, and larger tiles spill.
 """
 
 from dataclasses import dataclass
@@ -84,10 +85,12 @@ def reduction_block(k: int, itemsize: int) -> int:
     return max(16, min(128 // itemsize, power_of_two_dividing(k)))
 
 
-def conv_config(n: int, h: int, w: int, c: int, k: int, itemsize: int) -> ConvConfig:
+def conv_config(n: int, h: int, w: int, c: int, k: int, itemsize: int, tensor_cores: bool) -> ConvConfig:
     """For an output of n x h x w pixels and c channels, and k input channels."""
+    pixels = max(16, min(128 if tensor_cores else 64, power_of_two_at_least(n * h * w)))
+    if not tensor_cores:
+        return ConvConfig(pixel_box(n, h, w, pixels), block_c=64, block_k=16, num_warps=8, num_stages=2)
     block_c = channel_block(c)
-    pixels = max(16, min(128, power_of_two_at_least(n * h * w)))
     return ConvConfig(
         box=pixel_box(n, h, w, pixels),
         block_c=block_c,
@@ -101,15 +104,19 @@ def conv_config(n: int, h: int, w: int, c: int, k: int, itemsize: int) -> ConvCo
 WGRAD_PROGRAMS = 264
 
 
-def wgrad_config(n: int, h: int, w: int, c_out: int, c_in: int, tap_rows: int, itemsize: int) -> WgradConfig:
+def wgrad_config(
+    n: int, h: int, w: int, c_out: int, c_in: int, tap_rows: int, itemsize: int, tensor_cores: bool
+) -> WgradConfig:
     """For dz of n x h x w pixels and c_out channels, x of c_in channels, `tap_rows` kernel rows in the launch."""
-    pixels = 64 if itemsize == 2 else 32
+    pixels = (64 if itemsize == 2 else 32) if tensor_cores else 16
     walk, box, tiles = min(_walks(n, h, w, pixels), key=lambda choice: choice[2])
-    block_co = channel_block(c_out)
-    block_ci = min(64, max(16, power_of_two_at_least(c_in)))
+    block_co = channel_block(c_out) if tensor_cores else 32
+    block_ci = min(64 if tensor_cores else 32, max(16, power_of_two_at_least(c_in)))
     programs = cdiv(c_out, block_co) * cdiv(c_in, block_ci) * tap_rows
     splits = max(1, WGRAD_PROGRAMS // programs)
     steps = power_of_two_at_least(cdiv(tiles, splits))
+    if not tensor_cores:
+        return WgradConfig(walk, box, steps, block_co, block_ci, num_warps=8, num_stages=2)
     return WgradConfig(walk, box, steps, block_co, block_ci, num_warps=8 if block_co == 128 else 4, num_stages=3)
 
 

@@ -92,9 +92,7 @@ def _store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=[
-        "N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "branch_scale", "eps"
-    ]
+    do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "branch_scale", "eps"]
 )  # N, H, W at run time: one compile for all image sizes
 def _conv_fwd_kernel(
     x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has the first alone, absent ones

@@ -25,7 +25,8 @@ import torch
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+GATED = ("bf16", "fp16", "tf32")
 SHARED_MEMORY_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
 
 
@@ -122,6 +123,7 @@ def _meta(shape, dtype):
 
 def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> list[Row]:
     """The rows of one layer, one for each distinct kernel; .ptx and .ttgir go to the folder `save`."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     rows, seen = [], set()
     for op, kernel, constants, compiled in compile_ops(shape, DTYPES[dtype], arch):
         if (op, compiled.hash) in seen:
@@ -144,10 +146,11 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             "local_loads": loop.count("ttg.local_load"),
             "warnings": warnings,
         }
-        needs_wgmma = kernel.startswith("_conv") and arch == "sm_90"
-        # a tf32 weight gradient would have to transpose in shared memory, which wgmma does for 16 bits alone
-        exempt = dtype == "tf32" and op == "weight gradient"
-        faults = _faults(found, needs_wgmma and not exempt, SHARED_MEMORY_KB.get(arch, 99))
+        # ieee fp32 has no tensor-core product; a tf32 weight gradient would have to transpose in shared memory, which
+        # wgmma does for 16 bits alone
+        exempt = dtype == "fp32" or (dtype == "tf32" and op == "weight gradient")
+        needs_wgmma = kernel.startswith("_conv") and arch == "sm_90" and not exempt
+        faults = _faults(found, needs_wgmma, SHARED_MEMORY_KB[arch])
         rows.append(Row(shape.name, dtype, op, kernel, _describe(constants), **found, faults=faults))
     return rows
 
@@ -241,13 +244,13 @@ def table(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rir_kernels.triton.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="sm_90", choices=sorted(SHARED_MEMORY_KB))
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; all by default")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; by default all but fp32")
     parser.add_argument("--table-only", action="store_true", help="the eleven rows alone, no stems and transitions")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     parser.add_argument("--save", metavar="DIR", help="keep every kernel's .ptx and .ttgir")
     args = parser.parse_args(argv)
     shapes = SHAPE_TABLE if args.table_only else SHAPE_TABLE + TRANSITIONS
-    rows = run(shapes, args.dtype or list(DTYPES), args.arch, args.save)
+    rows = run(shapes, args.dtype or GATED, args.arch, args.save)
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps({"arch": args.arch, "rows": [asdict(row) for row in rows]}, indent=1))

@@ -153,9 +153,7 @@ def test_only_what_is_asked_for(target, impl, monkeypatch):
     for module in (wgrad, vendor):
         monkeypatch.setattr(module, "conv_weight_grad", forbidden)
     scale = tensors["bn_weight"].requires_grad_()
-    y = functional.conv_bn_act(
-        tensors["x"], weight.detach(), scale, tensors["bn_bias"], *buffers, impl=impl, **options
-    )
+    y = functional.conv_bn_act(tensors["x"], weight.detach(), scale, tensors["bn_bias"], *buffers, impl=impl, **options)
     y.sum().backward()
     assert scale.grad is not None
 

@@ -51,7 +51,9 @@ def test_opcheck(spec, residuals, target, impl, training):
 
 @targets
 @impls
-@pytest.mark.parametrize("shape", [(2, 8, 4, 6), (2, 8, 1, 1), (2, 1, 4, 4), (2, 1, 3, 1), (1, 8, 4, 4), (2, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 4, 6), (2, 8, 1, 1), (2, 1, 4, 4), (2, 1, 3, 1), (1, 8, 4, 4), (2, 5, 3, 4)], ids=str
+)
 def test_fakes_have_the_real_strides(target, impl, shape):
     """Channels of one, single pixels and single images are where strides are ambiguous; opcheck sees but one shape."""
     spec = ConvBNActSpec(padding=(1, 1))

@@ -12,83 +12,64 @@ from torch import nn
 from ... import norm_state
 from ...spec import ConvBNActSpec
 from ...streams import pack_weight
-from ..guards import bypass_obstacle, conv_obstacle, padding_of, pair
+from ..guards import bypass_obstacle
 
 
 class Layer(NamedTuple):
-    """The modules by their names in the unit; None where a stream is absent."""
+    """The modules by their names in the unit, None where a stream is absent, and what they have to be like.
+
+    Convolutions without bias, with padding kernel_size // 2, so that the identity has their output's size.
+    """
 
     convs: dict[str, nn.Conv2d | None]  # rr, rt, tr, tt
     norms: dict[str, nn.BatchNorm2d | None]  # r, t
+    inputs: tuple[int, int]  # channels of r and t
+    outputs: tuple[int, int]
+    kernel_size: int
+    stride: tuple[int, int]
 
 
 def obstacle(layer: Layer) -> str:
-    """Why the layer cannot run as one: a module that may not be bypassed, or modules that disagree."""
-    convs, norms = ({name: m for name, m in group.items() if m is not None} for group in layer)
-    for name, conv in convs.items():
-        if reason := conv_obstacle(conv):
-            return f"{name}: {reason}"
-        if conv.groups != 1 or conv.bias is not None:
-            return f"{name}: groups and bias are not supported here"
-    for name, norm in norms.items():
-        if reason := bypass_obstacle(norm, nn.BatchNorm2d):
-            return f"{name}: {reason}"
-    if _differ([(*_geometry(conv), conv.weight.shape[2:]) for conv in convs.values()]):
-        return "the convolutions differ in kernel size, stride, padding or dilation"
-    if len(norms) == 2:
-        r, t = norms.values()
-        if r is t:
-            return "both streams share one norm, which then updates its statistics twice"
-        if _differ([(n.training, n.eps, n.momentum, n.track_running_stats, *map(_kind, _tensors(n))) for n in (r, t)]):
-            return "the norms differ in mode, eps, momentum, tracking, affine parameters or dtype"
-    return ""
-
-
-def misfit(layer: Layer, inputs: tuple[int, int], outputs: tuple[int, int]) -> str:
-    """Why modules without an obstacle do not fit streams of so many channels (r, t)."""
-    shapes = [(c_out, c_in) for c_in in inputs for c_out in outputs]
+    """Why the layer cannot run as one: a module that may not be bypassed, or that is not as described."""
+    size = layer.kernel_size
+    shapes = [(c_out, c_in, size, size) if c_in and c_out else None for c_in in layer.inputs for c_out in layer.outputs]
     for (name, conv), shape in zip(layer.convs.items(), shapes, strict=True):
-        if (conv is None) != (0 in shape) or (conv is not None and conv.weight.shape[:2] != shape):
-            return f"{name}: its channels do not fit the streams"
-    for (name, norm), channels in zip(layer.norms.items(), outputs, strict=True):
-        if (norm is None) != (channels == 0):
-            return f"{name}: its channels do not fit the streams"
-        if norm is not None and any(t is not None and t.shape != (channels,) for t in _tensors(norm)):
-            return f"{name}: its channels do not fit the streams"
+        if conv is not shape and (reason := _conv_obstacle(conv, shape, layer)):  # both are None: no such stream
+            return f"{name}: {reason}"
+    for (name, norm), channels in zip(layer.norms.items(), layer.outputs, strict=True):
+        if (norm is not None or channels) and (reason := _norm_obstacle(norm, channels)):
+            return f"{name}: {reason}"
+    r, t = layer.norms.values()
+    if r is None or t is None:
+        return ""
+    if r is t:
+        return "both streams share one norm, which updates its statistics twice"
+    if _description(r) != _description(t):
+        return "the norms differ in mode, eps, momentum, tracking, affine parameters or dtype"
     return ""
-
-
-def keeps_size(layer: Layer, stride: int) -> bool:
-    """Whether the convolutions map an image to its every stride-th pixel, so that the input can be added."""
-    conv = _first(layer.convs)
-    (stride_h, stride_w), padding, dilation = _geometry(conv)
-    same = [2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, conv.weight.shape[2:], strict=True)]
-    return all(same) and stride_h == stride_w == stride
 
 
 def counts_agree(layer: Layer) -> bool:
-    """Whether one momentum serves both norms; reads the counters, but only for the cumulative average."""
-    norms = [norm for norm in layer.norms.values() if norm is not None]
-    if len(norms) == 1 or norms[0].momentum is not None or not norms[0].training or not norms[0].track_running_stats:
+    """Whether one momentum serves both norms. Reads the counters, but only where they make the momentum."""
+    r, t = layer.norms.values()
+    if r is None or t is None or r.momentum is not None or not (r.training and r.track_running_stats):
         return True
-    r, t = (norm.num_batches_tracked for norm in norms)
-    return r is t or (r is not None and t is not None and int(r) == int(t))
+    count_r, count_t = r.num_batches_tracked, t.num_batches_tracked
+    return count_r is count_t or (count_r is not None and count_t is not None and int(count_r) == int(count_t))
 
 
 def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0, impl):
-    """x = [r | t] -> [r' | t'], for a layer without obstacles that fits."""
-    stride, padding, dilation = _geometry(_first(layer.convs))
+    """x = [r | t] -> [r' | t'], for a layer without obstacles."""
     norms = [norm for norm in layer.norms.values() if norm is not None]
     norm = norms[0] if len(norms) == 1 else _JoinedNorm(*norms)
     spec = ConvBNActSpec(
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
+        stride=layer.stride,
+        padding=(layer.kernel_size // 2, layer.kernel_size // 2),
         shortcut_channels=shortcut_channels,
         branch_scale=branch_scale,
         eps=norm.eps,
     )
-    weight = pack_weight(*(None if conv is None else conv.weight for conv in layer.convs.values()))
+    weight = pack_weight(*(None if conv is None else conv._parameters["weight"] for conv in layer.convs.values()))
     y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl)
     if len(norms) == 2:
         norm.write_back()
@@ -103,13 +84,12 @@ class _JoinedNorm:
         self.training, self.eps, self.momentum = r.training, r.eps, r.momentum
         self.track_running_stats = r.track_running_stats
         self.weight, self.bias, self.running_mean, self.running_var = (
-            None if of_r is None else torch.cat([of_r, of_t])
-            for of_r, of_t in zip(_tensors(r), _tensors(t), strict=True)
+            None if of_r is None else torch.cat([of_r, of_t]) for of_r, of_t in zip(_state(r), _state(t), strict=True)
         )
-        self.num_batches_tracked = r.num_batches_tracked  # itself, so r's batch is counted by norm_state
+        self.num_batches_tracked = r.num_batches_tracked  # itself: norm_state counts r's batch
 
     def write_back(self):
-        """Give the norms their parts of the updated statistics, and count the batch for t."""
+        """Give both norms their parts of the updated statistics, and count t's batch."""
         r, t = self.norms
         if not (self.training and self.track_running_stats):
             return
@@ -123,21 +103,39 @@ class _JoinedNorm:
             t.num_batches_tracked.add_(1)
 
 
-def _tensors(norm):
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+def _conv_obstacle(conv, shape, layer):
+    if reason := bypass_obstacle(conv, nn.Conv2d):
+        return reason
+    found = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    expected = layer.stride, (layer.kernel_size // 2, layer.kernel_size // 2), (1, 1), 1, "zeros"
+    if found != expected:
+        return f"stride, padding, dilation, groups, padding_mode are {found}, expected {expected}"
+    parameters = conv._parameters
+    if parameters.get("bias") is not None:
+        return "a bias is not supported here"
+    weight = parameters.get("weight")
+    if weight is None or weight.shape != shape:
+        return f"weight: expected a parameter of shape {shape}"
+    return ""
 
 
-def _kind(tensor):
-    return None if tensor is None else (tensor.dtype, tensor.device)
+def _norm_obstacle(norm, channels):
+    if reason := bypass_obstacle(norm, nn.BatchNorm2d):
+        return reason
+    parameters, buffers = norm._parameters, norm._buffers
+    if not ("weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers):
+        return "its parameters or buffers are no longer registered as such"
+    if any(tensor is not None and tensor.shape != (channels,) for tensor in _state(norm)):
+        return f"it does not have {channels} channels"
+    return ""
 
 
-def _geometry(conv):
-    return pair(conv.stride), padding_of(conv), pair(conv.dilation)
+def _state(norm):
+    parameters, buffers = norm._parameters, norm._buffers
+    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
 
 
-def _first(convs):
-    return next(conv for conv in convs.values() if conv is not None)
-
-
-def _differ(values):
-    return any(value != values[0] for value in values)
+def _description(norm):
+    """What has to be the same for two norms to be one; a tensor's dtype, or None where it is absent."""
+    dtypes = [None if tensor is None else tensor.dtype for tensor in _state(norm)]
+    return norm.training, norm.eps, norm.momentum, norm.track_running_stats, dtypes

@@ -1,4 +1,4 @@
-"""pytorchcv's RiRUnit (pytorchcv.models.rir_cifar, seen in 0.0.74): P4.
+"""pytorchcv's RiRUnit (pytorchcv.models.rir_cifar, as of 0.0.74): P4.
 
     r' = PA_r(res_pass(r) + trans_cross(t) + identity(r)),  t' = PA_t(trans_pass(t) + res_cross(r)),  PA = ReLU(BN(.))
 
@@ -8,6 +8,7 @@ class can only be there if it has been.
 
 import sys
 
+import torch
 from torch import nn
 
 from ...joining import join
@@ -23,15 +24,10 @@ _ACTIVATIONS = ("res_postactiv", "trans_postactiv")
 
 class FusedRiRUnit(Fused):
     def forward(self, x_res, x_trans):
-        if (
-            call_obstacle(x_res, x_trans)
-            or _obstacle(self)
-            or not _fit(self, x_res, x_trans)
-            or not four_convs.counts_agree(layer := _layer(self))
-        ):
+        if call_obstacle(x_res, x_trans) or _obstacle(self) or not _fits(layer := _layer(self), x_res, x_trans):
             return super().forward(x_res, x_trans)
 
-        channels = self.res_pass_conv.weight.shape[0]
+        channels = layer.outputs[0]
         y = four_convs.run(
             layer,
             join(x_res, x_trans),
@@ -52,42 +48,50 @@ def _library():
     return sys.modules.get("pytorchcv.models.rir_cifar")
 
 
-def _layer(unit):
-    return Layer(
-        {name: getattr(unit, name) for name in _CONVS},
-        {f"{name}.bn": getattr(unit, name).bn for name in _ACTIVATIONS},
-    )
-
-
 def _obstacle(unit):
-    for name in _ACTIVATIONS:  # before anything is read from inside
-        activation = getattr(unit, name)
+    """Why the unit's modules cannot be bypassed; those of `_layer` can be read only after the types are known."""
+    modules = unit._modules
+    for name in _ACTIVATIONS:
+        activation = modules.get(name)
         if reason := bypass_obstacle(activation, _library().PostActivation):
             return f"{name}: {reason}"
-        if reason := bypass_obstacle(activation.activ, nn.ReLU):
+        if reason := bypass_obstacle(activation._modules.get("activ"), nn.ReLU):
             return f"{name}.activ: {reason}"
+    if reason := bypass_obstacle(modules.get(_CONVS[0]), nn.Conv2d):
+        return f"{_CONVS[0]}: {reason}"
     layer = _layer(unit)
-    if None in layer.convs.values() or None in layer.norms.values():
-        return "a convolution or a norm is missing"
     if reason := four_convs.obstacle(layer):
         return reason
-    outputs, inputs = unit.res_pass_conv.weight.shape[:2]
-    if reason := four_convs.misfit(layer, (inputs, inputs), (outputs, outputs)):
-        return reason
-    if unit.resize_identity:
-        conv = unit.identity_conv  # called as it is, so it may have hooks and parametrizations
-        if not isinstance(conv, nn.Conv2d) or conv.out_channels != outputs:
-            return "identity_conv: not a Conv2d to the residual stream"
-    elif inputs != outputs or not four_convs.keeps_size(layer, 1):
-        return "the shortcut does not have the convolutions' output shape"
+    if not unit.resize_identity:
+        if layer.inputs != layer.outputs or layer.stride != (1, 1):
+            return "the identity does not have the shape of the convolutions' output"
+        return ""
+    conv = modules.get("identity_conv")  # it is called, and may have hooks and parametrizations
+    if not isinstance(conv, nn.Conv2d) or conv.out_channels != layer.outputs[0]:
+        return "identity_conv: expected a Conv2d with the residual stream's channels"
     return ""
 
 
-def _fit(unit, r, t):
-    # what else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
-    channels = unit.res_pass_conv.weight.shape[1]
-    same = r.shape == t.shape and r.dtype == t.dtype and r.device == t.device
-    return same and r.dim() == 4 and r.shape[1] == channels
+def _layer(unit):
+    modules = unit._modules
+    first = modules[_CONVS[0]]
+    return Layer(
+        convs={name: modules.get(name) for name in _CONVS},
+        norms={f"{name}.bn": modules[name]._modules.get("bn") for name in _ACTIVATIONS},
+        inputs=(first.in_channels, first.in_channels),
+        outputs=(first.out_channels, first.out_channels),
+        kernel_size=3,
+        stride=first.stride,
+    )
+
+
+def _fits(layer, r, t):
+    # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
+    if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
+        return False
+    if r.dtype != t.dtype and not torch.is_autocast_enabled(r.device.type):
+        return False
+    return four_convs.counts_agree(layer)
 
 
 FAMILY = Family(target=lambda: getattr(_library(), "RiRUnit", None), find=_find, mixin=FusedRiRUnit)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ... import norm_state
 from ...spec import ConvBNActSpec
-from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, padding_of, pair
+from ..guards import bypass_obstacle, call_obstacle, padding_of, pair
 from ..swap import Fused
 from .base import Family, Match, Refusal
 
@@ -58,8 +58,13 @@ def _at(modules, index):
 
 
 def _obstacle(conv, bn, relu=None):
-    reason = conv_obstacle(conv) or bypass_obstacle(bn, nn.BatchNorm2d)
-    return reason or ("" if relu is None else bypass_obstacle(relu, nn.ReLU))
+    if reason := bypass_obstacle(conv, nn.Conv2d):
+        return reason
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}: only 'zeros' is supported"
+    if padding_of(conv) is None:
+        return f"padding={conv.padding!r} with an even kernel pads one side more than the other"
+    return bypass_obstacle(bn, nn.BatchNorm2d) or (bypass_obstacle(relu, nn.ReLU) if relu is not None else "")
 
 
 def _run(x, conv, bn, relu=None, *, impl):

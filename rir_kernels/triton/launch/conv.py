@@ -18,6 +18,7 @@ from rir_kernels.triton.launch.runtime import (
     has_aligned_rows,
     launch,
     pack_weight,
+    uses_tensor_cores,
 )
 
 
@@ -109,7 +110,7 @@ def _launch_tiles(
     weight_t=False,
 ) -> TileMoments | None:
     n, _, h, w = out.shape
-    config = conv_config(n, h, w, c, k, out.element_size())
+    config = conv_config(n, h, w, c, k, out.element_size(), uses_tensor_cores(out))
     tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rir_kernels.dispatch import tf32_allowed
+
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
 # `rir_kernels.triton.inspect` puts a function here to compile what would be launched
@@ -117,5 +119,8 @@ def _round_to_tf32(weight: torch.Tensor) -> torch.Tensor:
 
 def dot_precision(operand: torch.Tensor) -> str:
     """The `input_precision` of tl.dot. It matters to fp32 alone, where torch's own TF32 switch decides."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if operand.dtype == torch.float32 and tf32 and not operand.is_cpu else "ieee"
+    return "tf32" if operand.dtype == torch.float32 and tf32_allowed() and not operand.is_cpu else "ieee"
+
+
+def uses_tensor_cores(operand: torch.Tensor) -> bool:
+    return operand.dtype != torch.float32 or dot_precision(operand) == "tf32"

@@ -4,7 +4,14 @@ import torch
 
 from rir_kernels.triton.config import cdiv, wgrad_config
 from rir_kernels.triton.launch.partials import sum_partials
-from rir_kernels.triton.launch.runtime import describable, describe, device_guard, dot_precision, launch
+from rir_kernels.triton.launch.runtime import (
+    describable,
+    describe,
+    device_guard,
+    dot_precision,
+    launch,
+    uses_tensor_cores,
+)
 from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel
 
 
@@ -18,7 +25,7 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     row_planes = [p for p in range(stride[0]) if (p + spec.padding[0]) % stride[0] < kernel[0]]
     # rows of taps in the largest of the launches; every launch splits alike, into one buffer
     tap_rows = cdiv(kernel[0], stride[0])
-    config = wgrad_config(n, h, w, c_out, c_in, tap_rows, x.element_size())
+    config = wgrad_config(n, h, w, c_out, c_in, tap_rows, x.element_size(), uses_tensor_cores(x))
     tiles_n, tiles_h, tiles_w = cdiv(n, config.box[0]), cdiv(h, config.box[1]), cdiv(w, config.box[2])
     splits = cdiv(tiles_n * tiles_h * tiles_w, config.steps)
     partial = torch.empty((splits, c_out, taps, c_in), dtype=torch.float32, device=x.device)

@@ -1,0 +1,95 @@
+"""The compile gate: every row of the shape table, and that the gate does notice."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rir_kernels.triton import inspect
+from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
+
+OPS = {"forward, training", "forward, inference", "data gradient", "weight gradient"}
+
+
+def _python(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path):
+    """bf16, fp16 and tf32: no spill, no serialised wgmma, nothing between shared memory and wgmma in the main loop."""
+    report, saved = tmp_path / "rows.json", tmp_path / "kernels"
+    done = _python("-m", "rir_kernels.triton.inspect", "--arch", "sm_90", "--json", str(report), "--save", str(saved))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rows = json.loads(report.read_text())["rows"]
+    for shape in SHAPE_TABLE + TRANSITIONS:
+        for dtype in inspect.GATED:
+            mine = [row for row in rows if (row["shape"], row["dtype"]) == (shape.name, dtype)]
+            convolutions = [row for row in mine if row["kernel"].startswith("_conv")]
+            assert {row["op"] for row in convolutions} == OPS
+            assert len({row["kernel"] for row in mine}) == 8
+            for row in mine:
+                assert row["spills"] == 0 and not row["warnings"] and not row["faults"], row
+                assert row["shared_kb"] <= 227 and 0 < row["registers"] <= 255
+            for row in convolutions:
+                if dtype == "tf32" and row["op"] == "weight gradient":
+                    continue
+                assert row["wgmma"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
+    assert len(list(saved.glob("*.ptx"))) == len(list(saved.glob("*.ttgir"))) == len(rows)
+
+
+def test_a_tile_too_large_for_the_registers_fails_the_gate():
+    """256 channels by 128 pixels on four warps are 256 accumulators a thread: the gate must see the spill."""
+    done = _python("-c", """
+import rir_kernels.triton.config as config
+import rir_kernels.triton.launch.conv as launch
+from rir_kernels.triton import inspect
+from rir_kernels.triton.shapes import Shape
+launch.conv_config = lambda n, h, w, c, *_: config.ConvConfig(config.pixel_box(n, h, w, 128), 256, 64, 4, 2)
+rows = inspect.inspect(Shape(256, 256, 8), "bf16", "sm_90")
+spilled = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
+print(all(row.spills and not row.passed for row in spilled), len(spilled))
+""")  # fmt: skip
+    assert done.stdout.split() == ["True", "3"], done.stdout + done.stderr
+
+
+FOUND = {
+    "registers": 90, "spills": 0, "shared_kb": 128.0, "wgmma": 4, "conversions": 0, "local_loads": 0, "warnings": ()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"spills": 8}, "8 bytes spilled"),
+        ({"shared_kb": 228.0}, "228 KB of shared memory, limit 227"),
+        ({"warnings": ("C7510",)}, "C7510"),
+        ({"wgmma": 0}, "no wgmma"),
+        ({"conversions": 2}, "2 conversions in the main loop"),
+        ({"local_loads": 1}, "1 local_loads in the main loop"),
+    ],
+)
+def test_each_fault_is_named(change, words):
+    assert inspect._faults(FOUND, True, 227) == ()
+    assert inspect._faults(FOUND | change, True, 227) == (words,)
+
+
+def test_main_loop_is_the_innermost_one_with_the_product():
+    ttgir = """\
+    %a = ttg.convert_layout %b
+    scf.for %i = %c0 to %n step %c1 {
+      %l = ttg.local_load %m
+      %r = scf.for %j = %c0 to %k step %c1 iter_args(%acc = %zero) {
+        %s = ttg.local_load %t
+        %d = ttng.warp_group_dot %s, %x, %acc
+        scf.yield %d
+      }
+    }
+    %e = scf.for %j = %c0 to %k step %c1 iter_args(%acc = %zero) {
+      %f = ttg.convert_layout %g
+    }
+"""
+    loop = inspect.main_loop(ttgir)
+    assert loop.count("ttg.local_load") == 1 and "convert_layout" not in loop
