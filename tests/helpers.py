@@ -1,7 +1,24 @@
 """Oracles that tests share: the operation's formula, one call with every result, and the budget for errors."""
 
+import copy
+
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from rir_kernels import reference
+from rir_kernels.streams import pack_weight
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """fp64 and a fixed seed in every test of the file that imports it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
 
 
 def pair(value):
@@ -147,3 +164,46 @@ def assert_within_budget(ours, torchs, golden, dtype):
 def worst(error):
     """The index of the largest element."""
     return tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+
+
+# modules
+
+
+def scrambled(module):
+    """Norms whose numbers are not ones and zeros, so that none can be forgotten or swapped."""
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, -1.5, 1.5)
+            nn.init.normal_(m.bias)
+            nn.init.normal_(m.running_mean)
+            nn.init.uniform_(m.running_var, 0.5, 2.0)
+    return module
+
+
+def module_results(module, x, *more):
+    """y, every gradient of a random loss, and every buffer, by name; the reference's under the packed layer's names."""
+    module = copy.deepcopy(module)
+    leaves = [t.clone().requires_grad_() for t in (x, *more)]
+    y = module(*leaves)
+    torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).mul(y).sum().backward()
+    named = {name: p.grad for name, p in module.named_parameters()} | dict(module.named_buffers())
+    for name, layer in module.named_modules():
+        if isinstance(layer, reference.RiRLayer):
+            _pack_names(named, f"{name}." if name else "")
+    return {"y": y.detach()} | {f"input{i}": leaf.grad for i, leaf in enumerate(leaves)} | named
+
+
+def _pack_names(named, prefix):
+    blocks = [named.pop(f"{prefix}conv_{name}.weight", None) for name in ("rr", "rt", "tr", "tt")]
+    named[f"{prefix}weight"] = pack_weight(*blocks)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        halves = [named.pop(f"{prefix}bn_{stream}.{name}", None) for stream in "rt"]
+        halves = [half for half in halves if half is not None]
+        named[f"{prefix}bn.{name}"] = halves[0] if name == "num_batches_tracked" else torch.cat(halves)
+
+
+def assert_same_results(module, ref, *inputs, rtol, atol):
+    ours, theirs = module_results(module, *inputs), module_results(ref, *inputs)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

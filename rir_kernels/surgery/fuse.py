@@ -131,7 +131,7 @@ def _select(module, family, found, enabled, filter_fn, names):
 
 def _unit_obstacle(module, target):
     if is_fused(module):
-        return f"already fused (impl={module._rir_fusion.impl!r}): unfuse_ first to change that"
+        return f"already fused with impl={module._rir_fusion.impl!r} (unfuse_ first to change it)"
     if type(module) is not target:
         return f"{type(module).__name__} is a subclass of {target.__name__}: only the exact class is known"
     if "forward" in module.__dict__:

@@ -57,7 +57,7 @@ class FusionReport:
         lines = [self._title()]
         for heading, groups in self._sections():
             lines.append(f"{heading}:")
-            lines += [f"  {title} ({len(items)}): {_names(items)}" for title, items in groups.items()]
+            lines += [f"  {len(items)} x {title}: {_names(items)}" for title, items in groups.items()]
         return "\n".join(lines)
 
     __repr__ = __str__  # the fields would print the whole model
@@ -82,7 +82,7 @@ class FusionReport:
     def _sections(self):
         """(heading, {title: items}), without the empty ones."""
         replaced = _grouped(self.replaced, lambda item: f"{item.pattern} in {item.kind}, impl={item.impl}")
-        skipped = _grouped(self.skipped, lambda item: f"{item.kind}: {item.reason}")
+        skipped = _grouped(self.skipped, lambda item: f"{item.kind}, {item.reason}")
         heading = "to be replaced" if self.dry_run else "replaced"
         return [section for section in ((heading, replaced), ("skipped", skipped)) if section[1]]
 

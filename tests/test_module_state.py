@@ -1,0 +1,181 @@
+"""The state of RiRLayer, RiRBlock and ConvBNAct: names, copies, casts, counted batches, frozen parts."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import rir_kernels as rir
+from rir_kernels import functional
+from tests.helpers import conv_formula, double_precision, module_results, scrambled  # noqa: F401
+
+# fp64, outputs and gradients of order one to a hundred: rounding stays below 1e-11, and a mistake is above 1e-3
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def test_names():
+    def keys(module):
+        return list(module.state_dict())
+
+    norm = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"]
+    assert keys(rir.RiRLayer(4, 6)) == ["weight", *norm]
+    assert keys(rir.RiRLayer(4, 6, shortcut="projection")) == ["weight", *norm, "projection.weight"]
+    assert keys(rir.ConvBNAct(4, 6, 3, bias=True)) == ["conv.weight", "conv.bias", *norm]
+    block = rir.RiRBlock(4, 6, shortcut="projection", outer_streams="both")
+    assert keys(block)[-2:] == ["projection.weight", "projection_t.weight"]
+    assert keys(block)[:2] == ["layers.0.weight", "layers.0.bn.weight"]
+    assert rir.RiRLayer(4, 6).projection is None
+
+
+def test_initial_variance_is_he_with_the_packed_fan_in():
+    layer = rir.RiRLayer(48, 96, stride=2, shortcut="projection", residual_fraction=0.25)
+    for weight, fan_in in ((layer.weight, 48 * 9), (layer.projection.weight, 12)):
+        # the sample variance of n normals has the relative deviation sqrt(2 / n); 5 of them, and the seed is fixed
+        assert weight.var().item() == pytest.approx(2 / fan_in, rel=5 * (2 / weight.numel()) ** 0.5)
+
+
+MODULES = {
+    "layer": lambda: rir.RiRLayer(4, 6, stride=2, shortcut="projection", branch_scale=0.5),
+    "block": lambda: rir.RiRBlock(4, 6, stride=2, outer_streams="both"),
+    "unit": lambda: rir.ConvBNAct(4, 6, 3),
+}
+modules = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
+
+
+@modules
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_row_51_copies_are_equal_and_independent(make, duplicate):
+    module, x = scrambled(make()), torch.randn(3, 4, 7, 5)
+    twin = duplicate(module)
+    ours, theirs = module_results(twin, x), module_results(module, x)
+    for name, expected in theirs.items():
+        assert torch.equal(ours[name], expected), name
+    before = copy.deepcopy(module.state_dict())
+    twin(x)
+    for p in twin.parameters():
+        nn.init.zeros_(p)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@modules
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_casts(make, dtype):
+    module = scrambled(make())
+    x = torch.randn(3, 4, 7, 5).to(dtype)
+    y = copy.deepcopy(module).to(dtype)(x)
+    assert y.dtype == dtype
+    # parameters, inputs and every step are rounded: a dozen roundings of values of order one
+    torch.testing.assert_close(y.double(), module(x.double()), rtol=0, atol=12 * torch.finfo(dtype).eps)
+
+
+@modules
+def test_channels_last(make):
+    module, x = make(), torch.randn(3, 4, 7, 5)
+    expected = module(x)
+    assert expected.is_contiguous()
+    module.to(memory_format=torch.channels_last)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        y = module(x.contiguous(memory_format=memory_format))
+        assert y.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(y, expected, **CLOSE)
+
+
+def norms(module):
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@modules
+def test_every_batch_is_counted_once(make):
+    module = make()
+    for expected in (1, 2):
+        module(torch.randn(3, 4, 7, 5))
+        assert [int(bn.num_batches_tracked) for bn in norms(module)] == [expected] * len(norms(module))
+    module(torch.randn(0, 4, 7, 5))  # an empty one too, as by torch
+    module.eval()(torch.randn(3, 4, 7, 5))
+    assert [int(bn.num_batches_tracked) for bn in norms(module)] == [3] * len(norms(module))
+
+
+@modules
+def test_nothing_is_counted_where_the_operation_fails(make, monkeypatch):
+    module = make()
+    before = copy.deepcopy(module.state_dict())
+
+    def failing(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(functional.aten, "conv_bn_act", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        module(torch.randn(3, 4, 7, 5))
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 1.0, 0.25])
+def test_momentum_rule_is_batch_norms(momentum):
+    layer, x = rir.RiRLayer(4, 6, momentum=momentum, shortcut="none"), [torch.randn(3, 4, 5, 5) for _ in range(3)]
+    bn = nn.BatchNorm2d(6, momentum=momentum)
+    for batch in x:
+        layer(batch)
+        bn(conv_formula(batch, layer.weight, padding=1))
+    for name, expected in bn.state_dict().items():
+        torch.testing.assert_close(layer.bn.state_dict()[name], expected, **CLOSE)
+
+
+@modules
+def test_a_frozen_norm_uses_and_keeps_its_statistics(make):
+    module, x = scrambled(make()), torch.randn(3, 4, 7, 5)
+    expected = module_results(copy.deepcopy(module).eval(), x)
+    module.train()
+    for bn in norms(module):
+        bn.eval()
+    for name, result in module_results(module, x).items():
+        assert torch.equal(result, expected[name]), name
+
+
+@modules
+def test_frozen_parameters_get_no_gradient(make):
+    module, x = make(), torch.randn(3, 4, 7, 5)
+    expected = module_results(module, x)
+    for bn in norms(module):
+        bn.requires_grad_(False)
+    for name, result in module_results(module, x).items():
+        assert result is None if name.endswith(("bn.weight", "bn.bias")) else torch.equal(result, expected[name]), name
+    assert not module.requires_grad_(False)(x).requires_grad
+
+
+@modules
+def test_row_29_two_forwards_then_two_backwards(make):
+    module, batches = make(), [torch.randn(3, 4, 7, 5) for _ in range(2)]
+
+    def gradients(backward_last):
+        twin = copy.deepcopy(module)
+        losses = []
+        for batch in batches:
+            loss = twin(batch).square().sum()
+            losses.append(loss) if backward_last else loss.backward()
+        for loss in losses:
+            loss.backward()
+        return [p.grad for p in twin.parameters()]
+
+    for together, apart in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(together, apart, **CLOSE)
+
+
+@pytest.mark.parametrize("missing", ["affine", "track_running_stats"])
+@modes
+def test_row_23_norms_without_parameters_or_statistics(missing, training):
+    layer = rir.RiRLayer(4, 6)
+    layer.bn = nn.BatchNorm2d(6, **{missing: False})
+    layer.train(training)
+    x = torch.randn(3, 4, 5, 5)
+    bn = copy.deepcopy(layer.bn)
+    z = conv_formula(x, layer.weight.detach(), padding=1)
+    z[:, :2] += x[:, :2]
+    torch.testing.assert_close(layer(x), bn(z).relu(), **CLOSE)
+    assert layer.bn.state_dict().keys() == bn.state_dict().keys()
+    for name, expected in bn.state_dict().items():
+        torch.testing.assert_close(layer.bn.state_dict()[name], expected, **CLOSE)
