@@ -104,9 +104,9 @@ def apply(
     channels_last = is_channels_last(x)
     if impl in ("hybrid", "triton") and x.shape[0] > 0:
         y, mean, var = ops.conv_bn_act(
-            x.contiguous(memory_format=torch.channels_last), weight, bias, bn_weight, bn_bias,
+            _as_channels_last(x), weight, bias, bn_weight, bn_bias,
             *((None, None) if training else (running_mean, running_var)),
-            [r if is_channels_last(r) else r.contiguous(memory_format=torch.channels_last) for r in residuals],
+            [_as_channels_last(residual) for residual in residuals],
             spec, training=training, impl=impl,
         )  # fmt: skip
         if training and running_mean is not None:
@@ -120,6 +120,11 @@ def apply(
             bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
         )  # fmt: skip
     return to_format(y, channels_last)
+
+
+def _as_channels_last(x):
+    # slices of channels stay as they are: the kernels read them in place where they are aligned
+    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
 
 
 def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, training, **options):

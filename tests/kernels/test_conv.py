@@ -124,7 +124,7 @@ def test_epilogue_adds_two_residuals_and_scales_the_branch_alone(target):
 @targets
 def test_slices_and_unaligned_tensors_are_read_right(target):
     """Slices of channels in place, odd offsets, strides of zero and overlapping views by a copy."""
-    from rir_kernels.triton.launch import conv
+    from rir_kernels.triton.launch import conv, wgrad
 
     spec = ConvBNActSpec(padding=(1, 1))
     weight = small_integers((8, 8, 3, 3), target, seed=2)
@@ -141,6 +141,9 @@ def test_slices_and_unaligned_tensors_are_read_right(target):
     ):
         z, _ = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
         assert torch.equal(z.double(), F.conv2d(x.double(), weight.double(), None, 1, 1)), x.stride()
+        dz = small_integers(z.shape, target, seed=9)
+        dw = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dz.double(), 1, 1)
+        assert torch.equal(wgrad.conv_weight_grad(dz, x, kernel=(3, 3), spec=spec).double(), dw), x.stride()
 
 
 @targets
