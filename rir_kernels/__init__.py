@@ -11,7 +11,23 @@ Nothing here imports triton or starts CUDA: kernels are loaded by the first call
 
 from . import functional, reference
 from .dispatch import use_impl
+from .env import env_report
+from .equivalence import EquivalenceReport, compare
 from .modules import ConvBNAct, RiRBlock, RiRLayer
+from .surgery import FusionReport, fuse_, unfuse_
 
 __version__ = "0.1.0"
-__all__ = ["ConvBNAct", "RiRBlock", "RiRLayer", "functional", "reference", "use_impl"]
+__all__ = [
+    "ConvBNAct",
+    "EquivalenceReport",
+    "FusionReport",
+    "RiRBlock",
+    "RiRLayer",
+    "compare",
+    "env_report",
+    "functional",
+    "fuse_",
+    "reference",
+    "unfuse_",
+    "use_impl",
+]

@@ -1,0 +1,71 @@
+"""env_report: what a bug report should say about where it happened. `python -m rir_kernels` prints it."""
+
+import importlib
+import platform
+
+import torch
+
+from . import dispatch
+from .spec import ConvBNActSpec
+
+
+class EnvReport(dict):
+    """Name -> value, both fit for JSON; str() is a table."""
+
+    def __str__(self) -> str:
+        lines = list(_flat(self))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
+
+
+def env_report() -> EnvReport:
+    """Versions, devices, switches, and which implementations run here (otherwise what they lack).
+
+    CUDA is started only where it is available. Raises nothing: what cannot be found out is said in its place.
+    """
+    cuda = torch.cuda.is_available()
+    return EnvReport(
+        rir_kernels=importlib.import_module(__package__).__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        numpy=_version("numpy"),
+        cuda=torch.version.cuda or "no (a build of torch without it)",
+        cudnn=torch.backends.cudnn.version() if cuda else "not loaded",
+        devices=[_describe(index) for index in range(torch.cuda.device_count())] if cuda else ["cpu"],
+        interpreter=dispatch.interpreting(),
+        tf32=dispatch.tf32_allowed(),
+        impls={impl: _availability(impl, "cuda" if cuda else "cpu") for impl in dispatch.IMPLS if impl != "auto"},
+    )
+
+
+def _version(name) -> str:
+    try:
+        return importlib.import_module(name).__version__
+    except Exception as error:  # a broken install raises more than ImportError
+        return f"no ({type(error).__name__}: {error})"
+
+
+def _describe(index) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)}, capability {major}.{minor}"
+
+
+def _availability(impl, device) -> str:
+    x = torch.empty(1, 1, 1, 1, device=device)
+    try:  # as a call is answered
+        dispatch.resolve(impl, x, x, ConvBNActSpec())
+    except (ImportError, RuntimeError) as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def _flat(report):
+    for name, value in report.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        elif isinstance(value, list):
+            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+        else:
+            yield name, ("off", "on")[value] if isinstance(value, bool) else value
