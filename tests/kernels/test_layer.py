@@ -7,6 +7,7 @@ the same dtype, plus two roundings of the largest value.
 import pytest
 import torch
 
+import rir_kernels as rir
 from rir_kernels import functional, reference
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
@@ -30,7 +31,7 @@ CASES = {
 
 def _call(case, target, training):
     (c_in, c_out), stride, k, residuals, options = case
-    device, dtype = target
+    device = target[0]
     n, h, w = 3, 7, 6
     out = (-(-h // stride), -(-w // stride))
     stats = (device, torch.float32)
@@ -198,3 +199,39 @@ def test_what_the_kernels_do_not_do_is_refused_by_name_and_done_by_hybrid(option
     plain = reference.conv_bn_act(x, weight, **kwargs)
     budget = 2 * (plain.double() - golden).abs().max() + 2 * 1.2e-7 * golden.abs().max()
     assert (y.double() - golden).abs().max() <= budget
+
+
+@pytest.mark.parametrize("shortcut", ["pad", "projection"])
+@pytest.mark.parametrize("stride", [1, 2])
+@targets
+@impls
+def test_rir_layer_against_its_four_convolutions(target, impl, stride, shortcut):
+    """The identity inside the kernels, forward and backward; `compare` brings the budget."""
+    device, dtype = target
+    torch.manual_seed(0)
+    layer = rir.RiRLayer(8, 12, stride=stride, shortcut=shortcut, impl=impl, device=device, dtype=dtype)
+    report = rir.compare(layer.to_reference(), layer, rand((3, 8, 6, 5), target, seed=1))
+    assert report.passed, report
+
+
+@targets
+def test_inference_with_a_gradient_normalizes_the_z_that_it_saves(target):
+    """Backward takes the ReLU's mask from the stored z: y must be its function, not the accumulator's.
+
+    With mean 0, variance + eps 1 and no affine parameters y is relu(z) exactly; from the accumulator it would be
+    rounded from other digits wherever scale and rounding do not commute, so the branch is scaled by 3.
+    """
+    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.triton.launch import conv
+
+    x, weight = rand((2, 8, 6, 6), target, seed=1), rand((8, 8, 3, 3), target, seed=2)
+    residual = rand((2, 8, 6, 6), target, seed=3)
+    statistics = {"mean": torch.zeros(8, device=target[0]), "var": torch.full((8,), 0.5, device=target[0])}
+    spec = ConvBNActSpec(padding=(1, 1), eps=0.5, post_norm=True, branch_scale=3.0)
+    y, z = conv.conv_infer(
+        x, weight, bias=None, residuals=[residual], spec=spec, gamma=None, beta=None, save_z=True, **statistics
+    )
+    golden = (z.double() * 3 + residual.double()).relu()
+    # one rounding to the dtype, and the fp32 roundings of product and sum
+    allowed = torch.finfo(target[1]).eps / 2 * golden + 1.2e-7 * (3 * z.double().abs() + residual.double().abs())
+    assert ((y.double() - golden).abs() <= allowed).all()
