@@ -73,7 +73,7 @@ def merge_norms(norms: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
     for name in ("eps", "momentum", "training", "track_running_stats"):
         _agreed(f"{name} of the norms", [getattr(norm, name) for norm in norms])
     counts = [norm.num_batches_tracked for norm in norms]
-    _agreed("num_batches_tracked of the norms", [None if count is None else int(count) for count in counts])
+    _agreed("num_batches_tracked of the norms", [None if c is None or c.is_meta else int(c) for c in counts])
     for name in _NORM_STATE:
         tensors = [getattr(norm, name) for norm in norms]
         kinds = [None if t is None else (t.dtype, t.requires_grad) for t in tensors]

@@ -28,11 +28,14 @@ class _PerThread(threading.local):
 
 
 _state = _PerThread()
+_warned = set()
 
 
 @contextlib.contextmanager
 def use_impl(name: str):
     """Within it "auto" means `name`, in this thread; calls that name another implementation are left alone.
+
+    torch.compile looks while it compiles and not again: a compiled function keeps the implementation it was given.
 
     ValueError where `name` is none of "auto", "reference", "torch", "hybrid", "triton".
     """
@@ -119,7 +122,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-@torch.compiler.assume_constant_result
+def _not_traced(function):
+    """torch.compile calls the function and takes its result for a constant.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports the compiler for it, and with that triton.
+    The compiler sees the mark on plain functions alone: it looks through functools.cache.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_not_traced
 def triton_missing() -> str:
     """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
     needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"
@@ -133,9 +146,13 @@ def triton_missing() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_not_traced
 def _missing_on(index: int) -> str:
+    return _find_missing_on(index)
+
+
+@functools.cache
+def _find_missing_on(index: int) -> str:
     if missing := triton_missing():
         return f"needs {missing}"
     if torch.version.hip:
@@ -147,7 +164,8 @@ def _missing_on(index: int) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_not_traced
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -5,8 +5,8 @@ The golden is the reference itself in float64 on the same rounded inputs, and
     max|candidate - golden|  <=  2 * E  +  2 * eps(dtype) * max|golden|
 
 where E is the reference's own error in its dtype, the larger of two runs: the inputs as given, and in the other memory
-format. One run is not enough: torch's two formats add up in other orders and precisions, and their errors differ by up
-to 20 times, either being as right as the other.
+format. One run is not enough: torch adds up in another order and precision there, the two errors differ by up to 20
+times, and either is as right as the other.
 
 **Kinks.** A gradient is not continuous. Where the input of a ReLU is within rounding of zero its mask falls either way,
 and every gradient behind it jumps: in fp32 by a thousand times the rounding. A deep network has a handful of such

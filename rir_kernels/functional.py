@@ -8,8 +8,6 @@
 The norm uses the batch's statistics in training and the running ones otherwise.
 """
 
-import contextlib
-
 import torch
 
 from . import aten, ops
@@ -134,9 +132,7 @@ def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, tra
     wide = torch.promote_types(x.dtype, torch.float32)
     bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (bn_weight, bn_bias))
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
-    # what autocast casts has been cast: it must not cast again, or the norm's parameters too
-    with _no_autocast(x.device):
-        y = run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options)
+    y = run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options)
     if training and mean is not None:
         with torch.no_grad():
             running_mean.copy_(mean)
@@ -173,9 +169,3 @@ def _autocast(x, weight, bias, residuals):
         return tensor.to(dtype) if eligible else tensor
 
     return cast(x), cast(weight), cast(bias), tuple(cast(residual) for residual in residuals)
-
-
-def _no_autocast(device):
-    if autocast_dtype(device) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)

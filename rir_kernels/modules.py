@@ -68,11 +68,12 @@ class RiRLayer(nn.Module):
         check_impl(impl)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = kernel_size
-        self.stride = stride
+        # numpy's numbers are numbers too, but not to the schema of an op
+        self.kernel_size = int(kernel_size)
+        self.stride = int(stride)
         self.residual_fraction = residual_fraction
         self.shortcut = shortcut
-        self.branch_scale = branch_scale
+        self.branch_scale = float(branch_scale)
         self.impl = impl
         self.in_residual, _ = split_channels(in_channels, residual_fraction)
         self.out_residual, _ = split_channels(out_channels, residual_fraction)
@@ -289,7 +290,7 @@ class ConvBNAct(nn.Module):
         )
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **factory)
         self.residual_at = residual_at
-        self.branch_scale = branch_scale
+        self.branch_scale = float(branch_scale)
         self.activation = activation
         self.impl = impl
 

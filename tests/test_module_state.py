@@ -165,11 +165,15 @@ def test_row_29_two_forwards_then_two_backwards(make):
         torch.testing.assert_close(together, apart, **CLOSE)
 
 
-@pytest.mark.parametrize("missing", ["affine", "track_running_stats"])
+@pytest.mark.parametrize("without", ["affine", "track_running_stats", "tracking any longer"])
 @modes
-def test_row_23_norms_without_parameters_or_statistics(missing, training):
+def test_row_23_norms_without_parameters_or_statistics(without, training):
     layer = rir.RiRLayer(4, 6)
-    layer.bn = nn.BatchNorm2d(6, **{missing: False})
+    if without == "tracking any longer":
+        layer = scrambled(layer)
+        layer.bn.track_running_stats = False
+    else:
+        layer.bn = nn.BatchNorm2d(6, **{without: False})
     layer.train(training)
     x = torch.randn(3, 4, 5, 5)
     bn = copy.deepcopy(layer.bn)

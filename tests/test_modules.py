@@ -46,6 +46,8 @@ def test_layer(fraction, shortcut, in_channels, out_channels, stride, kernel_siz
     ).train(training)
     x = torch.randn(3, in_channels, *size)
     assert_same_results(layer, layer.to_reference(), x, **CLOSE)
+    with rir.use_impl("reference"):
+        assert_same_results(layer, layer.to_reference(), x, **CLOSE)
 
     mean, var = layer.bn.running_mean.clone(), layer.bn.running_var.clone()
     expected = formula(

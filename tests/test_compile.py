@@ -1,0 +1,179 @@
+"""torch.compile and torch.export of the modules on plain PyTorch: one graph, the same numbers, few recompiles."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rir_kernels as rir
+from rir_kernels import dispatch
+
+# fp32, outputs and gradients of order one to a hundred: AOTAutograd decomposes the norm and sums in another order
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+MODULES = {
+    "layer": lambda: rir.RiRLayer(8, 8),
+    "block": lambda: rir.RiRBlock(
+        8, 12, stride=2, outer_shortcut="post_act", outer_streams="both", shortcut="projection"
+    ),
+    "unit": lambda: rir.ConvBNAct(8, 12, 3, bias=True),
+}
+modules = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def packed(batch=4):
+    return (torch.randn(batch, 8, 6, 6),)
+
+
+def streams(batch=4):
+    x = torch.randn(batch, 8, 6, 6)
+    return x[:, :4], x[:, 4:]
+
+
+def step(module, inputs):
+    """Outputs, gradients and buffers of one training step."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = module(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum((y * y).sum() for y in outputs).backward()
+    return [
+        *(y.detach() for y in outputs), *(x.grad for x in inputs), *(p.grad for p in module.parameters()),
+        *(b.clone() for b in module.buffers()),
+    ]  # fmt: skip
+
+
+def assert_close(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("layer", packed), ("layer", streams), ("block", streams)])
+def test_row_37_one_graph_and_at_most_one_recompile(name, inputs):
+    module = MODULES[name]()
+    eager = copy.deepcopy(module)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for batch in (4, 6, 3):
+        module.zero_grad(), eager.zero_grad()
+        x = inputs(batch)
+        assert_close(step(compiled, x), step(eager, x))
+    assert counter.frame_count <= 2  # the second with a symbolic batch
+
+
+@modules
+def test_in_evaluation(make):
+    module = make().eval()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = packed()
+    torch.testing.assert_close(compiled(*x), module(*x), **CLOSE)
+
+
+def test_the_functional_form():
+    def function(x, weight):
+        return rir.functional.conv_bn_act(x, weight, training=True, residual=x, padding=1)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, weight = packed()[0], torch.randn(8, 8, 3, 3)
+    torch.testing.assert_close(compiled(x, weight), function(x, weight), **CLOSE)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_is_kept(memory_format):
+    layer = rir.RiRLayer(8, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = packed()[0].contiguous(memory_format=memory_format)
+    assert compiled(x).is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside):
+    layer = rir.RiRLayer(8, 8)
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    if inside:
+        call_compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    else:
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+        def call_compiled(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return compiled(x)
+
+    x = packed()[0]
+    ours, expected = call_compiled(x), call(x)
+    assert ours.dtype == torch.bfloat16
+    # two roundings to bf16 that may fall apart, of values up to 4
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2 * 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_use_impl_within_the_compiled_function():
+    layer = rir.RiRLayer(8, 8)
+
+    def call(x):
+        with rir.use_impl("reference"):
+            return layer(x)
+
+    x = packed()[0]
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x), **CLOSE)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("inputs", [packed, streams])
+@pytest.mark.parametrize("training", [True, False])
+def test_row_38_export(strict, inputs, training):
+    layer = rir.RiRLayer(8, 8).train(training)
+    batch = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(
+        layer, inputs(), dynamic_shapes={"x": batch} if inputs is packed else {"x": batch, "t": batch}, strict=strict
+    )
+    expected = copy.deepcopy(layer)
+    exported = program.module()
+    x = inputs(5)
+    for ours, theirs in zip(exported(*x), expected(*x), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    for name, buffer in exported.named_buffers():  # in training they were updated, the counter too
+        torch.testing.assert_close(buffer, expected.get_buffer(name), **CLOSE)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["triton", "hybrid"])
+def test_the_kernels_are_one_graph_too(impl):
+    layer = rir.RiRLayer(8, 8, impl=impl)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), packed(2)
+    eager = copy.deepcopy(layer)
+    assert_close(step(compiled, x), step(eager, x))
+
+
+def test_what_a_device_lacks_is_found_while_compiling(monkeypatch):
+    """Looked up by Python, not traced: neither the look-up nor the warning, which comes once."""
+
+    def find(index):
+        open(os.devnull).close()  # which the compiler cannot trace
+        return f"no GPU {index}"
+
+    monkeypatch.setattr(dispatch, "_find_missing_on", find)
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+    def function(x):
+        if missing := dispatch._missing_on(0):
+            dispatch._warn_once(missing)
+            return x + 1
+        return x
+
+    with pytest.warns(RuntimeWarning, match="no GPU 0") as caught:
+        for batch in (2, 3):
+            x = packed(batch)[0]
+            assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(x), x + 1)
+    assert len(caught) == 1

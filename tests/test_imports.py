@@ -1,0 +1,97 @@
+"""What importing the package does not need, and what is said where triton is missing. Each in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+BLOCK_TRITON = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+CALL = """
+import torch
+import rir_kernels as rir
+
+def call(impl, device="cpu"):
+    mean, var = torch.zeros(4), torch.ones(4)
+    x, weight = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3)
+    try:
+        return rir.functional.conv_bn_act(x, weight, None, None, mean, var, training=True, impl=impl)
+    except Exception as error:
+        assert torch.equal(mean, torch.zeros(4)) and torch.equal(var, torch.ones(4))
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+def run_python(code, interpret=None):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpret is not None:
+        environment["TRITON_INTERPRET"] = interpret
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_import_is_lean():
+    """Neither triton nor a GPU is touched, nor by building and running modules on a CPU."""
+    code = """
+import sys
+import rir_kernels as rir
+print([name for name in sys.modules if name.partition(".")[0] == "triton" or name.startswith("rir_kernels.triton")])
+import torch
+layer = rir.RiRBlock(4, 6, stride=2)
+layer(torch.randn(2, 4, 5, 5)).sum().backward()
+print([name for name in sys.modules if name.partition(".")[0] == "triton" or name.startswith("rir_kernels.triton")])
+print(torch.cuda.is_initialized())
+"""
+    assert run_python(code).split("\n") == ["[]", "[]", "False", ""]
+
+
+def test_row_42_without_triton():
+    code = (
+        BLOCK_TRITON
+        + CALL
+        + """
+assert call("auto").shape == (2, 4, 3, 3)
+assert rir.RiRLayer(4, 6)(torch.randn(2, 4, 5, 5)).shape == (2, 6, 5, 5)
+print(call("triton"))
+print(call("hybrid"))
+with rir.use_impl("triton"):
+    print(call("auto"))
+"""
+    )
+    for line, impl in zip(run_python(code, interpret="1").splitlines(), ("triton", "hybrid", "triton"), strict=True):
+        assert line.startswith(f'ImportError: impl="{impl}" needs triton >= 3.6')
+        assert "No module named 'triton'" in line and "pip install triton" in line
+
+
+def test_row_42_triton_too_old():
+    code = (
+        """
+import sys, types
+sys.modules["triton"] = types.ModuleType("triton")
+sys.modules["triton"].__version__ = "3.5.1"
+"""
+        + CALL
+        + """
+print(call("triton"))
+assert call("auto").shape == (2, 4, 3, 3)
+"""
+    )
+    assert run_python(code, interpret="1") == 'ImportError: impl="triton" needs triton >= 3.6, found 3.5.1\n'
+
+
+def test_row_01_neither_gpu_nor_interpreter():
+    for line, impl in zip(
+        run_python(CALL + "print(call('triton')); print(call('hybrid'))").splitlines(),
+        ("triton", "hybrid"),
+        strict=True,
+    ):
+        assert line.startswith(f'RuntimeError: impl="{impl}" needs a CUDA device, got x on cpu')
