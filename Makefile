@@ -1,6 +1,7 @@
 # Every target makes .venv by itself where it is missing or out of date.
 #   PYTHON=python3.12   the interpreter a new .venv is made with (>= 3.10)
 #   TORCH=cpu|cuda      which PyTorch to install; default: cuda where nvidia-smi finds a GPU
+#   WORKERS=N           test processes
 #   ARGS="..."          more arguments for the command that the target runs
 #   PY=python           use this environment as it is; no .venv is made
 
@@ -16,21 +17,24 @@ PY := .venv/bin/python
 READY := .venv/.ready-$(TORCH)
 endif
 
+# test processes: one a core, but a GPU is not shared
+WORKERS ?= $(if $(filter cuda,$(TORCH)),0,auto)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
-	@echo && sed -n '2,5s/^#   //p' Makefile
+	@echo && sed -n '2,6s/^#   //p' Makefile
 
 demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
 	$(PY) -m demo --out out $(ARGS)
 
 test: $(READY) ## the tests, without those marked long
-	$(PY) -m pytest -q -m "not long" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) -m "not long" $(or $(ARGS),tests)
 
 test-long: $(READY) ## all tests
-	$(PY) -m pytest -q -m "" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) -m "" $(or $(ARGS),tests)
 
 lint: $(READY) ## ruff: rules and formatting
 	$(PY) -m ruff check .

@@ -79,7 +79,7 @@ def errors(groups: list[tuple[str, list[dict]]], label: str) -> str:
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("largest error against fp64")
     axes.margins(x=0.01)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, markerscale=2)
     return _svg(figure, label)
 
 

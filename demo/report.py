@@ -1,6 +1,7 @@
 """The results as one HTML page that needs nothing from elsewhere, and as JSON."""
 
 import json
+import math
 from html import escape
 from pathlib import Path
 
@@ -33,8 +34,17 @@ def write(results: dict, folder: str | Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "results.json"
     page.write_text(build(results), encoding="utf-8")
-    data.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    data.write_text(json.dumps(_finite(results), indent=1), encoding="utf-8")
     return page, data
+
+
+def _finite(value):
+    """JSON has no infinity and no NaN: None stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def build(results: dict) -> str:
@@ -57,7 +67,7 @@ def _head(results):
         "operation. On this page a Resnet in Resnet is fused, compared tensor by tensor with the original, and trained "
         "beside it.</p>"
         f'<ul class="checks">{failures}</ul>{_facts(results)}'
-        f"<p>{escape(tables.data_line(results))} Everything ran on {escape(results['device']['name'])}.</p>"
+        f"<p>{escape(tables.data_line(results))} Trained and compared on {escape(results['device']['name'])}.</p>"
     )
 
 
@@ -154,7 +164,8 @@ def _kernels(results):
     groups = [(dtype, [row for case in cases if case["dtype"] == dtype for row in case["rows"]]) for dtype in dtypes]
     return (
         f"{title}<p>The Triton kernels of single layers, forward and backward, {escape(tables.where(results))}. "
-        "Errors of the output and of the convolutions' gradients, beside those PyTorch makes:</p>"
+        "Errors of the output and of the convolutions' gradients, beside those PyTorch makes; a layer's name is its "
+        "channels, /2 for stride 2, and its image.</p>"
         + _table(tables.KERNEL_HEADER, tables.kernel_rows(results), text=3, failed=_failed_cases(cases))
         + _figure(
             plots.errors(groups, "Error of every tensor of the layers, PyTorch's own, and the budget"),
@@ -175,9 +186,10 @@ def _compiled(results):
     convolutions = tables.convolutions(rows)
     failed = {index for index, row in enumerate(rows) if not row["passed"]}
     return (
-        f"{title}<p>Every kernel that the eleven layers of the shape table launch, in bf16, as a GPU would get it: none "
-        "is needed to compile. A kernel fails the gate if it spills registers, wants more shared memory than there is, "
-        "or converts layouts or loads operands in the loop around its matrix product, or has no wgmma there.</p>"
+        f"{title}<p>Every kernel that the eleven layers of the shape table launch, in bf16, as a GPU would get it; no "
+        "GPU is needed to compile. A kernel fails the gate if it spills registers, wants more shared memory than there "
+        "is, converts layouts or loads operands in the loop around its matrix product, or has no wgmma there. The "
+        "convolution kernels, in the table from their smallest number to their largest:</p>"
         + _figure(
             plots.resources(convolutions, REGISTERS, results["compiled"]["shared_kb"]),
             "Shapes are channels@image. Dotted: what the GPU has.",

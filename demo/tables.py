@@ -3,8 +3,9 @@
 from .kernels import CONV_KERNELS
 
 BUDGET = (
-    "Golden is the naive network in fp64 on the same rounded inputs. Each tensor may be off by twice PyTorch's own "
-    "error in the same dtype, and two roundings: outputs, gradients of the input and of every parameter, statistics."
+    "The truth is the naive network in fp64, on the same inputs and weights. Outputs, running statistics and the "
+    "gradients of the input and of every parameter may be off by twice what PyTorch itself is off by in the same "
+    "dtype, and by two roundings: that is their budget."
 )
 CHAOS = (
     "Training is chaotic: a rounding error grows until the curves differ visibly, whatever the code. So a control is "
@@ -12,11 +13,11 @@ CHAOS = (
     "stray further than such a twin does."
 )
 SPEEDS = "Milliseconds of one layer on {}, bf16, channels_last, CUDA graphs, medians of variants that take turns:"
-SUMMARY_HEADER = ["mode", "kind", "tensors", "passed", "of budget"]
-ROW_HEADER = ["mode", "kind", "tensor", "error", "PyTorch's", "budget"]
+SUMMARY_HEADER = ["mode", "kind", "tensors", "passed", "budget used"]
+ROW_HEADER = ["mode", "kind", "tensor", "error", "torch's", "budget"]
 TRAINING_HEADER = ["network", "first loss", "last loss", "test accuracy", "a step"]
-KERNEL_HEADER = ["layer", "dtype", "mode", "output", "PyTorch's", "grad W", "PyTorch's", "of budget"]
-COMPILED_HEADER = ["shape", "op", "registers", "spills", "shared KB", "wgmma", "conversions", "local loads", "gate"]
+KERNEL_HEADER = ["layer", "dtype", "mode", "output", "torch's", "grad W", "torch's", "budget used"]
+COMPILED_HEADER = ["shape", "op", "registers", "spills", "shared KB", "wgmma", "converts", "local loads", "gate"]
 COMPILED_SUMMARY_HEADER = COMPILED_HEADER[1:-1]
 SPEED_HEADER = ["shape", "mode", "naive", "auto", "triton", "hybrid", "torch", "naive/auto"]
 
@@ -161,7 +162,7 @@ def compiled_summary(rows) -> list[list[str]]:
 
 def _range(values):
     low, high = min(values), max(values)
-    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
 
 
 def speed_rows(results) -> list[list[str]]:

@@ -10,7 +10,7 @@ def conv_bn_act(bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(),
     """functional.conv_bn_act with what nn.BatchNorm2d.forward would use and update, counting the batch as it does.
 
     Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
-    has changed. `spec` is taken as it is, but for eps, which is `bn`'s.
+    has changed. `spec.eps` is the caller's to take from `bn`.
     """
     tracks = bn.training and bn.track_running_stats
     momentum = bn.momentum

@@ -171,6 +171,8 @@ def test_what_is_bypassed_is_not_offered_again(monkeypatch):
     monkeypatch.setattr(rir_kernels.surgery.fuse, "FAMILIES", (*FAMILIES, family))
     assert [item.name for item in fuse_(Outer().eval(), dry_run=True).replaced] == ["", "beside"]
     assert [item.name for item in fuse_(Outer().train(), dry_run=True).replaced] == ["inside", "beside"]
+    fuse_(model := Outer().eval())
+    assert not fuse_(model).replaced
 
 
 def test_report_reads_well():

@@ -59,7 +59,8 @@ def fuse_(
         report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
         if matches:
             swaps.append((module, Recipe(family.target(), family.mixin, impl, enabled)))
-        return {part for match in matches for part in match.parts}
+        bypassed = found if is_fused(module) else matches  # fused before, or now
+        return {part for one in bypassed for part in one.parts}
 
     _walk(model, fuse)
     if not dry_run:

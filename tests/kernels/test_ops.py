@@ -31,7 +31,7 @@ def _forward_arguments(target, spec, residuals, training, impl, shape=(2, 8, 4, 
 
 
 @specs
-@targets
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[2]])  # fp32 in the interpreter, bf16 on a GPU: enough for this
 @impls
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_opcheck(spec, residuals, target, impl, training):

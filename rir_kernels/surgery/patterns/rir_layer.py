@@ -27,7 +27,7 @@ class FusedRiRLayer(Fused):
         x = x if packed else join(*streams)
         check_image("x", x, self.in_channels)
         residuals = [] if self.projection is None else [self.projection(x[:, : self.in_residual])]
-        if outer is not None and outer.shape[1] > 0:
+        if outer is not None:
             residuals.append(outer)
         identity = self.shortcut != "none" and self.projection is None
         y = four_convs.run(
