@@ -3,14 +3,7 @@
 import argparse
 import os
 import sys
-
-# before torch is imported: threads that spin while they wait starve each other on a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,29 +11,41 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description="Fuse a network, prove it equal, report on it.")
     parser.add_argument("--out", default="out", metavar="DIR", help="for report.html and results.json (default: out)")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10 as {train,test}-*.parquet (default: 8x8 digits)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="training steps of each network")
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images in a step (default: 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--impl", default="auto", help='what fuse_ is to use (default: "auto")')
+    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each network")
+    parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images in a step (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    impls = ("auto", "reference", "torch", "hybrid", "triton")
+    parser.add_argument("--impl", default="auto", choices=impls, help="what fuse_ is to use (default: auto)")
     args = parser.parse_args(argv)
-
+    if args.data and not any(Path(args.data).glob("train-*.parquet")):
+        parser.error(f"--data: no train-*.parquet in {args.data}")
+    _set_environment()
     from . import console, report, story, tables
 
     results = story.tell(args)
+    page, numbers = report.write(results, args.out)
     console.heading("Result")
     for failure in results["failures"]:
         console.verdict(False, failure)
-    page, data = report.write(results, args.out)
-    console.say(f"{tables.closing(results)}; open {page} (plain numbers: {data})")
+    console.say(f"{tables.closing(results)}\nopen {page} (its numbers: {numbers})")
     return 0 if results["passed"] else 1
 
 
-def positive(text: str) -> int:
+def _positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
-if __name__ == "__main__":  # the compile table starts processes, which import this file
+def _set_environment():
+    """What has to be known before torch and triton are imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning starve those of other programs
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+if __name__ == "__main__":
     sys.exit(main())

@@ -30,8 +30,10 @@ def verdict(passed: bool, text: str, detail: str = "") -> None:
 
 
 def table(header: list[str], rows: list[list[str]], *, left: int = 1) -> None:
-    """Plain columns, the first `left` of them and the last flush left where they hold text, numbers flush right."""
+    """The first `left` columns hold words, the others numbers, flush right."""
     grid = Table(*header, box=None, pad_edge=False, header_style="dim")
+    for column in grid.columns:
+        column.overflow = "fold"
     for column in grid.columns[left:]:
         column.justify = "right"
     for row in rows:

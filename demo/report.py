@@ -8,7 +8,7 @@ from pathlib import Path
 from . import plots, tables
 
 REGISTERS = 255  # that a thread can have
-FAILED = ' class="failed"'
+FAILED, LONG = ' class="failed"', ' class="long"'
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -60,13 +60,14 @@ def build(results: dict) -> str:
 def _head(results):
     passed = results["passed"]
     verdict = '<span class="good">equivalent</span>' if passed else '<span class="bad">not equivalent</span>'
-    failures = "".join(f'<li class="failed">{escape(failure)}</li>' for failure in results["failures"])
+    failures = "".join(f"<li{FAILED}>{escape(failure)}</li>" for failure in results["failures"])
+    failures = failures and f'<ul class="checks">{failures}</ul>'
     return (
         f"<h1>A fused network, and the naive one: {verdict}</h1>"
         '<p class="lead">rir_kernels runs convolution, batch norm, ReLU and the identity add of a block as one '
         "operation. On this page a Resnet in Resnet is fused, compared tensor by tensor with the original, and trained "
         "beside it.</p>"
-        f'<ul class="checks">{failures}</ul>{_facts(results)}'
+        f"{failures}{_facts(results)}"
         f"<p>{escape(tables.data_line(results))} Trained and compared on {escape(results['device']['name'])}.</p>"
     )
 
@@ -240,7 +241,7 @@ def _table(header, rows, *, text=1, failed=()):
     """The first `text` columns hold words, the others numbers; `failed` are indices of rows."""
 
     def line(tag, cells):
-        classes = ["" if i < text else ' class="number"' for i in range(len(cells))]
+        classes = [' class="number"' if i >= text else LONG * (len(cell) > 48) for i, cell in enumerate(cells)]
         return "".join(f"<{tag}{c}>{escape(cell)}</{tag}>" for c, cell in zip(classes, cells, strict=True))
 
     body = "".join(f"<tr{FAILED if i in failed else ''}>{line('td', row)}</tr>" for i, row in enumerate(rows))

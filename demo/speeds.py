@@ -17,18 +17,23 @@ ROUNDS, REPLAYS = 9, 20
 
 def measure(shape, dtype=torch.bfloat16) -> list[dict]:
     """Milliseconds of each variant, of inference and of a training step (forward and backward), of one layer."""
+    variants, x = set_up(shape, dtype, "cuda")
+    return [
+        {"shape": shape.name, "batch": shape.batch, "mode": mode, "ms": _milliseconds(variants, x, call)}
+        for mode, call in CALLS.items()
+    ]
+
+
+def set_up(shape, dtype, device):
+    """(layers of equal weights by name, their input)"""
     naive = rir.reference.RiRLayer(shape.c_in, shape.c_out, kernel_size=shape.kernel, stride=shape.stride)
-    naive = naive.to("cuda", dtype, memory_format=torch.channels_last)
+    naive = naive.to(device, dtype, memory_format=torch.channels_last)
     for module in naive.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()  # as under autocast
-    layers = {"naive": naive} | {impl: rir.RiRLayer.from_reference(naive, impl=impl) for impl in IMPLS}
-    x = torch.randn(shape.batch, shape.c_in, shape.size, shape.size, device="cuda", dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return [
-        {"shape": shape.name, "batch": shape.batch, "mode": mode, "ms": _milliseconds(layers, x, call)}
-        for mode, call in (("inference", _inference), ("training step", _training_step))
-    ]
+    x = torch.randn(shape.batch, shape.c_in, shape.size, shape.size, device=device, dtype=dtype)
+    variants = {"naive": naive} | {impl: rir.RiRLayer.from_reference(naive, impl=impl) for impl in IMPLS}
+    return variants, x.contiguous(memory_format=torch.channels_last)
 
 
 def _inference(layer, x):
@@ -42,6 +47,9 @@ def _training_step(layer, x):
     x = x.detach().requires_grad_()
     y = layer(x)
     torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))
+
+
+CALLS = {"inference": _inference, "training step": _training_step}
 
 
 def _milliseconds(layers, x, call):

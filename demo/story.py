@@ -111,7 +111,7 @@ def _compare(naive, fused, x, results):
     results["equivalence"] = []
     for train in (True, False):
         found = rir.compare(naive, fused, x, train=train)
-        results["equivalence"].append({"title": "naive and fused", **found.to_dict()})
+        results["equivalence"].append(found.to_dict())
         _require(results, found.passed, found.headline())
     both = results["equivalence"]
     console.say("")
@@ -133,7 +133,7 @@ def _train(naive, fused, images, args, results):
             on_step=lambda losses: advance(f"loss {losses['naive']:.4f} naive, {losses['fused']:.4f} fused"),
         )  # fmt: skip
     accuracies = {name: training.accuracy(network, images) for name, network in networks.items()}
-    checks = training.judge(curves, accuracies, eps)
+    checks = training.judge(curves, accuracies, eps, len(images.test_y))
     checks.append(training.check_unfuse(fused, untrained, rir.unfuse_, images.test_x[:256]))
     results["training"] = training.summary(curves, accuracies, checks) | {"dtype": str(dtype).removeprefix("torch.")}
     console.table(tables.TRAINING_HEADER, tables.training_rows(results))
@@ -155,7 +155,9 @@ def _check_kernels(device, results):
     console.table(tables.KERNEL_HEADER, tables.kernel_rows(results), left=3)
     tensors = [row for case in results["kernels"] for row in case["rows"]]
     passed = sum(row["passed"] for row in tensors)
-    _require(results, passed == len(tensors), f"{passed} of {len(tensors)} tensors are within their budgets")
+    failed = [f"{case['title']} in {case['dtype']}" for case in results["kernels"] if not case["passed"]]
+    text = f"{passed} of {len(tensors)} tensors of single layers are within their budgets"
+    _require(results, passed == len(tensors), text, ", ".join(dict.fromkeys(failed)))
 
 
 def _compile(results):

@@ -123,7 +123,7 @@ def _judge(key, got, golden, runs, scale, roundings, note):
     elif math.isinf(error):
         note = "not finite where the golden is, or the reverse"
     elif reference_error > BLIND * scale > 0.0 and not note:
-        note = f"blind: E is {reference_error / scale:.0%} of the largest value"
+        note = f"blind: rounding alone moves it by {reference_error / scale:.0%}"
     return EquivalenceRow(
         *key, *_shape_and_dtype(got), error, _rms(errors), reference_error, budget, _worst_channel(key[0], errors),
         passed, note,
@@ -138,9 +138,8 @@ def _scale(key, magnitudes):
     if kind == "buffer" and leaf == "running_mean":
         return max(own, math.sqrt(magnitudes.get((kind, name.removesuffix("mean") + "var"), 0.0))), 2, ""
     if kind == "param grad":
-        others = {n: value for (k, n), value in magnitudes.items() if k == kind and n != name}
-        siblings = [value for n, value in others.items() if n.rpartition(".")[0] == owner]
-        scale = max(siblings or others.values(), default=0.0)
+        siblings = [value for (k, n), value in magnitudes.items() if k == kind and n.rpartition(".")[0] == owner]
+        scale = max(siblings)
         if own <= ZERO * scale:
             return scale, ZERO_ROUNDINGS, "zero but for rounding"
     return own, 2, ""

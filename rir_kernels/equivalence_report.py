@@ -40,8 +40,8 @@ class EquivalenceRow:
 
     @property
     def blind(self) -> bool:
-        """Whether the reference's own error is so large that passing proves little."""
-        return "blind:" in self.note
+        """Whether rounding alone moves the tensor so far that having passed proves little."""
+        return self.passed and "blind:" in self.note
 
     def cells(self) -> tuple[str, ...]:
         """The row as the table's texts."""
@@ -58,7 +58,7 @@ class EquivalenceRow:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EquivalenceReport:
     """Whether a candidate is the reference's function, row by row; true where every row passed.
 
@@ -78,14 +78,16 @@ class EquivalenceReport:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        return f"<EquivalenceReport: {self.headline()}>"
+
     def headline(self) -> str:
         """The verdict in one line."""
         passed, blind = sum(row.passed for row in self.rows), sum(row.blind for row in self.rows)
         return (
             f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} in {'train' if self.train else 'eval'} mode: "
             f"{passed} of {len(self.rows)} tensors within their budgets"
-            + f", {blind} of them blind (the reference itself is far off)"
-            * (blind > 0)
+            f"{f', {blind} of them blind (rounding alone moves them far)' if blind else ''}"
         )
 
     def table(self, full: bool = False) -> str:
