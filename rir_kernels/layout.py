@@ -31,3 +31,8 @@ def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
     """x, copied only if it must be, with exactly the strides of a fresh channels_last tensor, sizes of one included."""
     n, c, h, w = x.shape
     return x.contiguous(memory_format=torch.channels_last).as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def empty_channels_last(shape, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialized, dense, with `like`'s dtype and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ import dataclasses
 import torch
 
 from . import fused
+from .layout import empty_channels_last
 from .spec import ConvBNActSpec
 
 _SPEC = (
@@ -125,7 +126,7 @@ def _forward(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, res
 def _forward_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *rest):
     *spec, training, save, _impl = rest
     shape = _spec(spec).output_shape(x, weight)
-    y = _empty(shape, x)
+    y = empty_channels_last(shape, x)
     keep = training or save
     statistics = [x.new_empty(weight.shape[0], dtype=torch.float32) if keep else x.new_empty(0) for _ in range(3)]
     if not training:
@@ -146,13 +147,9 @@ def _backward_fake(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest)
     channels = mean.shape
     shapes = (x.shape, weight.shape, channels, channels, channels, z.shape)
     return tuple(
-        x.new_empty(0) if not need else mean.new_empty(shape) if shape is channels else _empty(shape, x)
+        x.new_empty(0) if not need else mean.new_empty(shape) if shape is channels else empty_channels_last(shape, x)
         for need, shape in zip(needs, shapes, strict=True)
     )
-
-
-def _empty(shape, like):
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 for _name, _implementation, _fake in (

@@ -101,6 +101,16 @@ def _load_rows(ptr, row, channel, stride, C, mask):
     return tl.load(ptr + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C):
+    """mean, invstd, gamma and beta as rows [1, BLOCK_C]."""
+    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
+    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
+    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
+    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    return mean, invstd, gamma, beta
+
+
 @triton.jit(do_not_specialize=["M", "branch_scale"])
 def _bn_apply_fwd_kernel(
     z_ptr,  # [M, C]
@@ -127,10 +137,7 @@ def _bn_apply_fwd_kernel(
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row = (row < M)[:, None]
-    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
-    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
-    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
-    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     z = _load_rows(z_ptr, row, channel, C, C, is_row)
     y = normalize(z, mean, invstd, gamma, beta) * branch_scale
     if residual0_ptr is not None:
@@ -181,10 +188,7 @@ def _bn_reduce_bwd_kernel(
     pid = tl.program_id(0)
     split = pid // BLOCKS_C
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
-    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
-    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
-    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
     sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
     for step in tl.range(steps):
@@ -228,10 +232,7 @@ def _bn_apply_bwd_kernel(
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row = (row < M)[:, None]
     mask = is_row & (channel < C)[None, :]
-    mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
-    invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
-    gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
-    beta = load_channels(beta_ptr, channel, C, 0.0)[None, :]
+    mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     z = _load_rows(z_ptr, row, channel, C, C, is_row)
     dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
     offset = row[:, None] * C + channel[None, :]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rir_kernels.layout import empty_channels_last
 from rir_kernels.triton.batchnorm import (
     _bn_apply_bwd_kernel,
     _bn_apply_fwd_kernel,
@@ -13,7 +14,7 @@ from rir_kernels.triton.batchnorm import (
 )
 from rir_kernels.triton.config import cdiv, power_of_two_at_least, rows_config
 from rir_kernels.triton.launch.partials import sum_partials
-from rir_kernels.triton.launch.runtime import device_guard, empty_channels_last, launch
+from rir_kernels.triton.launch.runtime import device_guard, launch
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arg
 
 import torch
 
+from rir_kernels.layout import empty_channels_last
 from rir_kernels.triton.config import cdiv, conv_config
 from rir_kernels.triton.conv import _conv_fwd_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments
@@ -14,7 +15,6 @@ from rir_kernels.triton.launch.runtime import (
     describe_weight,
     device_guard,
     dot_precision,
-    empty_channels_last,
     has_aligned_rows,
     launch,
     pack_weight,

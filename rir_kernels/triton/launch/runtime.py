@@ -38,10 +38,6 @@ def device_guard(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def empty_channels_last(shape, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def has_aligned_rows(channels: int, itemsize: int) -> bool:
     """Whether dense channels-last rows of that many channels can be described."""
     return channels * itemsize % ALIGNMENT == 0
