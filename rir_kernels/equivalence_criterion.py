@@ -68,7 +68,7 @@ def judge_all(given, exact, result, moved=()) -> list[EquivalenceRow]:
             plain = row.budget
             row = _judge(key, got[key], exact.tensors[key], [run.tensors[key] for run in (*given, *moved)], *scale)
             if row.passed:
-                note = f"kink: over {plain:.1e}, within what flipped masks do"
+                note = f"kink: over {plain:.1e}, but rounding of the data moves the exact gradient as far"
                 row = dataclasses.replace(row, note=f"{note}; {row.note}".removesuffix("; "))
         rows.append(row)
     return sorted(rows, key=lambda row: KINDS.index(row.kind))
