@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from helpers import double_precision, pair  # noqa: F401 (an autouse fixture)
 from torch import nn
 
 from rir_kernels import reference
@@ -16,20 +17,7 @@ from rir_kernels.streams import pack_weight
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 
-@pytest.fixture(autouse=True)
-def _double_precision():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 # the formulas
-
-
-def pair(value):
-    return value if isinstance(value, tuple) else (value, value)
 
 
 def conv_formula(x, weight, stride=1, padding=0, dilation=1, groups=1):

@@ -137,6 +137,7 @@ def test_slices_and_unaligned_tensors_are_read_right(target):
         wide[:1, :8].expand(3, 8, 4, 4),
         wide[:, :8, ::2, ::2],
         flat[1:].view(2, 4, 4, 8).permute(0, 3, 1, 2),
+        flat.as_strided((2, 8, 4, 4), (64, 1, 8, 1)),  # columns overlap, one element apart
         wide[:, :8].contiguous(),
     ):
         z, _ = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)

@@ -11,8 +11,8 @@ from rir_kernels.triton.conv import _conv_fwd_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments
 from rir_kernels.triton.launch.runtime import (
     describable,
+    describe,
     describe_pixels,
-    describe_weight,
     device_guard,
     dot_precision,
     has_aligned_rows,
@@ -127,14 +127,15 @@ def _launch_tiles(
         plane if _meets(kernel, spec, index // 2, index % 2) or index == 0 else None
         for index, plane in enumerate(planes)
     ]
-    weight_box = (config.block_k, config.block_c) if weight_t else (config.block_c, config.block_k)
+    # the leading one keeps the left operand of the product in shared memory
+    weight_box = [1, config.block_k, config.block_c] if weight_t else [1, config.block_c, config.block_k]
     addends = [described(addend, config.block_c) for addend in addends]
     with device_guard(out):
         launch(
             _conv_fwd_kernel,
             tiles * cdiv(c, config.block_c),
             *[described(plane, config.block_k) for plane in met],
-            describe_weight(packed_weight, *weight_box),
+            describe(packed_weight, weight_box),
             *addends,
             *[None] * (2 - len(addends)),
             stored(out),

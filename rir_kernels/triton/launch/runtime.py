@@ -49,10 +49,9 @@ def describable(x: torch.Tensor) -> torch.Tensor:
     In place: channels innermost, base and pixel strides multiples of 16 bytes; a slice of channels of a larger
     tensor qualifies. Strides of dimensions of size one mean nothing and are ignored.
     """
-    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    innermost = x.shape[1] == 1 or x.stride(1) == 1
-    pixel_strides = strides if x.shape[1] == 1 else [s for s in strides if s != 1 or not innermost]
     item = x.element_size()
+    innermost = x.shape[1] == 1 or x.stride(1) == 1
+    pixel_strides = [x.stride(dim) for dim in (0, 2, 3) if x.shape[dim] > 1]
     if innermost and x.data_ptr() % ALIGNMENT == 0 and all(s > 0 and s * item % ALIGNMENT == 0 for s in pixel_strides):
         return x
     n, c, h, w = x.shape
@@ -61,26 +60,19 @@ def describable(x: torch.Tensor) -> torch.Tensor:
     return copy.copy_(x)
 
 
-def describe_pixels(x: torch.Tensor, box: tuple[int, int, int], block: int) -> TensorDescriptor:
-    """Descriptor [N, H, W, C] of a `describable` tensor (N, C, H, W), or of a strided slice of one."""
-    return _descriptor(x.permute(0, 2, 3, 1), [*box, block])
-
-
-def describe_weight(weight: torch.Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """Descriptor of a packed weight [taps, rows, columns]; the leading one keeps the left operand in shared memory."""
-    return _descriptor(weight, [1, block_rows, block_columns])
-
-
 def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    """Descriptor of any view whose last dimension is dense and whose strides are aligned."""
-    return _descriptor(view, box)
+    """Descriptor of a view whose last dimension is dense and whose other strides are aligned.
 
-
-def _descriptor(view: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    # strides of dimensions of size one are arbitrary in torch, and must still be multiples of 16 bytes
+    Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes serves for them here.
+    """
     fallback = _aligned(view.shape[-1], view.element_size())
     strides = [s if size > 1 else fallback for size, s in zip(view.shape[:-1], view.stride()[:-1], strict=True)]
     return TensorDescriptor(view, list(view.shape), [*strides, 1], box)
+
+
+def describe_pixels(x: torch.Tensor, box: tuple[int, int, int], block: int) -> TensorDescriptor:
+    """Descriptor [N, H, W, C] of a `describable` tensor (N, C, H, W), or of a strided slice of one."""
+    return describe(x.permute(0, 2, 3, 1), [*box, block])
 
 
 def _aligned(channels: int, itemsize: int) -> int:

@@ -7,6 +7,7 @@ from rir_kernels.triton.launch.partials import sum_partials
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
+    describe_pixels,
     device_guard,
     dot_precision,
     launch,
@@ -30,13 +31,12 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     splits = cdiv(tiles_n * tiles_h * tiles_w, config.steps)
     partial = torch.empty((splits, c_out, taps, c_in), dtype=torch.float32, device=x.device)
     for plane_h in row_planes:
+        first = (plane_h + spec.padding[0]) % stride[0]
         planes = [x[:, :, plane_h :: stride[0], plane_w :: stride[1]] for plane_w in range(stride[1])]
         if planes[0].shape[2] == 0:
             # an image of one row has no odd rows: those taps meet padding alone
-            first = (plane_h + spec.padding[0]) % stride[0]
             partial.view(splits, c_out, *kernel, c_in)[:, :, first :: stride[0]] = 0
             continue
-        first = (plane_h + spec.padding[0]) % stride[0]
         programs = splits * cdiv(kernel[0] - first, stride[0])
         programs *= cdiv(c_out, config.block_co) * cdiv(c_in, config.block_ci)
         with device_guard(x):
@@ -85,10 +85,9 @@ def _describe_dz(dz, config):
 def _describe_x(plane, config):
     if plane.numel() == 0:
         return None
-    box_n, box_h, box_w = config.box
     if config.walk == "images":
-        return describe(plane.permute(2, 3, 0, 1), [1, 1, box_n, config.block_ci])
-    return describe(plane.permute(0, 2, 3, 1), [box_n, box_h, box_w, config.block_ci])
+        return describe(plane.permute(2, 3, 0, 1), [1, 1, config.box[0], config.block_ci])
+    return describe_pixels(plane, config.box, config.block_ci)
 
 
 def _pixel_pitch(dz) -> int:
