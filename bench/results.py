@@ -1,0 +1,124 @@
+"""What a run leaves behind: one JSON file, version SCHEMA. README.md in this folder documents every field."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+SUITES = ("kernels", "layers", "models")
+OURS = ("torch", "hybrid", "triton", "auto")
+PEERS = ("reference", "merged", "compile", "compile_max_autotune", "cudnn", "tensorrt")
+IMPLS = (*PEERS, *OURS)
+MODES = ("eval", "train_fwd", "bwd", "step")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One implementation of one thing in one mode, timed in one way; or why it was not timed."""
+
+    suite: str
+    op: str
+    shape: str
+    batch: int
+    dtype: str
+    impl: str
+    mode: str
+    graph: bool = False
+    l2: str = "warm"
+    ms_median: float | None = None
+    ms_q1: float | None = None
+    ms_q3: float | None = None
+    host_ms: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    floor_ms: float | None = None
+    roofline_fraction: float | None = None
+    images_per_s: float | None = None
+    peak_mib: float | None = None
+    passed: bool = False
+    budget_used: float | None = None
+    error: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def case(self) -> tuple:
+        """What is measured: rows of one case are alternatives to each other."""
+        return self.suite, self.op, self.shape, self.batch, self.dtype, self.mode
+
+    @property
+    def key(self) -> tuple:
+        """Unique within a file."""
+        return *self.case, self.impl, self.graph, self.l2
+
+
+@dataclasses.dataclass(kw_only=True)
+class Results:
+    """A run: where, with what, and its rows."""
+
+    schema: int = SCHEMA
+    created: str  # UTC, ISO 8601
+    command: str
+    device: dict[str, Any]
+    versions: dict[str, str]
+    git_commit: str
+    git_dirty: bool
+    sources_hash: str
+    settings: dict[str, Any]
+    ceilings: dict[str, Any]
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    unreached: list[str] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the file in one step: a reader, or a run that is killed, never meets half of one."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".part")
+        draft.write_text(json.dumps(_finite(dataclasses.asdict(self)), indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+        return path
+
+
+class ResultsError(ValueError):
+    """A file that is not a benchmark result of this schema."""
+
+
+def load(path: str | Path) -> Results:
+    """The file's contents; ResultsError where it is something else, with what and how to mend it."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultsError(f"{path}: cannot be read as JSON ({error}): pass a file that `python -m bench` wrote") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ResultsError(f"{path}: expected schema {SCHEMA}, got {found}: measure again with this version")
+    try:
+        rows = [Row(**row) for row in data.pop("rows")]
+        return Results(**data, rows=rows)
+    except (KeyError, TypeError) as error:
+        raise ResultsError(f"{path}: not of schema {SCHEMA} ({error}): measure again with this version") from error
+
+
+def load_all(*paths: str | Path) -> list[Results]:
+    """The results in these files and folders (their *.json, not below), in a fixed order."""
+    files = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ResultsError(f"no results in {', '.join(map(str, paths))}: run `python -m bench --out DIR` first")
+    return [load(file) for file in files]
+
+
+def _finite(value):
+    """JSON has no infinity and no NaN: None stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
