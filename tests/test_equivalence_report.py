@@ -3,7 +3,7 @@
 import json
 import math
 
-from rir_kernels.equivalence_report import SHORT, EquivalenceReport, EquivalenceRow
+from rir_kernels.equivalence.report import SHORT, EquivalenceReport, EquivalenceRow
 
 
 def made_row(name="weight", passed=True, **values):

@@ -28,7 +28,7 @@ import math
 
 import torch
 
-from .equivalence_report import EquivalenceRow
+from .report import EquivalenceRow
 
 KINDS = ("output", "input grad", "param grad", "buffer")
 GRADIENTS = ("input grad", "param grad")
@@ -63,10 +63,10 @@ def judge_all(given, exact, result, moved=()) -> list[EquivalenceRow]:
             rows.append(_judge_equal(key, expected[key], got[key]))
             continue
         scale = _scale(key, magnitudes)
-        row = _judge(key, got[key], exact.tensors[key], [run.tensors[key] for run in given], *scale)
+        row = judge(key, got[key], exact.tensors[key], [run.tensors[key] for run in given], *scale)
         if moved and key[0] in GRADIENTS and not row.passed:
             plain = row.budget
-            row = _judge(key, got[key], exact.tensors[key], [run.tensors[key] for run in (*given, *moved)], *scale)
+            row = judge(key, got[key], exact.tensors[key], [run.tensors[key] for run in (*given, *moved)], *scale)
             if row.passed:
                 note = f"kink: over {plain:.1e}, but rounding of the data moves the exact gradient as far"
                 row = dataclasses.replace(row, note=f"{note}; {row.note}".removesuffix("; "))
@@ -109,7 +109,8 @@ def _judge_equal(key, expected, got):
     )  # fmt: skip
 
 
-def _judge(key, got, golden, runs, scale, roundings, note):
+def judge(key, got, golden, runs, scale, roundings=2, note="") -> EquivalenceRow:
+    """The row of one floating tensor; runs: the reference's own results, scale: what rounding is relative to."""
     errors = _errors(got, golden)
     error = _largest(errors)
     reference_error = max(_largest(_errors(run, golden)) for run in runs)

@@ -1,0 +1,121 @@
+"""What candidates are measured with: the reference's own runs, and its golden in float64."""
+
+import contextlib
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from ..dispatch import use_impl
+from ..modules import ConvBNAct, RiRLayer
+from ..surgery.swap import is_covered, is_fused, swap_in
+from .criterion import GRADIENTS, is_floating, judge_all
+from .report import EquivalenceRow
+from .runs import Run, run, seed_all
+
+
+class Yardstick:
+    """The reference on one set of inputs, in one mode; judges any number of candidates. Works on copies.
+
+    gradients: whether a backward is part of it; without, forward runs under no_grad, as inference does.
+    """
+
+    def __init__(self, reference: nn.Module, inputs: tuple, train: bool, *, gradients: bool = True):
+        self._inputs, self._train, self._gradients = inputs, train, gradients
+        self._reference = reference
+        self.given = [run(reference, inputs, train, gradients=gradients)]
+        if not self.given[0].is_random:  # in the other format random numbers would fall on other elements
+            self.given += _run_in_other_format(reference, inputs, train, gradients)
+        self._golden = _golden(reference)
+        self._widened = tuple(x.double() if is_floating(x) else x for x in inputs)
+        self._exact = self._run_golden(self._golden, self._widened)
+        self._moved = None
+
+    def judge(self, result: Run) -> list[EquivalenceRow]:
+        """A row for every tensor; `criterion` says how."""
+        rows = judge_all(self.given, self._exact, result)
+        if any(row.kind in GRADIENTS and not row.passed and row.budget is not None for row in rows):
+            rows = judge_all(self.given, self._exact, result, self._moved_runs())
+        return rows
+
+    def _moved_runs(self):
+        """The golden on data within rounding of the given ones."""
+        if self._moved is None:
+            amount = _amount(self._reference, self._inputs, self.given[0])
+            self._moved = [
+                self._run_golden(*_moved(self._golden, self._widened, sign * amount, seed))
+                for seed in (1, 2)
+                for sign in (1, -1)
+            ]
+        return self._moved
+
+    def _run_golden(self, golden, inputs):
+        with use_impl("torch"):
+            return run(golden, inputs, self._train, gradients=self._gradients)
+
+
+def _run_in_other_format(module, inputs, train, gradients):
+    """The run with images and weights channels_last instead of contiguous, or the reverse; none where there are none.
+
+    On a CPU without oneDNN: its gradient of a strided 1x1 writes past its workspace where channels_last images have few
+    channels (uxlfoundation/oneDNN#6035), and this is not the format that the caller chose.
+    """
+    module = copy.deepcopy(module)
+    images = [x for x in inputs if is_floating(x) and x.dim() == 4]
+    weights = [parameter for parameter in module.parameters() if parameter.dim() == 4]
+    if not (images or weights):
+        return []
+    other = torch.channels_last if all(x.is_contiguous() for x in images) else torch.contiguous_format
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=other)
+    inputs = [x.contiguous(memory_format=other) if is_floating(x) and x.dim() == 4 else x for x in inputs]
+    try:
+        with _no_onednn():
+            return [run(module, inputs, train, gradients=gradients)]
+    except RuntimeError:  # some modules take one format only: .view() after a convolution does
+        return []
+
+
+@contextlib.contextmanager
+def _no_onednn():
+    # and no NNPACK, which would take over for large batches and give contiguous images back
+    onednn = torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
+    with onednn, torch.backends.nnpack.flags(enabled=False):
+        yield
+
+
+def _golden(reference):
+    """A copy in float64. The kernels do not take that, so what asks for them by name gets "torch"."""
+    golden = copy.deepcopy(reference).double()
+    for module in golden.modules():
+        if isinstance(module, (RiRLayer, ConvBNAct)):
+            module.impl = "torch"
+        elif is_fused(module) and not is_covered(module):
+            swap_in(module, dataclasses.replace(module._rir_fusion, impl="torch"))
+    return golden
+
+
+def _amount(reference, inputs, given):
+    """How far weights and inputs are moved, relatively, to see what gradients do within rounding.
+
+    Farther than one rounding: of the few elements whose mask may fall either way, none is to be missed. In 16 bits they
+    are many more, and as many roundings would leave nothing of the gradients.
+    """
+    tensors = [*reference.parameters(), *inputs, *given.tensors.values()]
+    eps = max(torch.finfo(t.dtype).eps for t in tensors if is_floating(t))
+    return (4 if eps > 2**-16 else 32) * eps
+
+
+@torch.no_grad()
+def _moved(golden, inputs, amount, seed):
+    """(golden, inputs), every parameter and input moved by about `amount` of itself, up or down by chance."""
+    seed_all(seed)
+    golden = copy.deepcopy(golden)
+
+    def move(x):
+        return x * (1 + amount * torch.randn_like(x))
+
+    for parameter in golden.parameters():
+        parameter.copy_(move(parameter))
+    return golden, tuple(move(x) if is_floating(x) else x for x in inputs)
