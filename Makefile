@@ -21,7 +21,7 @@ endif
 WORKERS ?= $(if $(filter cuda,$(TORCH)),0,auto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint format inspect clean
+.PHONY: help demo bench test test-long lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -29,6 +29,9 @@ help: ## show this list
 
 demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
 	$(PY) -m demo --out out $(ARGS)
+
+bench: $(READY) ## the benchmark: every layer beside its peers; ARGS="layers --quick" for a first look
+	$(PY) -m bench $(ARGS)
 
 test: $(READY) ## the tests, without those marked long
 	$(PY) -m pytest -q -n $(WORKERS) -m "not long" $(or $(ARGS),tests)

@@ -94,7 +94,9 @@ def load(path: str | Path) -> Results:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultsError(f"{path}: cannot be read as JSON ({error}): pass a file that `python -m bench` wrote") from error
+        raise ResultsError(
+            f"{path}: cannot be read as JSON ({error}): pass a file that `python -m bench` wrote"
+        ) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {found}: measure again with this version")

@@ -182,7 +182,7 @@ def _measure(device, results):
         return _skip(results, "speeds", f"Not measured: the kernels need {missing}.")
     with console.steps("measuring", len(SHAPE_TABLE)) as advance:
         for shape in SHAPE_TABLE:
-            results["speeds"] += speeds.measure(shape)
+            results["speeds"] += speeds.measure(shape, device)
             advance(shape.name)
     console.say(tables.SPEEDS.format(results["device"]["name"]))
     console.table(tables.SPEED_HEADER, tables.speed_rows(results), left=2)

@@ -1,0 +1,158 @@
+"""The command line."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
+
+ROOT = Path(__file__).resolve().parent
+COMMANDS = ("all", *SUITES, "report", "compare", "check", "headline")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command; the exit status."""
+    # the suites are what the command is for: they need no name
+    if not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        arguments = ["all", *arguments]
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options, arguments)
+    except (ResultsError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m bench", description="The benchmark of rir_kernels.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name in ("all", *SUITES):
+        _add_measuring(commands, name)
+    report = commands.add_parser("report", help="Markdown, figures and a page from result files")
+    report.add_argument("paths", nargs="*", type=Path, default=[Path("out/bench")], help="files or folders")
+    report.add_argument("--out", type=Path, help="where it is written; default: beside the results")
+    report.set_defaults(run=_report)
+    compare = commands.add_parser("compare", help="two result files, row by row")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument("--fail-if-slower", default="5%", metavar="LIMIT", help="default: %(default)s")
+    compare.set_defaults(run=_compare)
+    check = commands.add_parser("check", help="whether the committed results are of the current kernels")
+    check.set_defaults(run=_check)
+    headline = commands.add_parser("headline", help="write the README's figure and table from the committed results")
+    headline.set_defaults(run=_headline)
+    return parser
+
+
+def _add_measuring(commands, name):
+    parser = commands.add_parser(
+        name, help="all three suites, and the report (the default)" if name == "all" else f"the {name} suite"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few samples: a first look")
+    parser.add_argument("--ops", **_some, help="ops of the suite, such as rir_layer")
+    parser.add_argument("--shapes", **_some, help="rows of the shape table, such as 96@32")
+    parser.add_argument("--batch", **_some, help="images; default: 256 on a GPU, 4 on a CPU, models have their own")
+    parser.add_argument("--dtype", **_some, help=f"{', '.join(DTYPES)}; default: all on a GPU, fp32 on a CPU")
+    parser.add_argument("--impl", **_some, help=f"{', '.join(IMPLS)}; default: all that are there")
+    parser.add_argument("--minutes", type=float, help="begin nothing that could end later; what is there is kept")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(run=_measure, suites=SUITES if name == "all" else (name,))
+
+
+_some = {"nargs": "+", "default": [], "metavar": "NAME"}
+
+
+def _measure(options, arguments):
+    from . import console
+    from .run import refused_ours, run_suite
+    from .selection import Selection
+
+    suites = {suite: importlib.import_module(f"bench.suites.{suite}") for suite in options.suites}
+    selection = Selection(
+        device_type=options.device,
+        ops=_known("--ops", options.ops, tuple(op for suite in suites.values() for op in suite.OPS)),
+        shapes=tuple(options.shapes),
+        batches=tuple(_batch(text) for text in options.batch),
+        dtypes=_known("--dtype", options.dtype, tuple(DTYPES)),
+        quick=options.quick,
+    )
+    impls = _known("--impl", options.impl, IMPLS) or _default_impls(options)
+    cases = {name: found for name, suite in suites.items() if (found := suite.cases(selection))}
+    if not cases:
+        raise ValueError("nothing to measure: no case has these --ops, --shapes and --batch together")
+    if options.device == "cpu":
+        console.say("This is a CPU: the Triton kernels do not run here, and these times say nothing about them.")
+    refused = []
+    for suite in cases:
+        results = run_suite(
+            suite, cases[suite], selection, impls, options.out, command=arguments, minutes=options.minutes
+        )
+        refused += refused_ours(results)
+    if len(options.suites) > 1:
+        _report(argparse.Namespace(paths=[options.out], out=None), arguments)
+    for line in refused:
+        console.say(f"refused: {line}")
+    return 1 if refused else 0
+
+
+def _default_impls(options):
+    # its search takes minutes, where a first look is to take seconds
+    return tuple(impl for impl in IMPLS if not (options.quick and impl == "compile_max_autotune"))
+
+
+def _known(option, names, known):
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: unknown {name!r}; there are {', '.join(known)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _batch(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch: expected numbers of images, at least 1, got {text!r}")
+    return int(text)
+
+
+def _report(options, _arguments):
+    from . import console
+    from .report import write
+
+    out = options.out or (options.paths[0] if options.paths[0].is_dir() else options.paths[0].parent)
+    for path in write(load_all(*options.paths), out):
+        console.say(f"wrote {path}")
+    return 0
+
+
+def _compare(options, _arguments):
+    from . import console
+    from .compare import compare, parse_limit
+
+    limit = parse_limit(options.fail_if_slower)
+    comparison = compare(load(options.before), load(options.after), limit)
+    console.say(str(comparison))
+    return 1 if comparison.failed else 0
+
+
+def _check(_options, _arguments):
+    from . import console
+    from .check import check
+
+    found = check(ROOT / "results")
+    for path, status, _ in found:
+        console.say(f"{path}: {status}")
+    if not found:
+        console.say("no results are committed: nothing was measured on a GPU yet")
+    return 1 if any(stale for _, _, stale in found) else 0
+
+
+def _headline(_options, _arguments):
+    from . import console
+    from .headline import update
+
+    readme = ROOT.parent / "README.md"
+    console.say(f"{readme.name}: {'updated' if update(readme, ROOT / 'results') else 'up to date already'}")
+    return 0

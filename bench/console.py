@@ -1,0 +1,57 @@
+"""What is printed while a benchmark runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .results import Row
+
+console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator:
+    """A bar; yields advance(text), where text says what comes next."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def advance(text="", step=1):
+            bar.update(task, advance=step, text=escape(text))
+
+        yield advance
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """The rows of one case: a line for each implementation, its gate, and its time in every mode."""
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    table = Table(
+        title=escape(f"{title}, milliseconds"), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    table.add_column("", min_width=20)
+    table.add_column("gate")
+    for mode in modes:
+        table.add_column(mode, justify="right", min_width=9)
+    for impl in dict.fromkeys(row.impl for row in rows):
+        own = [row for row in rows if row.impl == impl]
+        gate = "[green]passed[/]" if all(row.passed for row in own) else "[red]REFUSED[/]"
+        table.add_row(impl, gate, *(_time([row for row in own if row.mode == mode]) for mode in modes))
+    console.print(table)
+    for impl, error in dict.fromkeys((row.impl, row.error) for row in rows if row.error):
+        console.print(f"  [red]{impl}[/]: {escape(error)}", soft_wrap=True)
+
+
+def _time(rows):
+    """The CUDA graph with a warm cache, where there is one, else eager."""
+    timed = [row for row in rows if row.ms_median is not None and row.l2 == "warm"]
+    best = max(timed, key=lambda row: row.graph, default=None)
+    return "-" if best is None else f"{best.ms_median:.4g}"

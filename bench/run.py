@@ -1,0 +1,113 @@
+"""Runs suites: one results file each, written after every case, so that a run that is cut short loses nothing."""
+
+import dataclasses
+import datetime
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rir_kernels.dispatch import tf32_allowed
+
+from . import console, peers, provenance, timing
+from .case import Case
+from .ceilings import measure_ceilings
+from .results import OURS, Results
+from .runner import Runner
+from .selection import Selection
+
+QUICK = timing.Settings(rounds=5, sample_ms=1.0, warmup=1)
+
+
+def run_suite(
+    suite: str,
+    cases: Sequence[Case],
+    selection: Selection,
+    impls: Sequence[str],
+    out: Path,
+    *,
+    command: Sequence[str],
+    minutes: float | None,
+) -> Results:
+    """Measures the suite's `cases` on the device and leaves `out`/<suite>.json behind.
+
+    minutes: no case is begun that could end later, if it takes as long as the longest so far.
+    """
+    started = time.monotonic()
+    device = torch.device(selection.device_type)
+    settings = QUICK if selection.quick else timing.Settings()
+    wanted = dict.fromkeys(impl for case in cases for impl in case.impls if impl in impls)
+    absent = {impl: reason for impl in wanted if (reason := peers.absent(impl, device))}
+    results = _results(device, settings, selection, command, absent)
+    path = out / f"{suite}.json"
+
+    console.say(f"{suite}: {len(cases)} cases on {results.device['name']}")
+    for impl, reason in absent.items():
+        console.say(f"  {impl} is left out: {reason}")
+    with console.progress(suite, len(cases)) as advance:
+        advance("ceilings", step=0)
+        results.ceilings = measure_ceilings(device, selection.chosen_dtypes(), settings)
+        runner = Runner(device, settings, results.ceilings, tuple(impl for impl in wanted if impl not in absent))
+        longest = 0.0
+        for index, case in enumerate(cases):
+            begun = time.monotonic()
+            if minutes is not None and begun - started + longest > 60 * minutes:
+                results.unreached = [str(case) for case in cases[index:]]
+                break
+            advance(str(case), step=0)
+            before = len(results.rows)
+            try:
+                for row in runner.run(case):
+                    results.rows.append(row)
+            except timing.DeviceLost as error:
+                results.unreached = [str(case) for case in cases[index:]]
+                results.device["lost"] = str(error)
+                results.save(path)
+                raise SystemExit(f"the device is lost: {error}\nwhat was measured before is in {path}") from error
+            console.show(str(case), results.rows[before:])
+            results.save(path)
+            longest = max(longest, time.monotonic() - begun)
+            advance()
+    results.device["after"] = provenance.driver_state(device)
+    results.settings["seconds"] = round(time.monotonic() - started, 1)
+    results.save(path)
+    console.say(f"{len(results.rows)} rows in {path}")
+    if results.unreached:
+        console.say(f"{len(results.unreached)} cases were not reached: {', '.join(results.unreached[:3])}, ...")
+    return results
+
+
+def refused_ours(results: Results) -> list[str]:
+    """Implementations of ours that a gate refused, one line each."""
+    lines = (
+        f"{row.op} {row.shape} x{row.batch} {row.dtype} {row.impl}: {row.error}"
+        for row in results.rows
+        if row.impl in OURS and row.error and row.error.startswith("gate:")
+    )
+    return list(dict.fromkeys(lines))
+
+
+def _results(device, settings, selection, command, absent):
+    torch.backends.cudnn.benchmark = True
+    if tf32_allowed():  # what convolutions do is what the matrix product's ceiling is measured with
+        torch.set_float32_matmul_precision("high")
+    commit, dirty = provenance.git_state()
+    return Results(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", "bench", *command]),
+        device=provenance.describe(device),
+        versions=provenance.versions() | peers.versions(),
+        git_commit=commit,
+        git_dirty=dirty,
+        sources_hash=provenance.sources_hash(),
+        settings={
+            **dataclasses.asdict(settings),
+            "quick": selection.quick,
+            "tf32": tf32_allowed(),
+            "cudnn_benchmark": True,
+        },
+        ceilings={},
+        absent=absent,
+    )

@@ -1,0 +1,1 @@
+"""The three suites: what is measured. Each file has `cases(selection)`."""
