@@ -8,16 +8,18 @@ from .results import DTYPES
 from .timing import Settings, measure
 
 # (elements copied in main memory, within the L2 cache; side of the matrices), by device type
-SIZES = {"cuda": (2**29, 2**22, 8192), "cpu": (2**24, 2**16, 512)}
+SIZES = {"cuda": (2**29, 2**22, 8192), "cpu": (2**24, None, 512)}
 
 
 def measure_ceilings(device: torch.device, dtypes, settings: Settings) -> dict:
     """`copy_gbps` and `l2_gbps` (bytes read and written), `matmul_tflops` by dtype, under torch's switches as they are.
 
-    Random data: the clocks of a GPU depend on them.
+    `l2_gbps` of a GPU alone. Random data: its clocks depend on them.
     """
     large, small, side = SIZES[device.type]
-    ceilings = {"copy_gbps": _copy_gbps(large, device, settings), "l2_gbps": _copy_gbps(small, device, settings)}
+    ceilings = {"copy_gbps": _copy_gbps(large, device, settings)}
+    if small:
+        ceilings["l2_gbps"] = _copy_gbps(small, device, settings)
     ceilings["matmul_tflops"] = {name: _matmul_tflops(side, DTYPES[name], device, settings) for name in dtypes}
     return ceilings
 

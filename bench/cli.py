@@ -52,6 +52,7 @@ def _add_measuring(commands, name):
         name, help="all three suites, and the report (the default)" if name == "all" else f"the {name} suite"
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--name", help="of the file, without .json; default: the suite's")
     parser.add_argument("--quick", action="store_true", help="few shapes, few samples: a first look")
     parser.add_argument("--ops", **_some, help="ops of the suite, such as rir_layer")
     parser.add_argument("--shapes", **_some, help="rows of the shape table, such as 96@32")
@@ -71,6 +72,8 @@ def _measure(options, arguments):
     from .run import refused_ours, run_suite
     from .selection import Selection
 
+    if options.name and len(options.suites) > 1:
+        raise ValueError("--name is for one suite: pass kernels, layers or models before it")
     suites = {suite: importlib.import_module(f"bench.suites.{suite}") for suite in options.suites}
     selection = Selection(
         device_type=options.device,
@@ -88,9 +91,8 @@ def _measure(options, arguments):
         console.say("This is a CPU: the Triton kernels do not run here, and these times say nothing about them.")
     refused = []
     for suite in cases:
-        results = run_suite(
-            suite, cases[suite], selection, impls, options.out, command=arguments, minutes=options.minutes
-        )
+        path = options.out / f"{options.name or suite}.json"
+        results = run_suite(suite, cases[suite], selection, impls, path, command=arguments, minutes=options.minutes)
         refused += refused_ours(results)
     if len(options.suites) > 1:
         _report(argparse.Namespace(paths=[options.out], out=None), arguments)

@@ -26,12 +26,12 @@ def run_suite(
     cases: Sequence[Case],
     selection: Selection,
     impls: Sequence[str],
-    out: Path,
+    path: Path,
     *,
     command: Sequence[str],
     minutes: float | None,
 ) -> Results:
-    """Measures the suite's `cases` on the device and leaves `out`/<suite>.json behind.
+    """Measures the suite's `cases` on the device and leaves the file `path` behind.
 
     minutes: no case is begun that could end later, if it takes as long as the longest so far.
     """
@@ -41,7 +41,6 @@ def run_suite(
     wanted = dict.fromkeys(impl for case in cases for impl in case.impls if impl in impls)
     absent = {impl: reason for impl in wanted if (reason := peers.absent(impl, device))}
     results = _results(device, settings, selection, command, absent)
-    path = out / f"{suite}.json"
 
     console.say(f"{suite}: {len(cases)} cases on {results.device['name']}")
     for impl, reason in absent.items():

@@ -30,13 +30,10 @@ class Network:
     impls: tuple[str, ...]
 
 
-def _pytorchcv(name):
-    def make():
-        from pytorchcv.model_provider import get_model
+def _rir_cifar10():
+    from pytorchcv.models.rir_cifar import rir_cifar10
 
-        return get_model(name)
-
-    return make
+    return rir_cifar10()
 
 
 def _fused(impl, module, x, *, training):
@@ -49,7 +46,7 @@ def _fused(impl, module, x, *, training):
 
 OPS = {
     "rir_wide": Network(RiR, 32, 512, peers.build, IMPLS),
-    "rir_cifar10": Network(_pytorchcv("rir_cifar10"), 32, 512, _fused, ("reference", *peers.compiled.IMPLS, *OURS)),
+    "rir_cifar10": Network(_rir_cifar10, 32, 512, _fused, ("reference", *peers.compiled.IMPLS, *OURS)),
     "resnet18": Network(networks.resnet18, 224, 256, peers.build, IMPLS),
     "resnet50": Network(networks.resnet50, 224, 256, peers.build, IMPLS),
 }
@@ -94,7 +91,10 @@ def _case(op, batch, dtype, no_compiling):
 
 def _passes(network, batch):
     """The arithmetic alone: which passes a whole network cannot do without depends on who counts."""
-    module = network.convert("reference", network.make(), None, training=True).to("meta")
+    try:
+        module = network.convert("reference", network.make(), None, training=True).to("meta")
+    except ImportError:  # pytorchcv is not there: the rows will say so
+        return {}
     x = torch.empty(1, 3, network.size, network.size, device="meta")
     with FlopCounterMode(display=False) as forward:
         y = module(x)

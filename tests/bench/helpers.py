@@ -55,10 +55,10 @@ def kernels() -> list[Row]:
     rows = []
     for shape, us in SHAPES.items():
         for op, (mode, share) in KERNELS.items():
-            intensity = 300 * (us / 55) if "conv" in op or "grad" in op else 1.5
+            intensity = (300 * us / 55 if "conv" in op or "grad" in op else 1.5) * wobble(op)
             for impl in ("merged", "cudnn", "torch", "triton"):
                 ms = 1e-3 * us * share * FACTORS[impl] * wobble(shape, op, impl)
-                tflops = min(0.8 * 790 / FACTORS[impl], 3.0 * intensity)
+                tflops = min(632, 3.0 * intensity) / FACTORS[impl] * wobble(shape, op)
                 rates = {"tflops": tflops, "gbps": 1e3 * tflops / intensity, "roofline_fraction": 0.8 / FACTORS[impl]}
                 rows.append(row(suite="kernels", op=op, shape=shape, mode=mode, impl=impl, ms_median=ms, **rates))
     return rows

@@ -1,6 +1,7 @@
 """The TensorRT peer: what its network computes, with torch in the place of TensorRT."""
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -133,5 +134,11 @@ def test_training_is_refused():
         tensorrt_engine.convert(rir.RiRLayer(8, 8), torch.zeros(1, 8, 4, 4), training=True)
 
 
-def test_absent_says_why_without_importing():
+@pytest.mark.parametrize(
+    ("package", "reason"), [(None, "cannot be imported"), (SimpleNamespace(__version__="8.6.1"), "needs TensorRT 10")]
+)
+def test_absent_says_why(package, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
     assert "CUDA device" in tensorrt_engine.absent(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reason in tensorrt_engine.absent(torch.device("cuda"))
