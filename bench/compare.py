@@ -138,7 +138,7 @@ def _not_measured(row, after):
 def _lost(row):
     if row is None:
         return "no such row any more"
-    return ("no time: " if row.passed else "gate failed: ") + (row.error or "no reason was recorded")
+    return row.error or "no reason was recorded"
 
 
 def _notes(before, after):

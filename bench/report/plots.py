@@ -123,7 +123,8 @@ def roofline(found: list[Alternatives], results: list[Results]) -> Picture:
         return Picture(name, title, "left out, as the ceiling of a copy was not measured.", None)
     caption = (
         "The arithmetic and the traffic that an operation cannot do without. Filled: ours; hollow: the fastest peer. "
-        "The lines are ceilings measured in the same run; what fits into the L2 cache can pass the sloping one."
+        "The lines are ceilings measured in the same run; what fits into the L2 cache can pass the sloping one. The "
+        "norm's kernels have no products to count: the tables have their share of the roofline."
     )
     return Picture(name, title, caption, _roofline(points, copy, l2, matrix))
 

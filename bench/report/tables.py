@@ -135,12 +135,17 @@ def _means(found):
 def _rates(found):
     """A row for each implementation of each shape; columns that are empty throughout are left out."""
     shown = [(case, row) for case in found for impl in impls(found) if milliseconds(row := case.shown(impl))]
-    columns = {name: text for name, text in _RATES.items() if any(text(row) != _NONE for _, row in shown)}
+    networks = found[0].suite == "models"  # images are what one counts there
+    columns = {
+        name: text
+        for name, text in _RATES.items()
+        if any(text(row) != _NONE for _, row in shown) and (networks or name != "images/s")
+    }
     rows = [
         [case.shape, str(case.batch), row.impl, _three(row.ms_median), *(text(row) for text in columns.values())]
         for case, row in shown
     ]
-    fold = "" if found[0].suite == "models" else ", ".join(columns)
+    fold = "" if networks else ", ".join(columns)
     return Table(["shape", "batch", "impl", "ms", *columns], rows, 3, fold) if columns else None
 
 
@@ -161,7 +166,7 @@ def _troubles(rows):
     seen = {}
     for row in rows:
         where = f"{row.op} {row.shape}, batch {row.batch}, {row.dtype}, {row.mode}, {row.impl}"
-        what = ("" if row.passed else "gate failed: ") + " ".join((row.error or "no reason was recorded").split())
+        what = " ".join((row.error or "no reason was recorded").split())
         seen.setdefault((where, what), []).append(f"{'graph' if row.graph else 'eager'} {row.l2}")
     return Items([f"{where} ({', '.join(timings)}): {_short(what)}" for (where, what), timings in seen.items()])
 

@@ -33,7 +33,9 @@ def test_layers(measured):
     assert {(row.impl, row.mode) for row in results.rows} == {
         (impl, mode) for impl in ("reference", "torch") for mode in ("eval", "train_fwd", "step", "bwd")
     }
-    assert all(row.passed and row.ms_median > 0 and not row.graph for row in results.rows)
+    assert all(row.passed and not row.graph for row in results.rows)
+    # the backward pass is a difference, and a busy machine may leave nothing of it
+    assert all(row.ms_median > 0 for row in results.rows if row.mode != "bwd")
 
 
 def test_report_and_compare_work_on_it(measured, capsys, tmp_path):
@@ -44,8 +46,7 @@ def test_report_and_compare_work_on_it(measured, capsys, tmp_path):
 
     slower = json.loads(measured.read_text())
     for row in slower["rows"]:
-        for name in ("ms_median", "ms_q1", "ms_q3"):
-            row[name] *= 100
+        row |= {name: 100 * (row[name] or 0) for name in ("ms_median", "ms_q1", "ms_q3")}
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     assert bench("compare", measured, tmp_path / "slower.json", "--fail-if-slower", "5%") == 1
     assert bench("compare", tmp_path / "slower.json", measured) == 0

@@ -40,7 +40,7 @@ def test_lost_rows_fail():
     comparison = against(before, after)
     assert comparison.failed
     assert [(r.impl, why) for r, why in comparison.lost] == [
-        ("auto", "gate failed: wrong"), ("triton", "no such row any more"), ("hybrid", "no time: out of memory"),
+        ("auto", "wrong"), ("triton", "no such row any more"), ("hybrid", "out of memory"),
     ]  # fmt: skip
     assert not against(after, before).lost  # what had no time cannot lose it
     assert len(against(after, before).new) == 3

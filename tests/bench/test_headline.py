@@ -43,6 +43,11 @@ def test_nothing_was_measured(tmp_path):
     assert headline.block(tmp_path / "results", tmp_path) == headline.NOTHING
 
 
+def test_only_auto_makes_headlines(tmp_path):
+    rows = [row(impl="triton", ms_median=0.1), row(impl="merged", ms_median=0.3)]
+    assert "Among them is no rir_layer" in headline.block(saved(tmp_path, rows), tmp_path)
+
+
 def test_a_cpu_does_not_count(tmp_path):
     results(pair(0.1, 0.3), device=CPU).save(tmp_path / "results" / "cpu" / "layers.json")
     assert headline.block(tmp_path / "results", tmp_path) == headline.NOTHING
