@@ -62,6 +62,28 @@ def test_a_wrong_implementation_fails_the_command(monkeypatch, capsys, tmp_path)
     assert all(row.passed == (row.impl == "reference") for row in rows)
 
 
+def test_a_wrong_peer_does_not(monkeypatch, tmp_path):
+    from bench.peers.merged import MergedRiRLayer
+
+    right = MergedRiRLayer.forward
+    monkeypatch.setattr(MergedRiRLayer, "forward", lambda self, x: right(self, x) * 1.01)
+    assert bench("layers", *FAST, "--impl", "merged", "torch", "--out", tmp_path) == 0
+    rows = load(tmp_path / "layers.json").rows
+    assert all(row.passed == (row.impl == "torch") for row in rows)
+
+
+def test_every_case_is_kept_at_once(monkeypatch, tmp_path):
+    def interrupted(title, rows):
+        if title.startswith("basic_block"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.console, "show", interrupted)
+    arguments = ["--device", "cpu", "--quick", "--batch", "2", "--impl", "torch", "--out", tmp_path]
+    with pytest.raises(KeyboardInterrupt):
+        bench("layers", *arguments)
+    assert {row.op for row in load(tmp_path / "layers.json").rows} == {"rir_layer"}
+
+
 def test_time_runs_out(capsys, tmp_path):
     assert bench("layers", *FAST, "--impl", "torch", "--minutes", "0", "--out", tmp_path) == 0
     results = load(tmp_path / "layers.json")

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from bench import timing
+from bench.gate import verdict
 from bench.results import IMPLS
 from bench.roofline import kernel_passes, layer_passes
 from bench.runner import Runner
 from bench.selection import Selection, named_shape
 from bench.suites import kernels, layers, models
 from rir_kernels import aten
+from rir_kernels.equivalence import EquivalenceRow
 from rir_kernels.triton.launch import conv as conv_launcher
 from rir_kernels.triton.shapes import SHAPE_TABLE, Shape
 
@@ -40,6 +42,8 @@ def test_backward_is_nine_passes_over_an_activation():
     # a residual from outside is read once, and its gradient written and added
     with_residual = layer_passes([shape, shape], 2, residual_bytes=u)
     assert sum(p.bytes for p in with_residual["step"]) == 2 * sum(p.bytes for p in passes["step"]) + 3 * u
+    reduce, apply, data_grad, _ = with_residual["bwd"][:4]  # of the first layer
+    assert (reduce.bytes, apply.bytes, data_grad.bytes) == (2 * u, 3 * u, 3 * u + weight)
 
 
 def test_stride_two_reads_four_times_what_it_writes():
@@ -135,6 +139,18 @@ def broken(fault):
         return y * 1.00001 if fault == "a gradient is off" and training else y
 
     return conv_bn_act
+
+
+def test_the_worst_tensor_speaks():
+    def tensor(name, error, budget):
+        return EquivalenceRow("output", name, (1,), "float32", error, error, 0.0, budget, None, error <= budget)
+
+    fine = verdict([tensor("a", 0.1, 1.0), tensor("b", 0.4, 0.5), tensor("c", 0.2, 1.0)])
+    assert fine.passed and fine.budget_used == pytest.approx(0.8) and fine.error is None
+    wrong = verdict([tensor("a", 0.9, 1.0), tensor("b", 3.0, 2.0), tensor("c", 9.0, 1.0)])
+    assert not wrong.passed and wrong.budget_used == 9.0
+    assert wrong.error == "gate: 2 of 3 tensors beyond their error budgets; output c: error 9.00e+00, budget 1.00e+00"
+    assert not verdict([tensor("a", float("nan"), 1.0)]).passed
 
 
 @pytest.mark.parametrize("fault", ["a tap is skipped", "one value is wrong", "a gradient is off"])
