@@ -1,24 +1,35 @@
-"""Tile shapes by an analytic rule: functions of shape and dtype alone, so every process and rank chooses the same.
+"""Tile shapes by an analytic rule: functions of shape, dtype and GPU alone, so every process and rank chooses the same.
 
-The rule gives the tiles that were compiled for sm_90 and read (`python -m rir_kernels.triton.inspect`): pixels are
-cut by powers of two that divide the image, taken from further images where one image is too small. fp32 without TF32
-has no tensor cores: its products are plain multiply-adds in registers, and larger tiles spill.
+Pixels are cut by powers of two, taken from further images where one image is too small; among the tiles that compile
+for sm_90 without spills (`python -m rir_kernels.triton.inspect`) the convolution takes the one that `cost` finds
+fastest. fp32 without TF32 has no tensor cores: its products are plain multiply-adds in registers, and larger tiles
+spill.
 """
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks
 
 MAX_CHANNEL_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels."""
+    """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
+
+    A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
+    stand below each other from one load of each row of the image: a box has one row then.
+    """
 
     box: tuple[int, int, int]
     block_c: int
     block_k: int
     num_warps: int
     num_stages: int
+    groups: int = 1
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,6 @@ class RowsConfig:
     block_c: int
     steps: int
     num_warps: int
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def power_of_two_at_least(n: int) -> int:
@@ -75,29 +82,53 @@ def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
     return best[1]
 
 
+def row_box(n: int, w: int, pixels: int) -> tuple[int, int, int]:
+    """Likewise a box of one row."""
+    widths = [1 << i for i in range(power_of_two_at_least(w).bit_length()) if 1 << i <= pixels <= 256 << i]
+    width = min(reversed(widths), key=lambda width: cdiv(n, pixels // width) * cdiv(w, width))
+    return pixels // width, 1, width
+
+
 def channel_block(c: int) -> int:
     """Output channels are the rows of the matrix product, which wgmma takes 64 at a time."""
     return min((128, 64), key=lambda block: cdiv(c, block) * block)
 
 
-def reduction_block(k: int, itemsize: int) -> int:
-    """Channels a step: the most that divide k, up to the 128 bytes of the widest shared-memory swizzle."""
-    return max(16, min(128 // itemsize, power_of_two_dividing(k)))
+# sums that a thread's registers hold without spills, in every epilogue: as compiled
+MAX_SUMS, MAX_SUMS_OF_ROWS = 192, 128
 
 
-def conv_config(n: int, h: int, w: int, c: int, k: int, itemsize: int, tensor_cores: bool) -> ConvConfig:
-    """For an output of n x h x w pixels and c channels, and k input channels."""
-    pixels = max(16, min(128 if tensor_cores else 64, power_of_two_at_least(n * h * w)))
+@functools.cache
+def conv_config(problem: Problem, tensor_cores: bool, shares_rows: bool = False, gpu: Gpu = H200) -> ConvConfig:
+    """shares_rows: whether neighbouring output rows read the same rows of the input, as at stride 1."""
     if not tensor_cores:
-        return ConvConfig(pixel_box(n, h, w, pixels), block_c=64, block_k=16, num_warps=8, num_stages=2)
-    block_c = channel_block(c)
-    return ConvConfig(
-        box=pixel_box(n, h, w, pixels),
-        block_c=block_c,
-        block_k=reduction_block(k, itemsize),
-        num_warps=8 if block_c == 128 else 4,
-        num_stages=4,
-    )
+        pixels = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
+        box = pixel_box(problem.n, problem.h, problem.w, pixels)
+        return ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
+    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem, shares_rows))
+    return min(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])[1]
+
+
+def _candidates(problem: Problem, shares_rows: bool) -> Iterator[ConvConfig]:
+    """Tiles worth a thought, simple ones first: where the cost is the same the first is taken."""
+    n, h, w = problem.n, problem.h, problem.w
+    widest = max(16, 128 // problem.itemsize)
+    blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]
+    for rows in (1, 2, 4) if shares_rows and h > 1 else (1,):
+        for pixels in (16, 32, 64, 128, 256):
+            if pixels > max(16, power_of_two_at_least(n * h * w)):
+                continue
+            box = pixel_box(n, h, w, pixels) if rows == 1 else row_box(n, w, pixels)
+            for block_c, num_warps in ((64, 4), (128, 8), (64, 8)):
+                for groups in (1, 2, 3) if rows == 1 else (1,):
+                    # two warp groups share a block of 64 channels well only where they need not share rows
+                    if block_c * (groups - 1) >= problem.c or (rows > 1 and (block_c, num_warps) == (64, 8)):
+                        continue
+                    for block_k in blocks_k:
+                        for stages in (4, 3):
+                            tile = ConvConfig(box, block_c, block_k, num_warps, stages, groups, rows)
+                            if accumulators(tile) <= (MAX_SUMS if rows == 1 else MAX_SUMS_OF_ROWS):
+                                yield tile
 
 
 # programs a weight gradient is cut into: two waves of the largest GPU it was written for

@@ -26,12 +26,12 @@ Epilogue, in this order, each part optional:
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.pointwise import load_channels, normalize, relu, tile_moments
+from rir_kernels.triton.pointwise import load_channels, normalize, relu
 
 
 @triton.jit
 def _add_plane(
-    acc,  # [BLOCK_C, P]
+    accs,  # GROUPS times [BLOCK_C, P]: channel groups that share the pixels' loads
     x_desc,  # [N, H_plane, W_plane, K], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
     w_desc,  # [taps, C, K], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, K, C], box [1, BLOCK_K, BLOCK_C]
     n,
@@ -51,7 +51,7 @@ def _add_plane(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + the taps that meet parity plane (PLANE_H, PLANE_W)."""
+    """accs + the taps that meet parity plane (PLANE_H, PLANE_W)."""
     FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
     FIRST_W: tl.constexpr = (PLANE_W + PAD[1]) % STRIDE[1]
     TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
@@ -67,12 +67,74 @@ def _add_plane(
         i = step // (K_BLOCKS * TAPS_W)
         tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
         x = x_desc.load([n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), k])
-        if WEIGHT_T:
-            weight = w_desc.load([tap, k, c]).reshape([BLOCK_K, BLOCK_C]).T  # [BLOCK_C, BLOCK_K]
-        else:
-            weight = w_desc.load([tap, c, k]).reshape([BLOCK_C, BLOCK_K])  # [BLOCK_C, BLOCK_K]
-        acc = tl.dot(weight, x.reshape([P, BLOCK_K]).T, acc, input_precision=PRECISION)  # [BLOCK_C, P]
-    return acc
+        x = x.reshape([P, BLOCK_K]).T  # [BLOCK_K, P]
+        sums = ()
+        for group in tl.static_range(len(accs)):
+            weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K)
+            sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
+        accs = sums
+    return accs
+
+
+@triton.jit
+def _add_rows(
+    accs,  # GROUPS times ROWS times [BLOCK_C, P]
+    x_desc,  # [N, H, W, K], box [BOX_N, 1, BOX_W, BLOCK_K]
+    w_desc,  # as in _add_plane
+    n,
+    h,
+    w,
+    c,
+    K: tl.constexpr,
+    KERNEL: tl.constexpr,
+    PAD: tl.constexpr,
+    SIGN: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accs + all taps at stride 1: of a kernel's column, each row of the input and each weight is loaded once.
+
+    Output rows that stand side by side read the same rows of the input: with three taps, ROWS + 2 rather than 3 * ROWS.
+    """
+    TAPS: tl.constexpr = KERNEL[0]
+    ABOVE: tl.constexpr = PAD[0] if SIGN == 1 else TAPS - 1 - PAD[0]  # rows of the input above the first output row
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    for step in tl.range(KERNEL[1] * K_BLOCKS):
+        k = step % K_BLOCKS * BLOCK_K
+        j = step // K_BLOCKS
+        rows = ()
+        for row in tl.static_range(ROWS + TAPS - 1):
+            x = x_desc.load([n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k])
+            rows += (x.reshape([P, BLOCK_K]).T,)  # [BLOCK_K, P]
+        sums = ()
+        for group in tl.static_range(GROUPS):
+            weights = ()
+            for i in tl.static_range(TAPS):
+                tap = i * KERNEL[1] + j
+                weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K),)
+            for row in tl.static_range(ROWS):
+                acc = accs[group * ROWS + row]
+                for i in tl.static_range(TAPS):
+                    x = rows[row + i if SIGN == 1 else row + TAPS - 1 - i]
+                    acc = tl.dot(weights[i], x, acc, input_precision=PRECISION)
+                sums += (acc,)
+        accs = sums
+    return accs
+
+
+@triton.jit
+def _load_weight(w_desc, tap, c, k, WEIGHT_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_C, BLOCK_K]"""
+    if WEIGHT_T:
+        return w_desc.load([tap, k, c]).reshape([BLOCK_K, BLOCK_C]).T
+    else:
+        return w_desc.load([tap, c, k]).reshape([BLOCK_C, BLOCK_K])
 
 
 @triton.jit
@@ -80,6 +142,44 @@ def _load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     return desc.load([n, h, w, c]).reshape([P, BLOCK_C]).T.to(tl.float32)
+
+
+@triton.jit
+def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """branch_scale * acc + addends"""
+    acc *= branch_scale
+    if addend0_desc is not None:
+        acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
+    if addend1_desc is not None:
+        acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+    return acc
+
+
+@triton.jit
+def _pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
+    """(whether a tile's pixels lie in the image, their offsets), [P] each."""
+    pixel = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    pixel_n = n + pixel // (BOX[1] * BOX[2])
+    pixel_h = h + pixel // BOX[2] % BOX[1]
+    pixel_w = w + pixel % BOX[2]
+    is_pixel = (pixel_n < N) & (pixel_h < H) & (pixel_w < W)
+    return is_pixel, pixel_n.to(tl.int64) * stride_n + pixel_h.to(tl.int64) * stride_h + pixel_w.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr):
+    """Mean and M2 [BLOCK_C] over the valid pixels of tiles [BLOCK_C, P] that stand below each other."""
+    total = tl.zeros([tiles[0].shape[0]], dtype=tl.float32)
+    for row in tl.static_range(len(tiles)):
+        is_pixel, _ = _pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+        total += tl.sum(tl.where(is_pixel[None, :], tiles[row], 0.0), 1)
+    mean = total / tl.maximum(count, 1.0)
+    m2 = tl.zeros_like(mean)
+    for row in tl.static_range(len(tiles)):
+        is_pixel, _ = _pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+        deviation = tl.where(is_pixel[None, :], tiles[row] - mean[:, None], 0.0)
+        m2 += tl.sum(deviation * deviation, 1)
+    return mean, m2
 
 
 @triton.jit
@@ -133,76 +233,80 @@ def _conv_fwd_kernel(
     RELU: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
+    ROWS: tl.constexpr,  # of the image, computed from one load of each; BOX has one row where they are more than one
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     pid = tl.program_id(0)
     tile = pid // TILES_C  # the channel tiles of one pixel tile run side by side and share it in L2
-    c = pid % TILES_C * BLOCK_C
+    first_c = pid % TILES_C * (GROUPS * BLOCK_C)
     w = tile % TILES_W * BOX[2]
-    h = tile // TILES_W % TILES_H * BOX[1]
+    h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
     n = tile // (TILES_W * TILES_H) * BOX[0]
 
-    acc = tl.zeros([BLOCK_C, P], dtype=tl.float32)
+    accs = ()
+    for _ in tl.static_range(GROUPS * ROWS):
+        accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
     planes = (x00_desc, x01_desc, x10_desc, x11_desc)
-    if OUT_PLANE is not None:
-        acc = _add_plane(
-            acc, x00_desc, w_desc, n, h, w, c, K, KERNEL, STRIDE, PAD, OUT_PLANE[0], OUT_PLANE[1],
+    if ROWS > 1:
+        accs = _add_rows(
+            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, 1 if OUT_PLANE is None else -1,
+            WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    elif OUT_PLANE is not None:
+        accs = _add_plane(
+            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, OUT_PLANE[0], OUT_PLANE[1],
             -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         for plane in tl.static_range(4):
             if planes[plane] is not None:
-                acc = _add_plane(
-                    acc, planes[plane], w_desc, n, h, w, c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
+                accs = _add_plane(
+                    accs, planes[plane], w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
                     1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
-    channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    pixel = tl.arange(0, P)
-    pixel_n = n + pixel // (BOX[1] * BOX[2])
-    pixel_h = h + pixel // BOX[2] % BOX[1]
-    pixel_w = w + pixel % BOX[2]
-    is_pixel = (pixel_n < N) & (pixel_h < H) & (pixel_w < W)  # [P]
-    is_channel = channel < C
-    mask = is_channel[:, None] & is_pixel[None, :]
-    pixel_offset = pixel_n.to(tl.int64) * stride_n + pixel_h.to(tl.int64) * stride_h + pixel_w.to(tl.int64) * stride_w
+    # a row's count of pixels is zero, or less, beneath the image
+    count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
+    for group in tl.static_range(GROUPS):
+        c = first_c + group * BLOCK_C
+        channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        is_channel = channel < C
+        tiles = ()
+        for row in tl.static_range(ROWS):
+            acc = accs[group * ROWS + row]
+            if bias_ptr is not None:
+                acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]
+            if not POST_NORM:
+                acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
+            tiles += (acc,)
 
-    if bias_ptr is not None:
-        acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]
-    if not POST_NORM:
-        acc *= branch_scale
-        if addend0_desc is not None:
-            acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
-        if addend1_desc is not None:
-            acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+        if tile_mean_ptr is not None:
+            mean, m2 = _moments(tiles, count.to(tl.float32), n, h, w, N, H, W, BOX)  # [BLOCK_C]
+            offset = tile.to(tl.int64) * C
+            tl.store(tile_mean_ptr + offset + channel, mean, mask=is_channel)
+            tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)
+            tl.store(tile_count_ptr + tile, count.to(tl.float32), mask=c == 0)
 
-    if tile_mean_ptr is not None:
-        count = (tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1], H - h) * tl.minimum(BOX[2], W - w)).to(tl.float32)
-        mean, m2 = tile_moments(acc, is_pixel[None, :], count, 1)  # [BLOCK_C]
-        row = tile.to(tl.int64) * C
-        tl.store(tile_mean_ptr + row + channel, mean, mask=is_channel)
-        tl.store(tile_m2_ptr + row + channel, m2, mask=is_channel)
-        tl.store(tile_count_ptr + tile, count, mask=c == 0)
-
-    if mean_ptr is not None:
-        if z_out is not None:
-            # backward recomputes the mask from the stored z, so y must come from the same rounded value
-            acc = acc.to(x00_desc.dtype).to(tl.float32)
-            _store_tile(z_out, acc, n, h, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
-        mean = load_channels(mean_ptr, channel, C, 0.0)
-        invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
-        gamma = load_channels(gamma_ptr, channel, C, 1.0)
-        beta = load_channels(beta_ptr, channel, C, 0.0)
-        acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
-        if POST_NORM:
-            acc *= branch_scale
-            if addend0_desc is not None:
-                acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
-            if addend1_desc is not None:
-                acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
-        if RELU:
-            acc = relu(acc)
-    _store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+        for row in tl.static_range(ROWS):
+            acc = tiles[row]
+            is_pixel, pixel_offset = _pixels(n, h + row, w, N, H, W, stride_n, stride_h, stride_w, BOX)  # [P]
+            mask = is_channel[:, None] & is_pixel[None, :]
+            if mean_ptr is not None:
+                if z_out is not None:
+                    # backward recomputes the mask from the stored z, so y must come from the same rounded value
+                    acc = acc.to(x00_desc.dtype).to(tl.float32)
+                    _store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+                mean = load_channels(mean_ptr, channel, C, 0.0)
+                invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
+                gamma = load_channels(gamma_ptr, channel, C, 1.0)
+                beta = load_channels(beta_ptr, channel, C, 0.0)
+                acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
+                if POST_NORM:
+                    acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
+                if RELU:
+                    acc = relu(acc)
+            _store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)

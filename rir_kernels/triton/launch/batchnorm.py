@@ -12,7 +12,8 @@ from rir_kernels.triton.batchnorm import (
     _bn_reduce_bwd_kernel,
     _bn_stats_fwd_kernel,
 )
-from rir_kernels.triton.config import cdiv, power_of_two_at_least, rows_config
+from rir_kernels.triton.config import power_of_two_at_least, rows_config
+from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.partials import sum_partials
 from rir_kernels.triton.launch.runtime import device_guard, launch
 

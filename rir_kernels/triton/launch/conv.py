@@ -6,8 +6,9 @@ Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arg
 import torch
 
 from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.config import cdiv, conv_config
+from rir_kernels.triton.config import conv_config
 from rir_kernels.triton.conv import _conv_fwd_kernel
+from rir_kernels.triton.cost import Problem, cdiv
 from rir_kernels.triton.launch.batchnorm import TileMoments
 from rir_kernels.triton.launch.runtime import (
     describable,
@@ -15,6 +16,7 @@ from rir_kernels.triton.launch.runtime import (
     describe_pixels,
     device_guard,
     dot_precision,
+    gpu_of,
     has_aligned_rows,
     launch,
     pack_weight,
@@ -110,8 +112,21 @@ def _launch_tiles(
     weight_t=False,
 ) -> TileMoments | None:
     n, _, h, w = out.shape
-    config = conv_config(n, h, w, c, k, out.element_size(), uses_tensor_cores(out))
-    tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
+    taps = (
+        kernel
+        if out_plane is None
+        else tuple(
+            cdiv(size - (plane + pad) % stride, stride)
+            for size, plane, pad, stride in zip(kernel, out_plane, spec.padding, spec.stride, strict=True)
+        )
+    )
+    config = conv_config(
+        Problem(n, h, w, c, k, taps, out.element_size()),
+        uses_tensor_cores(out),
+        shares_rows=spec.stride == (1, 1) and kernel[0] > 1,
+        gpu=gpu_of(out.device),
+    )
+    tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
 
@@ -133,7 +148,7 @@ def _launch_tiles(
     with device_guard(out):
         launch(
             _conv_fwd_kernel,
-            tiles * cdiv(c, config.block_c),
+            tiles * cdiv(c, config.groups * config.block_c),
             *[described(plane, config.block_k) for plane in met],
             describe(packed_weight, weight_box),
             *addends,
@@ -164,6 +179,8 @@ def _launch_tiles(
             RELU=spec.relu,
             BOX=config.box,
             BLOCK_C=config.block_c,
+            GROUPS=config.groups,
+            ROWS=config.rows,
             BLOCK_K=config.block_k,
             PRECISION=dot_precision(out),
             num_warps=config.num_warps,

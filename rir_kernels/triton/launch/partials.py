@@ -1,6 +1,6 @@
 """Launches the fixed-order sum of partial results."""
 
-from rir_kernels.triton.config import cdiv
+from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.runtime import device_guard, launch
 from rir_kernels.triton.partials import _sum_partials_kernel
 

@@ -1,12 +1,14 @@
 """How a kernel is started, and how tensors are handed to it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.dispatch import tf32_allowed
+from rir_kernels.triton.cost import H200, Gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
@@ -36,6 +38,15 @@ def intercepted(function: Callable):
 def device_guard(tensor: torch.Tensor):
     """Makes the tensor's device the current one: Triton launches on the current device's current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What tiles are chosen for; the default where no GPU will run them."""
+    if device.type != "cuda":
+        return H200
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def has_aligned_rows(channels: int, itemsize: int) -> bool:

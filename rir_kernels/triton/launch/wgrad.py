@@ -2,7 +2,8 @@
 
 import torch
 
-from rir_kernels.triton.config import cdiv, wgrad_config
+from rir_kernels.triton.config import wgrad_config
+from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.partials import sum_partials
 from rir_kernels.triton.launch.runtime import (
     describable,

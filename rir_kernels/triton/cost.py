@@ -1,0 +1,108 @@
+"""What a tile of the convolution costs on a Hopper GPU, in clocks: the rule by which `config` chooses.
+
+A program's main loop is bound by the slowest of three, per 32 bytes of the reduction (16 channels in 16 bits):
+
+    tensor cores     a wgmma of 64 x N takes N / 2 clocks
+    shared memory    its operands take 16 + N / 4 clocks (128 bytes each), and what TMA writes passes there too
+    L2               (channels + pixels) * 32 bytes, at L2_BYTES a clock for each of the SMs
+
+so large tiles are fast, until too few programs are left to fill the GPU evenly, or too few registers. Rows of the
+image that share their input (`rows`) and channels that share their pixels (`groups`) make tiles larger than one matrix
+product. The constants are assumptions until they are measured; only the order of the candidates depends on them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice of a tile depends on. The default is an H200, where no GPU is asked."""
+
+    sms: int = 132
+    shared_bytes: int = 227 * 1024  # of a program
+
+
+H200 = Gpu()
+L2_BYTES = 36  # a clock and SM, while all of them read: 7.6 TB/s at 1.6 GHz
+STORE_BYTES = 20  # likewise to memory: 4.3 TB/s
+SLICE = 32  # bytes of the reduction in one wgmma
+NARROW = 64  # bytes of a TMA box's rows below which they do not get cheaper
+STEP = 64  # clocks to turn the pipelined loop around
+START = 1600  # clocks until the first operands are there
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch: an output of n x h x w pixels and c channels, k input channels, taps (rows, columns)."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    taps: tuple[int, int]
+    itemsize: int
+
+
+def clocks(problem: Problem, tile, gpu: Gpu) -> float | None:
+    """The launch's time with that tile (a `ConvConfig`), None where the tile is too large for the GPU."""
+    p = problem
+    pixels = tile.box[0] * tile.box[1] * tile.box[2]
+    channels = tile.block_c * tile.groups
+    if tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes:
+        return None
+
+    # in one step of the loop: x boxes, weight boxes, products
+    shares = tile.rows > 1
+    boxes = tile.rows + p.taps[0] - 1 if shares else 1
+    weights = p.taps[0] if shares else 1
+    products = tile.rows * weights
+    steps_a_block = p.taps[1] if shares else p.taps[0] * p.taps[1]
+
+    # a product of 64 rows is split along its pixels where there are two warp groups
+    split = tile.num_warps // 4 if tile.block_c == 64 else 1
+    width = pixels / split
+    wgmmas = products * split * channels / 64
+    blocks = cdiv(p.k, tile.block_k)
+    slices = tile.block_k * p.itemsize / SLICE
+    fetched = boxes * pixels + weights * channels
+    tensor = wgmmas * width / 2 * slices * blocks
+    shared = (wgmmas * (16 + width / 4) + fetched * SLICE / 128) * slices * blocks
+    row_bytes = [min(tile.block_k, p.k - block * tile.block_k) * p.itemsize for block in range(blocks)]
+    l2 = fetched * sum(max(size, NARROW) for size in row_bytes) / L2_BYTES
+    loop = steps_a_block * (max(tensor, shared, l2) + STEP * blocks)
+
+    stored = min(channels, p.c) * pixels * tile.rows * p.itemsize
+    rest = START + stored / STORE_BYTES
+    programs = cdiv(p.n, tile.box[0]) * cdiv(p.h, tile.box[1] * tile.rows) * cdiv(p.w, tile.box[2])
+    programs *= cdiv(p.c, channels)
+    turns = cdiv(programs, gpu.sms)
+    # the ends of one program hide behind the loop of another on the same SM
+    return turns * loop + (rest if residents(tile, p, gpu) > 1 else turns * rest)
+
+
+def stage_bytes(tile, problem: Problem) -> int:
+    """Shared memory of one stage of the pipeline."""
+    pixels = tile.box[0] * tile.box[1] * tile.box[2]
+    shares = tile.rows > 1
+    boxes = tile.rows + problem.taps[0] - 1 if shares else 1
+    weights = tile.groups * (problem.taps[0] if shares else 1)
+    return (boxes * pixels + weights * tile.block_c) * tile.block_k * problem.itemsize
+
+
+def accumulators(tile) -> float:
+    """Registers of a thread that hold sums."""
+    pixels = tile.box[0] * tile.box[1] * tile.box[2]
+    return tile.block_c * tile.groups * tile.rows * pixels / (32 * tile.num_warps)
+
+
+def residents(tile, problem: Problem, gpu: Gpu) -> int:
+    """Programs that one SM holds at a time."""
+    sums = accumulators(tile)
+    registers = 160 if sums <= 64 else 176 if sums <= 96 else 255  # as compiled, at most
+    by_registers = 65536 // (32 * tile.num_warps * registers)
+    return max(1, min(by_registers, gpu.shared_bytes // (tile.num_stages * stage_bytes(tile, problem) + 1024)))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,174 @@
+"""Every kind of tile gives the same result, and the rule that chooses among them keeps within the GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.triton.config import ConvConfig, conv_config, pixel_box, row_box
+from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks, residents, stage_bytes
+from rir_kernels.triton.shapes import SHAPE_TABLE
+
+from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+
+
+def _tile(box, groups=1, rows=1, block_c=64):
+    return ConvConfig(box, block_c, block_k=16, num_warps=4, num_stages=2, groups=groups, rows=rows)
+
+
+TILES = {
+    "one box": _tile((2, 2, 4)),
+    "two rows": _tile((2, 1, 8), rows=2),
+    "four rows": _tile((1, 1, 16), rows=4),
+    "two groups": _tile((1, 4, 4), groups=2),
+    "three groups": _tile((1, 4, 4), groups=3),
+    "rows and groups": _tile((2, 1, 8), groups=2, rows=2),
+}
+# (N, C_in, C_out, H, W, kernel, padding): tiles that hang over in every direction, rows that are none
+SHAPES = {
+    "even": (2, 16, 64, 4, 8, (3, 3), (1, 1)),
+    "over the edges": (3, 24, 72, 5, 6, (3, 3), (1, 1)),
+    "many channels": (1, 8, 200, 3, 5, (3, 3), (1, 1)),
+    "odd channels": (2, 5, 33, 7, 3, (3, 3), (1, 1)),
+    "without padding": (2, 8, 16, 5, 7, (3, 3), (0, 0)),
+    "wide padding": (1, 8, 8, 3, 4, (3, 3), (2, 2)),
+    "a column": (2, 8, 8, 6, 4, (3, 1), (1, 0)),
+    "a row": (2, 8, 8, 4, 6, (1, 3), (0, 1)),
+}
+
+
+@pytest.fixture
+def chosen(request, monkeypatch):
+    tile = TILES[request.param]
+
+    def choose(problem, tensor_cores, shares_rows, gpu):
+        # as the rule does: rows are shared only where neighbours read the same ones
+        return tile if shares_rows else dataclasses.replace(tile, rows=1)
+
+    monkeypatch.setattr("rir_kernels.triton.launch.conv.conv_config", choose)
+
+
+@pytest.mark.usefixtures("poisoned", "chosen")
+@pytest.mark.parametrize("chosen", TILES, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_tile_computes_the_same(target, shape):
+    """Integers, bit for bit: the convolution with an identity, inference, and the data gradient."""
+    from rir_kernels.triton.launch import batchnorm, conv
+
+    n, c_in, c_out, h, w, kernel, padding = shape
+    x = small_integers((n, c_in, h, w), target, seed=1)
+    weight = small_integers((c_out, c_in, *kernel), target, seed=2)
+    z = F.conv2d(x.double(), weight.double(), None, 1, padding)
+    same = z.shape[2:] == x.shape[2:]
+    identity = min(c_in, c_out) // 2 if same else 0
+    spec = ConvBNActSpec(padding=padding, shortcut_channels=identity)
+    z[:, :identity] += x[:, :identity].double() if same else 0
+
+    ours, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+    assert torch.equal(ours.double(), z)
+    statistics = batchnorm.bn_finalize(moments, 1e-5)
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    terms = z[:, 0].numel()
+    assert_close(statistics.mean, mean, torch.float32, terms=terms, name="mean")
+    assert_close(statistics.var, var, torch.float32, terms=terms, name="var")
+
+    ones, zeros = (torch.full((c_out,), value, device=x.device) for value in (1.0, 0.0))
+    plain = dataclasses.replace(spec, eps=0.0)
+    y, saved = conv.conv_infer(
+        x, weight, bias=None, residuals=(), spec=plain, mean=zeros, var=ones, gamma=ones, beta=zeros, save_z=True
+    )
+    assert torch.equal(saved.double(), z) and torch.equal(y.double(), z.relu())
+
+    dz = small_integers(z.shape, target, seed=3)
+    dx = torch.nn.grad.conv2d_input(x.shape, weight.double(), dz.double(), 1, padding)
+    dx[:, :identity] += dz[:, :identity].double() if same else 0
+    assert torch.equal(conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec).double(), dx)
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("chosen", ["two rows", "rows and groups"], indirect=True)
+@pytest.mark.parametrize("target", TARGETS)
+def test_residuals_and_bias_join_every_row(target):
+    from rir_kernels.triton.launch import conv
+
+    spec = ConvBNActSpec(padding=(1, 1), post_norm=True, branch_scale=0.5)
+    x, weight = rand((2, 8, 5, 6), target, seed=1), rand((72, 8, 3, 3), target, seed=2, scale=0.1)
+    residuals = rand((2, 40, 5, 6), target, seed=3), rand((2, 72, 5, 6), target, seed=4)
+    bias = rand((72,), target, seed=5)
+    mean, gamma, beta = (rand((72,), (target[0], torch.float32), seed=seed) for seed in (6, 7, 8))
+    var = mean.abs() + 1.0
+    y, _ = conv.conv_infer(
+        x, weight, bias=bias, residuals=residuals, spec=spec, mean=mean, var=var, gamma=gamma, beta=beta, save_z=False
+    )
+    z = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1)
+    golden = 0.5 * F.batch_norm(z, mean.double(), var.double(), gamma.double(), beta.double(), False, 0.0, spec.eps)
+    golden[:, :40] += residuals[0].double()
+    assert_close(y, (golden + residuals[1].double()).relu(), target[1], terms=72)
+
+
+# the rule
+
+
+def _problem(shape, batch=256, itemsize=2):
+    return Problem(batch, shape.size, shape.size, shape.c_out, shape.c_in, (3, 3), itemsize)
+
+
+@pytest.mark.parametrize("gpu", [H200, Gpu(108, 163 * 1024), Gpu(128, 99 * 1024), Gpu(20, 64 * 1024)], ids=str)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("batch", [1, 3, 256])
+def test_a_choice_fits_the_gpu(gpu, itemsize, batch):
+    for shape in SHAPE_TABLE:
+        problem = _problem(shape, batch, itemsize)
+        for shares_rows in (False, True):
+            tile = conv_config(problem, True, shares_rows, gpu)
+            assert tile.num_stages * stage_bytes(tile, problem) <= gpu.shared_bytes
+            assert accumulators(tile) <= 192
+            assert tile.rows == 1 or (shares_rows and tile.box[1] == 1)
+            assert all(1 <= side <= 256 and side & (side - 1) == 0 for side in tile.box)
+            assert tile.block_k * itemsize <= 128  # the widest swizzle
+            assert tile == conv_config.__wrapped__(problem, True, shares_rows, gpu)
+
+
+def test_the_cheapest_tile_is_taken():
+    problem = _problem(SHAPE_TABLE[0])
+    best = conv_config(problem, True, True)
+    others = [dataclasses.replace(best, rows=1), dataclasses.replace(best, box=(2, 1, 32)), _tile((1, 4, 32))]
+    assert all(clocks(problem, best, H200) < clocks(problem, other, H200) for other in others)
+
+
+def test_clocks_by_hand():
+    # 64 channels to 64, 132 tiles of 128 pixels: one for each SM, one turn
+    problem = Problem(132, 8, 16, 64, 64, (1, 1), 2)
+    tile = ConvConfig((1, 8, 16), 64, 64, num_warps=4, num_stages=4)
+    # four slices of 32 bytes; tensor cores 4 * 64, shared memory 4 * (48 + 48), L2 (128 + 64) * 128 / 36
+    assert clocks(problem, tile, H200) == pytest.approx(max(256, 384, 192 * 128 / 36) + 64 + 1600 + 64 * 128 * 2 / 20)
+    assert residents(tile, problem, H200) == 2  # 96 KB each
+    # another image is another turn of the loop; its ends hide
+    more = dataclasses.replace(problem, n=133)
+    assert clocks(more, tile, H200) - clocks(problem, tile, H200) == pytest.approx(192 * 128 / 36 + 64)
+
+
+def test_rows_read_less():
+    problem = Problem(256, 32, 32, 128, 128, (3, 3), 2)
+    alone = ConvConfig((4, 1, 32), 128, 32, num_warps=8, num_stages=3)
+    shared = dataclasses.replace(alone, rows=2)
+    # in a step: 3 weights of 128 rows and 4 boxes of 128 pixels, where one tap is one of each
+    assert stage_bytes(shared, problem) == (3 * 128 + 4 * 128) * 64
+    assert stage_bytes(alone, problem) == (128 + 128) * 64
+    assert clocks(problem, shared, H200) < clocks(problem, alone, H200)
+
+
+@pytest.mark.parametrize(("n", "h", "w"), [(256, 7, 7), (1, 32, 32), (3, 5, 9), (256, 56, 56), (2, 1, 1)])
+@pytest.mark.parametrize("pixels", [16, 64, 256])
+def test_boxes(n, h, w, pixels):
+    for box in (pixel_box(n, h, w, pixels), row_box(n, w, pixels)):
+        assert box[0] * box[1] * box[2] == pixels
+        assert box[0] <= 256
+    assert row_box(n, w, pixels)[1] == 1
+    everything = [(pixels // b, 1, b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256) if b <= pixels and pixels // b <= 256]
+    assert cdiv(n, row_box(n, w, pixels)[0]) * cdiv(w, row_box(n, w, pixels)[2]) == min(
+        cdiv(n, b[0]) * cdiv(w, b[2]) for b in everything
+    )
