@@ -5,7 +5,7 @@ import statistics
 import torch
 
 from .results import DTYPES
-from .timing import Settings, measure
+from .timing import Settings, measure_steady
 
 # (elements copied in main memory, within the L2 cache; side of the matrices), by device type
 SIZES = {"cuda": (2**29, 2**22, 8192), "cpu": (2**24, None, 512)}
@@ -27,20 +27,18 @@ def measure_ceilings(device: torch.device, dtypes, settings: Settings) -> dict:
 def _copy_gbps(elements, device, settings):
     source = torch.randn(elements, device=device).to(torch.float16)
     target = torch.empty_like(source)
-    return 4 * elements / _best_ms(lambda: target.copy_(source), device, settings) / 1e6
+    return 4 * elements / _milliseconds(lambda: target.copy_(source), device, settings) / 1e6
 
 
 def _matmul_tflops(side, dtype, device, settings):
     a, b = (torch.randn(side, side, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * side**3 / _best_ms(lambda: torch.mm(a, b, out=out), device, settings) / 1e9
+    return 2 * side**3 / _milliseconds(lambda: torch.mm(a, b, out=out), device, settings) / 1e9
 
 
-def _best_ms(call, device, settings):
-    """The median of the way that is fastest: no launch overhead in a ceiling."""
+def _milliseconds(call, device, settings):
     call()
-    timings = [t for t in measure({"": call}, device, settings)[""] if t.l2 == "warm"]
-    errors = [t.error for t in timings if t.error]
-    if errors:
-        raise RuntimeError(f"the ceilings could not be measured: {errors[0]}")
-    return min(statistics.median(timing.samples) for timing in timings)
+    timing = measure_steady({"": call}, device, settings)[""]
+    if timing.error:
+        raise RuntimeError(f"the ceilings could not be measured: {timing.error}")
+    return statistics.median(timing.samples)

@@ -10,7 +10,7 @@ import torch
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("all", *SUITES, "report", "compare", "check", "headline")
+COMMANDS = ("all", *SUITES, "tune", "report", "compare", "check", "headline")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +31,14 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="command")
     for name in ("all", *SUITES):
         _add_measuring(commands, name)
+    tune = commands.add_parser("tune", help="the fastest tile of each shape, for rir_kernels/triton/tiles/")
+    tune.add_argument("--out", type=Path, default=Path("out/tiles"), metavar="DIR", help="default: %(default)s")
+    tune.add_argument("--shapes", **_some, help="rows of the shape table; default: all")
+    tune.add_argument("--batch", **_some, help="images; default: 256")
+    tune.add_argument("--dtype", **_some, help=f"{', '.join(DTYPES)}; default: bf16 and fp16")
+    tune.add_argument("--candidates", type=int, default=10, metavar="N", help="tiles of each; default: %(default)s")
+    tune.add_argument("--minutes", type=float, help="begin nothing after that; what is there is kept")
+    tune.set_defaults(run=_tune)
     report = commands.add_parser("report", help="Markdown, figures and a page from result files")
     report.add_argument("paths", nargs="*", type=Path, default=[Path("out/bench")], help="files or folders")
     report.add_argument("--out", type=Path, help="where it is written; default: beside the results")
@@ -117,6 +125,27 @@ def _batch(text):
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--batch: expected numbers of images, at least 1, got {text!r}")
     return int(text)
+
+
+def _tune(options, _arguments):
+    from . import console, timing
+    from .selection import Selection
+    from .tune import tune
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune: tiles are measured on a CUDA device, and there is none")
+    selection = Selection("cuda", shapes=tuple(options.shapes), batches=tuple(_batch(text) for text in options.batch))
+    path = tune(
+        selection.chosen_shapes(quick=()),
+        _known("--dtype", options.dtype, tuple(DTYPES)) or ("bf16", "fp16"),
+        torch.device("cuda"),
+        options.out,
+        candidates=options.candidates,
+        settings=timing.Settings(rounds=9),
+        minutes=options.minutes,
+    )
+    console.say(f"copy {path} to rir_kernels/triton/tiles/ to have these tiles chosen on this device")
+    return 0
 
 
 def _report(options, _arguments):

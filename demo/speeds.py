@@ -30,13 +30,9 @@ def _milliseconds(build, training, mode, device, settings):
         verdict = variant.check()
         if not verdict.passed:
             raise RuntimeError(f"{name}: {verdict.error}")
-    found = timing.measure({name: variant.calls[mode] for name, variant in variants.items()}, device, settings)
-    return {name: statistics.median(_best(timings).samples) for name, timings in found.items()}
-
-
-def _best(timings):
-    """The CUDA graph with a warm cache; on a CPU there is one way alone."""
-    best = max((t for t in timings if t.l2 == "warm"), key=lambda t: t.graph)
-    if best.error:
-        raise RuntimeError(best.error)
-    return best
+    calls = {name: variant.calls[mode] for name, variant in variants.items()}
+    found = timing.measure_steady(calls, device, settings)
+    for name, timed in found.items():
+        if timed.error:
+            raise RuntimeError(f"{name}: {timed.error}")
+    return {name: statistics.median(timed.samples) for name, timed in found.items()}

@@ -6,30 +6,18 @@ fastest. fp32 without TF32 has no tensor cores: its products are plain multiply-
 spill.
 """
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks
+from rir_kernels.triton.measured import measured_tile
+from rir_kernels.triton.tile import ConvConfig
 
 MAX_CHANNEL_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
-
-    A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
-    stand below each other from one load of each row of the image: a box has one row then.
-    """
-
-    box: tuple[int, int, int]
-    block_c: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    groups: int = 1
-    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,19 +86,47 @@ def channel_block(c: int) -> int:
 MAX_SUMS, MAX_SUMS_OF_ROWS = 192, 128
 
 
-@functools.cache
+_forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def use_tile(tile: ConvConfig) -> Iterator[None]:
+    """Within it every convolution of this thread takes that tile: to measure it, and to test it."""
+    token = _forced.set(tile)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def conv_config(problem: Problem, tensor_cores: bool, shares_rows: bool = False, gpu: Gpu = H200) -> ConvConfig:
-    """shares_rows: whether neighbouring output rows read the same rows of the input, as at stride 1."""
+    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds.
+
+    shares_rows: whether neighbouring output rows read the same rows of the input, as at stride 1.
+    """
+    tile = _forced.get()
+    if tile is None:
+        return _chosen(problem, tensor_cores, shares_rows, gpu)
+    return tile if shares_rows else dataclasses.replace(tile, rows=1)
+
+
+@functools.cache
+def _chosen(problem, tensor_cores, shares_rows, gpu):
     if not tensor_cores:
         pixels = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
         box = pixel_box(problem.n, problem.h, problem.w, pixels)
         return ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
+    return measured_tile(problem, shares_rows, gpu) or ranked_tiles(problem, shares_rows, gpu)[0][1]
+
+
+def ranked_tiles(problem: Problem, shares_rows: bool, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
+    """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
     tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem, shares_rows))
-    return min(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])[1]
+    return sorted(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])
 
 
-def _candidates(problem: Problem, shares_rows: bool) -> Iterator[ConvConfig]:
-    """Tiles worth a thought, simple ones first: where the cost is the same the first is taken."""
+def _candidates(problem, shares_rows):
+    """Tiles worth a thought, simple ones first."""
     n, h, w = problem.n, problem.h, problem.w
     widest = max(16, 128 // problem.itemsize)
     blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]

@@ -13,13 +13,16 @@ product. The constants are assumptions until they are measured; only the order o
 
 from dataclasses import dataclass
 
+from rir_kernels.triton.tile import ConvConfig
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice of a tile depends on. The default is an H200, where no GPU is asked."""
+    """What the choice of a tile depends on. The default is an H200's, where no GPU is asked."""
 
     sms: int = 132
     shared_bytes: int = 227 * 1024  # of a program
+    name: str = ""  # where there is one, tiles that were measured on it come first
 
 
 H200 = Gpu()
@@ -44,8 +47,8 @@ class Problem:
     itemsize: int
 
 
-def clocks(problem: Problem, tile, gpu: Gpu) -> float | None:
-    """The launch's time with that tile (a `ConvConfig`), None where the tile is too large for the GPU."""
+def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
+    """The launch's time with that tile, None where the tile is too large for the GPU."""
     p = problem
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     channels = tile.block_c * tile.groups
@@ -81,7 +84,7 @@ def clocks(problem: Problem, tile, gpu: Gpu) -> float | None:
     return turns * loop + (rest if residents(tile, p, gpu) > 1 else turns * rest)
 
 
-def stage_bytes(tile, problem: Problem) -> int:
+def stage_bytes(tile: ConvConfig, problem: Problem) -> int:
     """Shared memory of one stage of the pipeline."""
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     shares = tile.rows > 1
@@ -90,13 +93,13 @@ def stage_bytes(tile, problem: Problem) -> int:
     return (boxes * pixels + weights * tile.block_c) * tile.block_k * problem.itemsize
 
 
-def accumulators(tile) -> float:
+def accumulators(tile: ConvConfig) -> float:
     """Registers of a thread that hold sums."""
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     return tile.block_c * tile.groups * tile.rows * pixels / (32 * tile.num_warps)
 
 
-def residents(tile, problem: Problem, gpu: Gpu) -> int:
+def residents(tile: ConvConfig, problem: Problem, gpu: Gpu) -> int:
     """Programs that one SM holds at a time."""
     sums = accumulators(tile)
     registers = 160 if sums <= 64 else 176 if sums <= 96 else 255  # as compiled, at most

@@ -65,7 +65,7 @@ def test_quartiles():
 def test_ceilings_are_bytes_and_operations(monkeypatch):
     # one copy reads and writes 2 bytes an element; a product of n x n matrices is 2 n^3 operations
     monkeypatch.setattr("bench.ceilings.SIZES", {"cpu": (1000, 100, 10)})
-    monkeypatch.setattr("bench.ceilings._best_ms", lambda *args: 2.0)
+    monkeypatch.setattr("bench.ceilings._milliseconds", lambda *args: 2.0)
     assert measure_ceilings(CPU, ("fp32",), FEW) == {
         "copy_gbps": 4 * 1000 / 2e-3 / 1e9,
         "l2_gbps": 4 * 100 / 2e-3 / 1e9,

@@ -43,12 +43,11 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path):
 def test_a_tile_too_large_for_the_registers_fails_the_gate():
     """256 channels by 128 pixels on four warps are 256 accumulators a thread: the gate must see the spill."""
     done = _python("-c", """
-import rir_kernels.triton.config as config
-import rir_kernels.triton.launch.conv as launch
-from rir_kernels.triton import inspect
+from rir_kernels.triton import config, inspect
 from rir_kernels.triton.shapes import Shape
-launch.conv_config = lambda p, *_, **__: config.ConvConfig(config.pixel_box(p.n, p.h, p.w, 128), 256, 64, 4, 2)
-rows = inspect.inspect(Shape(256, 256, 8), "bf16", "sm_90")
+from rir_kernels.triton.tile import ConvConfig
+with config.use_tile(ConvConfig((2, 8, 8), 256, 64, 4, 2)):
+    rows = inspect.inspect(Shape(256, 256, 8), "bf16", "sm_90")
 spilled = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
 print(all(row.spills and not row.passed for row in spilled), len(spilled))
 """)  # fmt: skip

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import ConvConfig, conv_config, pixel_box, row_box
+from rir_kernels.triton.config import conv_config, pixel_box, ranked_tiles, row_box, use_tile
 from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks, residents, stage_bytes
 from rir_kernels.triton.shapes import SHAPE_TABLE
+from rir_kernels.triton.tile import ConvConfig
 
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -28,10 +29,10 @@ TILES = {
 }
 # (N, C_in, C_out, H, W, kernel, padding): tiles that hang over in every direction, rows that are none
 SHAPES = {
-    "even": (2, 16, 64, 4, 8, (3, 3), (1, 1)),
-    "over the edges": (3, 24, 72, 5, 6, (3, 3), (1, 1)),
-    "many channels": (1, 8, 200, 3, 5, (3, 3), (1, 1)),
-    "odd channels": (2, 5, 33, 7, 3, (3, 3), (1, 1)),
+    "even": (2, 16, 64, 4, 4, (3, 3), (1, 1)),
+    "over the edges": (3, 24, 68, 3, 5, (3, 3), (1, 1)),
+    "many channels": (1, 8, 136, 3, 3, (3, 3), (1, 1)),
+    "odd channels": (2, 5, 33, 5, 3, (3, 3), (1, 1)),
     "without padding": (2, 8, 16, 5, 7, (3, 3), (0, 0)),
     "wide padding": (1, 8, 8, 3, 4, (3, 3), (2, 2)),
     "a column": (2, 8, 8, 6, 4, (3, 1), (1, 0)),
@@ -40,14 +41,9 @@ SHAPES = {
 
 
 @pytest.fixture
-def chosen(request, monkeypatch):
-    tile = TILES[request.param]
-
-    def choose(problem, tensor_cores, shares_rows, gpu):
-        # as the rule does: rows are shared only where neighbours read the same ones
-        return tile if shares_rows else dataclasses.replace(tile, rows=1)
-
-    monkeypatch.setattr("rir_kernels.triton.launch.conv.conv_config", choose)
+def chosen(request):
+    with use_tile(TILES[request.param]):
+        yield
 
 
 @pytest.mark.usefixtures("poisoned", "chosen")
@@ -129,7 +125,7 @@ def test_a_choice_fits_the_gpu(gpu, itemsize, batch):
             assert tile.rows == 1 or (shares_rows and tile.box[1] == 1)
             assert all(1 <= side <= 256 and side & (side - 1) == 0 for side in tile.box)
             assert tile.block_k * itemsize <= 128  # the widest swizzle
-            assert tile == conv_config.__wrapped__(problem, True, shares_rows, gpu)
+            assert tile == ranked_tiles(problem, shares_rows, gpu)[0][1]
 
 
 def test_the_cheapest_tile_is_taken():

@@ -46,7 +46,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return H200
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name)
 
 
 def has_aligned_rows(channels: int, itemsize: int) -> bool:

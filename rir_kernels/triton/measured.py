@@ -1,0 +1,75 @@
+"""Tiles that were measured on a GPU, on top of the analytic rule: `tiles/<device>.json`, written by `bench tune`.
+
+A file is data, never code: what does not have the form of a tile that fits the GPU is refused, with a warning, and the
+rule decides as if the file were not there. A tile serves the very problem that it was measured on.
+"""
+
+import functools
+import json
+import re
+import warnings
+from pathlib import Path
+
+from rir_kernels.triton.cost import Gpu, Problem, accumulators, stage_bytes
+from rir_kernels.triton.tile import ConvConfig
+
+SCHEMA = 1
+FOLDER = Path(__file__).with_name("tiles")
+
+
+def measured_tile(problem: Problem, shares_rows: bool, gpu: Gpu) -> ConvConfig | None:
+    """The fastest tile that was found for this problem on this GPU, None where nobody looked."""
+    return _load(FOLDER / f"{slug(gpu.name)}.json", gpu).get((problem, shares_rows)) if gpu.name else None
+
+
+def slug(name: str) -> str:
+    """A device's name as the name of a file or folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def _load(path, gpu):
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return _ignored(path, error)
+    try:
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}, got {data['schema']}")
+        return dict(_entry(entry, gpu) for entry in data["tiles"])
+    except (KeyError, TypeError, ValueError) as error:
+        return _ignored(path, error)
+
+
+def _ignored(path, error):
+    warnings.warn(
+        f"{path.name} is ignored, tiles are chosen by rule: {type(error).__name__}: {error}. "
+        "Measure again with `python -m bench tune`, or remove the file",
+        stacklevel=2,
+    )
+    return {}
+
+
+def _entry(entry, gpu):
+    """((problem, shares_rows), tile); ValueError for what no launcher should be handed."""
+    problem = Problem(**{**entry["problem"], "taps": tuple(entry["problem"]["taps"])})
+    tile = ConvConfig(**{**entry["tile"], "box": tuple(entry["tile"]["box"])})
+    sizes = (*tile.box, tile.block_c, tile.block_k, tile.num_warps)
+    if not all(isinstance(size, int) and 1 <= size <= 256 and size & (size - 1) == 0 for size in sizes):
+        raise ValueError(f"expected powers of two up to 256, got {tile}")
+    if (
+        len(tile.box) != 3
+        or tile.block_c < 64
+        or tile.num_warps not in (4, 8)
+        or not isinstance(entry["shares_rows"], bool)
+    ):
+        raise ValueError(f"not a tile: {tile}")
+    if not all(isinstance(number, int) and 1 <= number <= 8 for number in (tile.num_stages, tile.groups, tile.rows)):
+        raise ValueError(f"expected 1 to 8 stages, groups and rows, got {tile}")
+    if tile.rows > 1 and (tile.box[1] > 1 or not entry["shares_rows"]):
+        raise ValueError(f"rows are shared by boxes of one row, at stride 1: {tile}")
+    if tile.num_stages * stage_bytes(tile, problem) > gpu.shared_bytes or accumulators(tile) > 255:
+        raise ValueError(f"too large for {gpu}: {tile}")
+    return (problem, entry["shares_rows"]), tile

@@ -1,0 +1,20 @@
+"""A tile of the convolution."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
+
+    A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
+    stand below each other from one load of each row of the image: a box has one row then.
+    """
+
+    box: tuple[int, int, int]
+    block_c: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    groups: int = 1
+    rows: int = 1
