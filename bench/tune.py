@@ -65,9 +65,11 @@ def _tune(shape, dtype, device, gpu, candidates, settings):
     """The entry of one shape; None where no candidate works."""
     torch_dtype = getattr(torch, DTYPES[dtype])
     size = -(-shape.size // shape.stride)
-    problem = Problem(shape.batch, size, size, shape.c_out, shape.c_in, (shape.kernel,) * 2, torch_dtype.itemsize)
-    shares_rows = shape.stride == 1 and shape.kernel > 1
-    ranked = ranked_tiles(problem, shares_rows, gpu)[:candidates]
+    problem = Problem(
+        shape.batch, size, size, shape.c_out, shape.c_in, (shape.kernel,) * 2, torch_dtype.itemsize,
+        padding=(shape.kernel // 2,) * 2 if shape.stride == 1 else None,
+    )  # fmt: skip
+    ranked = _different(ranked_tiles(problem, gpu))[:candidates]
     milliseconds = {index: 0.0 for index in range(len(ranked))}
     for op in _ops(shape):
         call, check = _calls(op, shape, torch_dtype, device)
@@ -98,7 +100,6 @@ def _tune(shape, dtype, device, gpu, candidates, settings):
     console.say(f"{shape.name} x{shape.batch} {dtype}: {milliseconds[best]:.4g} ms{gain}: {ranked[best][1]}")
     return {
         "problem": dataclasses.asdict(problem),
-        "shares_rows": shares_rows,
         "tile": dataclasses.asdict(ranked[best][1]),
         "ms": milliseconds[best],
         "measured": [
@@ -106,6 +107,15 @@ def _tune(shape, dtype, device, gpu, candidates, settings):
             for index, (clocks, tile) in enumerate(ranked)
         ],
     }
+
+
+def _different(ranked):
+    """The best of every kind: the rule's constants may be wrong, and its first dozen tiles are much alike."""
+    best = {}
+    for clocks, tile in ranked:
+        pixels = tile.box[0] * tile.box[1] * tile.box[2]
+        best.setdefault((tile.rows, tile.skips, tile.groups, tile.block_c, tile.num_warps, pixels), (clocks, tile))
+    return list(best.values())
 
 
 def _ops(shape):

@@ -99,38 +99,36 @@ def use_tile(tile: ConvConfig) -> Iterator[None]:
         _forced.reset(token)
 
 
-def conv_config(problem: Problem, tensor_cores: bool, shares_rows: bool = False, gpu: Gpu = H200) -> ConvConfig:
-    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds.
-
-    shares_rows: whether neighbouring output rows read the same rows of the input, as at stride 1.
-    """
+def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvConfig:
+    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds."""
     tile = _forced.get()
     if tile is None:
-        return _chosen(problem, tensor_cores, shares_rows, gpu)
-    return tile if shares_rows else dataclasses.replace(tile, rows=1)
+        return _chosen(problem, tensor_cores, gpu)
+    rows = tile.rows if problem.shares_rows else 1
+    return dataclasses.replace(tile, rows=rows, skips=tile.skips and problem.has_border)
 
 
 @functools.cache
-def _chosen(problem, tensor_cores, shares_rows, gpu):
+def _chosen(problem, tensor_cores, gpu):
     if not tensor_cores:
         pixels = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
         box = pixel_box(problem.n, problem.h, problem.w, pixels)
         return ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
-    return measured_tile(problem, shares_rows, gpu) or ranked_tiles(problem, shares_rows, gpu)[0][1]
+    return measured_tile(problem, gpu) or ranked_tiles(problem, gpu)[0][1]
 
 
-def ranked_tiles(problem: Problem, shares_rows: bool, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
+def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
     """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
-    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem, shares_rows))
+    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem))
     return sorted(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])
 
 
-def _candidates(problem, shares_rows):
+def _candidates(problem):
     """Tiles worth a thought, simple ones first."""
     n, h, w = problem.n, problem.h, problem.w
     widest = max(16, 128 // problem.itemsize)
     blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]
-    for rows in (1, 2, 4) if shares_rows and h > 1 else (1,):
+    for rows in (1, 2, 4) if problem.shares_rows else (1,):
         for pixels in (16, 32, 64, 128, 256):
             if pixels > max(16, power_of_two_at_least(n * h * w)):
                 continue
@@ -143,8 +141,11 @@ def _candidates(problem, shares_rows):
                     for block_k in blocks_k:
                         for stages in (4, 3):
                             tile = ConvConfig(box, block_c, block_k, num_warps, stages, groups, rows)
-                            if accumulators(tile) <= (MAX_SUMS if rows == 1 else MAX_SUMS_OF_ROWS):
-                                yield tile
+                            if accumulators(tile) > (MAX_SUMS if rows == 1 else MAX_SUMS_OF_ROWS):
+                                continue
+                            yield tile
+                            if rows == 1 and problem.has_border and pixels <= power_of_two_at_least(n):
+                                yield dataclasses.replace(tile, box=(pixels, 1, 1), skips=True)
 
 
 # programs a weight gradient is cut into: two waves of the largest GPU it was written for

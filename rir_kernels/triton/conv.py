@@ -129,6 +129,125 @@ def _add_rows(
 
 
 @triton.jit
+def _longest_first(position, H, W):
+    """(row, column) of a pixel: first those inside with nine taps, then the edges with six, then the corners with four.
+
+    Programs start in their order, so the last ones are short, and the GPU's multiprocessors end at about the same time.
+    """
+    inner_h = H - 2
+    inner_w = W - 2
+    inside = inner_h * inner_w
+    edge = position - inside
+    corner = edge - 2 * (inner_h + inner_w)
+    on_side = edge - 2 * inner_w  # left and right edge
+    one_h = tl.maximum(inner_h, 1)  # two rows have none between them
+    one_w = tl.maximum(inner_w, 1)
+    h = tl.where(
+        position < inside,
+        1 + position // one_w,
+        tl.where(
+            edge < 2 * inner_w,
+            tl.where(edge < inner_w, 0, H - 1),
+            tl.where(corner < 0, 1 + on_side % one_h, tl.where(corner < 2, 0, H - 1)),
+        ),
+    )
+    w = tl.where(
+        position < inside,
+        1 + position % one_w,
+        tl.where(
+            edge < 2 * inner_w,
+            1 + edge % one_w,
+            tl.where(corner < 0, tl.where(on_side < inner_h, 0, W - 1), corner % 2 * (W - 1)),
+        ),
+    )
+    return h, w
+
+
+@triton.jit
+def _add_inside(
+    accs,
+    x_desc,
+    w_desc,
+    n,
+    h,
+    w,
+    c,
+    H,
+    W,
+    K: tl.constexpr,
+    SIGN: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accs + those taps of a 3x3 with padding 1 that read the image, for one pixel of many images."""
+    # tap i reads row h + SIGN * (i - 1)
+    first_i = (h == (0 if SIGN == 1 else H - 1)).to(tl.int32)
+    first_j = (w == (0 if SIGN == 1 else W - 1)).to(tl.int32)
+    columns = 3 - (w == 0).to(tl.int32) - (w == W - 1).to(tl.int32)
+    taps = columns * (3 - (h == 0).to(tl.int32) - (h == H - 1).to(tl.int32))
+    # in turn, and not one loop for each case: the shared memory of loops that exclude each other is not shared
+    accs = _add_taps(
+        accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 0, 4,
+        K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if taps >= 6:
+        accs = _add_taps(
+            accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 4, 6,
+            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if taps == 9:
+        accs = _add_taps(
+            accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 6, 9,
+            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    return accs
+
+
+@triton.jit
+def _add_taps(
+    accs,
+    x_desc,
+    w_desc,
+    n,
+    h,
+    w,
+    c,
+    first_i,
+    first_j,
+    columns,  # 2 or 3
+    FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in _add_plane
+    LAST: tl.constexpr,
+    K: tl.constexpr,
+    SIGN: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accs + taps FIRST to LAST of a rectangle of them, which begins at (first_i, first_j) of a 3x3."""
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    for step in tl.range((LAST - FIRST) * K_BLOCKS):
+        k = step % K_BLOCKS * BLOCK_K
+        t = FIRST + step // K_BLOCKS
+        row = tl.where(columns == 3, t // 3, t // 2)
+        i = first_i + row
+        j = first_j + t - row * columns
+        x = x_desc.load([n, h + SIGN * (i - 1), w + SIGN * (j - 1), k])
+        x = x.reshape([P, BLOCK_K]).T  # [BLOCK_K, P]
+        sums = ()
+        for group in tl.static_range(len(accs)):
+            weight = _load_weight(w_desc, i * 3 + j, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K)
+            sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
+        accs = sums
+    return accs
+
+
+@triton.jit
 def _load_weight(w_desc, tap, c, k, WEIGHT_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """[BLOCK_C, BLOCK_K]"""
     if WEIGHT_T:
@@ -235,6 +354,7 @@ def _conv_fwd_kernel(
     BLOCK_C: tl.constexpr,
     GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
     ROWS: tl.constexpr,  # of the image, computed from one load of each; BOX has one row where they are more than one
+    SKIPS: tl.constexpr,  # the taps that would read padding; BOX is one pixel of many images then
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -243,15 +363,25 @@ def _conv_fwd_kernel(
     pid = tl.program_id(0)
     tile = pid // TILES_C  # the channel tiles of one pixel tile run side by side and share it in L2
     first_c = pid % TILES_C * (GROUPS * BLOCK_C)
-    w = tile % TILES_W * BOX[2]
-    h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
-    n = tile // (TILES_W * TILES_H) * BOX[0]
+    if SKIPS:
+        tiles_n = (N + BOX[0] - 1) // BOX[0]
+        h, w = _longest_first(tile // tiles_n, H, W)
+        n = tile % tiles_n * BOX[0]
+    else:
+        w = tile % TILES_W * BOX[2]
+        h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
+        n = tile // (TILES_W * TILES_H) * BOX[0]
 
     accs = ()
     for _ in tl.static_range(GROUPS * ROWS):
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
     planes = (x00_desc, x01_desc, x10_desc, x11_desc)
-    if ROWS > 1:
+    if SKIPS:
+        accs = _add_inside(
+            accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, 1 if OUT_PLANE is None else -1,
+            WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    elif ROWS > 1:
         accs = _add_rows(
             accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, 1 if OUT_PLANE is None else -1,
             WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,

@@ -36,7 +36,10 @@ START = 1600  # clocks until the first operands are there
 
 @dataclass(frozen=True)
 class Problem:
-    """One launch: an output of n x h x w pixels and c channels, k input channels, taps (rows, columns)."""
+    """One launch: an output of n x h x w pixels and c channels, k input channels, taps (rows, columns).
+
+    padding: at stride 1 the convolution's; None where the taps of neighbouring pixels do not overlap.
+    """
 
     n: int
     h: int
@@ -45,6 +48,17 @@ class Problem:
     k: int
     taps: tuple[int, int]
     itemsize: int
+    padding: tuple[int, int] | None = None
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether neighbouring output rows read the same rows of the input."""
+        return self.padding is not None and self.taps[0] > 1 and self.h > 1
+
+    @property
+    def has_border(self) -> bool:
+        """Whether the pixels at the border, and they alone, have taps to skip: one row or column of them each."""
+        return self.padding == (1, 1) and self.taps == (3, 3) and min(self.h, self.w) > 1
 
 
 def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
@@ -80,8 +94,15 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     programs = cdiv(p.n, tile.box[0]) * cdiv(p.h, tile.box[1] * tile.rows) * cdiv(p.w, tile.box[2])
     programs *= cdiv(p.c, channels)
     turns = cdiv(programs, gpu.sms)
+    if tile.skips:
+        # programs of 9, 6 and 4 taps, longest first: as even as it gets, but for a last one
+        inner, edges = (p.h - 2) * (p.w - 2), 2 * (p.h - 2) + 2 * (p.w - 2)
+        taps = (9 * inner + 6 * edges + 4 * 4) / (9 * p.h * p.w)
+        loops = max(cdiv(programs * inner // (p.h * p.w), gpu.sms), programs * taps / gpu.sms + 4 / 9)
+    else:
+        loops = turns
     # the ends of one program hide behind the loop of another on the same SM
-    return turns * loop + (rest if residents(tile, p, gpu) > 1 else turns * rest)
+    return loops * loop + (rest if residents(tile, p, gpu) > 1 else turns * rest)
 
 
 def stage_bytes(tile: ConvConfig, problem: Problem) -> int:

@@ -8,7 +8,8 @@ class ConvConfig:
     """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
 
     A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
-    stand below each other from one load of each row of the image: a box has one row then.
+    stand below each other from one load of each row of the image: a box has one row then. With `skips` the taps that
+    would read padding are left out: a box is one pixel of many images then.
     """
 
     box: tuple[int, int, int]
@@ -18,3 +19,4 @@ class ConvConfig:
     num_stages: int
     groups: int = 1
     rows: int = 1
+    skips: bool = False

@@ -1,5 +1,6 @@
 """Tuning: what it writes is what the launcher reads, and nothing wrong is ever chosen."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from rir_kernels.triton.launch import conv
 from rir_kernels.triton.shapes import Shape
 
 SHAPE = Shape(8, 8, 4, batch=2)
-PROBLEM = Problem(2, 4, 4, 8, 8, (3, 3), 4)
+PROBLEM = Problem(2, 4, 4, 8, 8, (3, 3), 4, (1, 1))
 DEVICE = Gpu(name="Made-up GPU 9")
 
 
@@ -47,23 +48,23 @@ def run(folder, monkeypatch):
 
 @pytest.mark.interpreter
 def test_the_fastest_is_written_and_then_chosen(run, folder):
-    ranked = ranked_tiles(PROBLEM, True, DEVICE)
+    ranked = tune._different(ranked_tiles(PROBLEM, DEVICE))
     assert len({ranked[i][1] for i in range(3)}) == 3
     data = run(3.0, 1.0, 2.0)
     assert [path.name for path in folder.iterdir()] == ["made-up-gpu-9.json"]
     (entry,) = data["tiles"]
     assert entry["ms"] == 3.0  # inference, training and data gradient, 1 ms each
     assert [found["ms"] for found in entry["measured"]] == [9.0, 3.0, 6.0]
-    assert measured.measured_tile(PROBLEM, True, DEVICE) == ranked[1][1]
-    assert conv_config(PROBLEM, True, True, DEVICE) == ranked[1][1]
+    assert measured.measured_tile(PROBLEM, DEVICE) == ranked[1][1]
+    assert conv_config(PROBLEM, True, DEVICE) == ranked[1][1]
     # another GPU, another problem: by rule
-    assert measured.measured_tile(PROBLEM, True, H200) is None
-    assert measured.measured_tile(PROBLEM, False, DEVICE) is None
+    assert measured.measured_tile(PROBLEM, H200) is None
+    assert measured.measured_tile(dataclasses.replace(PROBLEM, n=3), DEVICE) is None
 
 
 @pytest.mark.interpreter
 def test_a_tile_that_computes_something_else_is_not_taken(run, monkeypatch):
-    wrong = ranked_tiles(PROBLEM, True, DEVICE)[1][1]
+    wrong = tune._different(ranked_tiles(PROBLEM, DEVICE))[1][1]
     right = conv.conv_config
 
     def fragile(*args, **options):
@@ -78,16 +79,24 @@ def test_a_tile_that_computes_something_else_is_not_taken(run, monkeypatch):
     assert entry["ms"] == 6.0
 
 
+def test_every_kind_is_tried():
+    ranked = ranked_tiles(Problem(256, 7, 7, 512, 512, (3, 3), 2, (1, 1)))
+    kinds = tune._different(ranked)
+    assert kinds[0] == ranked[0]
+    assert [clocks for clocks, _ in kinds] == sorted(clocks for clocks, _ in kinds)
+    assert {(tile.rows, tile.skips) for _, tile in kinds[:20]} == {(1, False), (1, True), (2, False), (4, False)}
+
+
 def written(folder, **changes):
     tile = {"box": [2, 1, 4], "block_c": 64, "block_k": 16, "num_warps": 4, "num_stages": 3, "groups": 1, "rows": 2}
-    problem = {"n": 2, "h": 4, "w": 4, "c": 8, "k": 8, "taps": [3, 3], "itemsize": 4}
-    entry = {"problem": problem, "tile": tile | changes, "shares_rows": True}
+    problem = {"n": 2, "h": 4, "w": 4, "c": 8, "k": 8, "taps": [3, 3], "itemsize": 4, "padding": [1, 1]}
+    entry = {"problem": problem, "tile": tile | changes}
     (folder / "made-up-gpu-9.json").write_text(json.dumps({"schema": 1, "tiles": [entry]}))
 
 
 def test_a_file_is_read(folder):
     written(folder)
-    assert measured.measured_tile(PROBLEM, True, DEVICE).rows == 2
+    assert measured.measured_tile(PROBLEM, DEVICE).rows == 2
 
 
 @pytest.mark.parametrize(
@@ -95,21 +104,21 @@ def test_a_file_is_read(folder):
     [
         {"box": [2, 1, 3]}, {"box": [2, 4]}, {"box": [512, 1, 1]}, {"block_c": 32}, {"num_warps": 16}, {"groups": 0},
         {"rows": True + 8}, {"num_stages": "3"}, {"box": [2, 2, 4]}, {"num_stages": 8, "block_k": 256}, {"surprise": 1},
-        {"box": [256, 1, 1], "rows": 4},
+        {"box": [256, 1, 1], "rows": 4}, {"skips": True}, {"skips": 1, "box": [8, 1, 1]},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_is_no_tile_is_refused(folder, changes):
     written(folder, **changes)
     with pytest.warns(UserWarning, match="made-up-gpu-9.json is ignored, tiles are chosen by rule"):
-        assert measured.measured_tile(PROBLEM, True, DEVICE) is None
+        assert measured.measured_tile(PROBLEM, DEVICE) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "tiles": [1]}'])
 def test_what_is_no_file_of_tiles_is_refused(folder, text):
     (folder / "made-up-gpu-9.json").write_text(text)
     with pytest.warns(UserWarning, match="is ignored"):
-        assert measured.measured_tile(PROBLEM, True, DEVICE) is None
+        assert measured.measured_tile(PROBLEM, DEVICE) is None
 
 
 def test_shipped_files_are_valid():

@@ -112,20 +112,10 @@ def _launch_tiles(
     weight_t=False,
 ) -> TileMoments | None:
     n, _, h, w = out.shape
-    taps = (
-        kernel
-        if out_plane is None
-        else tuple(
-            cdiv(size - (plane + pad) % stride, stride)
-            for size, plane, pad, stride in zip(kernel, out_plane, spec.padding, spec.stride, strict=True)
-        )
-    )
-    config = conv_config(
-        Problem(n, h, w, c, k, taps, out.element_size()),
-        uses_tensor_cores(out),
-        shares_rows=spec.stride == (1, 1) and kernel[0] > 1,
-        gpu=gpu_of(out.device),
-    )
+    stride_1 = spec.stride == (1, 1)
+    taps = kernel if out_plane is None or stride_1 else _taps_of_plane(kernel, spec, out_plane)
+    problem = Problem(n, h, w, c, k, taps, out.element_size(), _padding(kernel, spec, out_plane) if stride_1 else None)
+    config = conv_config(problem, uses_tensor_cores(out), gpu_of(out.device))
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
@@ -181,12 +171,26 @@ def _launch_tiles(
             BLOCK_C=config.block_c,
             GROUPS=config.groups,
             ROWS=config.rows,
+            SKIPS=config.skips,
             BLOCK_K=config.block_k,
             PRECISION=dot_precision(out),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
     return moments
+
+
+def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
+    """How many taps a parity plane of the data gradient meets along each axis, at least one."""
+    first = [(p + pad) % stride for p, pad, stride in zip(plane, spec.padding, spec.stride, strict=True)]
+    return tuple(max(1, cdiv(size - f, s)) for size, f, s in zip(kernel, first, spec.stride, strict=True))
+
+
+def _padding(kernel, spec, out_plane) -> tuple[int, int]:
+    """Of the convolution that is launched: the data gradient is one with the padding that is left."""
+    if out_plane is None:
+        return spec.padding
+    return tuple(size - 1 - pad for size, pad in zip(kernel, spec.padding, strict=True))
 
 
 def _meets(kernel, spec, plane_h, plane_w) -> bool:
