@@ -10,7 +10,7 @@ import torch
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("all", *SUITES, "tune", "report", "compare", "check", "headline")
+COMMANDS = ("all", *SUITES, "tune", "choose", "report", "compare", "check", "headline")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,6 +39,9 @@ def _parser():
     tune.add_argument("--candidates", type=int, default=10, metavar="N", help="tiles of each; default: %(default)s")
     tune.add_argument("--minutes", type=float, help="begin nothing after that; what is there is kept")
     tune.set_defaults(run=_tune)
+    choose = commands.add_parser("choose", help='which implementation "auto" takes on this device, from results')
+    choose.add_argument("paths", nargs="+", type=Path, help="files or folders")
+    choose.set_defaults(run=_choose)
     report = commands.add_parser("report", help="Markdown, figures and a page from result files")
     report.add_argument("paths", nargs="*", type=Path, default=[Path("out/bench")], help="files or folders")
     report.add_argument("--out", type=Path, help="where it is written; default: beside the results")
@@ -145,6 +148,14 @@ def _tune(options, _arguments):
         minutes=options.minutes,
     )
     console.say(f"copy {path} to rir_kernels/triton/tiles/ to have these tiles chosen on this device")
+    return 0
+
+
+def _choose(options, _arguments):
+    from . import console
+    from .choose import choose
+
+    console.say(f"wrote {choose(load_all(*options.paths))}")
     return 0
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from rir_kernels.choices import slug
 from rir_kernels.triton.config import ranked_tiles, use_tile
 from rir_kernels.triton.cost import Problem
 from rir_kernels.triton.launch.runtime import gpu_of
-from rir_kernels.triton.measured import SCHEMA, slug
+from rir_kernels.triton.measured import SCHEMA
 from rir_kernels.triton.shapes import Shape
 
 from . import console, provenance, timing

@@ -15,6 +15,7 @@ import warnings
 
 import torch
 
+from .choices import measured_choice
 from .spec import ConvBNActSpec
 
 IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
@@ -53,12 +54,12 @@ def check_impl(impl) -> None:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
-def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpec) -> str:
+def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpec, training: bool = False) -> str:
     """The implementation for these tensors: a name of IMPLS other than "auto"."""
     if impl == "auto":
         impl = _state.auto
     if impl == "auto":
-        return _choose(x, weight, spec)
+        return _choose(x, weight, spec, training)
     if impl in ("hybrid", "triton"):
         _require_kernels(impl, x)
     if impl == "triton" and (missing := unsupported(weight, spec)):
@@ -79,7 +80,7 @@ def unsupported(weight: torch.Tensor, spec: ConvBNActSpec) -> str:
     return ""
 
 
-def _choose(x, weight, spec):
+def _choose(x, weight, spec, training):
     if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES:
         return "torch"
     if missing := _missing_on(x.device.index):
@@ -87,7 +88,13 @@ def _choose(x, weight, spec):
         return "torch"
     # fp32 without TF32 has no tensor cores: nothing of what our convolution is made for
     plain_fp32 = x.dtype == torch.float32 and not tf32_allowed()
-    return "hybrid" if plain_fp32 or unsupported(weight, spec) else "triton"
+    if plain_fp32 or unsupported(weight, spec):
+        return "hybrid"
+    if torch.compiler.is_compiling():  # sizes may be symbols there: to look one up would pin it down
+        return "triton"
+    c_out, c_in, kernel, _ = weight.shape
+    key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
+    return measured_choice(_device_name(x.device.index), key) or "triton"
 
 
 def tf32_allowed() -> bool:
@@ -162,6 +169,11 @@ def _find_missing_on(index: int) -> str:
         name = torch.cuda.get_device_name(index)
         return f"the kernels need compute capability {CAPABILITY_NEEDED} or later, {name} has {capability}"
     return ""
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @_not_traced

@@ -98,7 +98,7 @@ def apply(
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
     )  # fmt: skip
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
-    impl = resolve(impl, x, weight, spec)
+    impl = resolve(impl, x, weight, spec, training)
     channels_last = is_channels_last(x)
     if impl in ("hybrid", "triton") and x.shape[0] > 0:
         y, mean, var = ops.conv_bn_act(

@@ -6,10 +6,10 @@ rule decides as if the file were not there. A tile serves the very problem that 
 
 import functools
 import json
-import re
 import warnings
 from pathlib import Path
 
+from rir_kernels.choices import slug
 from rir_kernels.triton.cost import Gpu, Problem, accumulators, stage_bytes
 from rir_kernels.triton.tile import ConvConfig
 
@@ -20,11 +20,6 @@ FOLDER = Path(__file__).with_name("tiles")
 def measured_tile(problem: Problem, gpu: Gpu) -> ConvConfig | None:
     """The fastest tile that was found for this problem on this GPU, None where nobody looked."""
     return _load(FOLDER / f"{slug(gpu.name)}.json", gpu).get(problem) if gpu.name else None
-
-
-def slug(name: str) -> str:
-    """A device's name as the name of a file or folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 @functools.cache

@@ -1,0 +1,56 @@
+"""What "auto" should choose: the faster of ours, layer by layer, from results; `rir_kernels.choices` reads it.
+
+A RiR layer's rows decide, in CUDA graphs with a warm cache, inference by "eval" and training by "step", at the largest
+batch that was measured. A difference within the noise is none: the kernels are chosen then.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rir_kernels.choices import CANDIDATES, FOLDER, SCHEMA, slug
+
+from .results import DTYPES, Results
+from .selection import named_shape
+from .speedup import Alternatives, cases
+
+NOISE = 0.02
+MODES = {"eval": False, "step": True}
+
+
+def choose(results: Sequence[Results], folder: Path = FOLDER) -> Path:
+    """Writes `folder`/<device>.json; ValueError where the results are of several devices, or of none with a choice."""
+    names = {result.device["name"] for result in results}
+    if len(names) != 1:
+        raise ValueError(f"expected results of one device, got {', '.join(sorted(names)) or 'none'}")
+    found = [case for case in cases(row for result in results for row in result.rows) if _decides(case)]
+    largest = {}
+    for case in sorted(found, key=lambda case: case.batch):
+        largest[case.shape, case.dtype, case.mode] = case
+    if not largest:
+        raise ValueError(f"no RiR layer has graph times of both {' and '.join(CANDIDATES)}: run `bench layers` first")
+    entries = [_entry(case) for case in largest.values()]
+    path = Path(folder) / f"{slug(names.pop())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": SCHEMA, "choices": entries}, indent=1) + "\n")
+    return path
+
+
+def _decides(case: Alternatives) -> bool:
+    is_layer = (case.suite, case.op) == ("layers", "rir_layer") and case.mode in MODES
+    return is_layer and all(case.time(impl, True) for impl in CANDIDATES)
+
+
+def _entry(case):
+    shape = named_shape(case.shape)
+    kernels, vendor = (case.time(impl, True) for impl in CANDIDATES)
+    return {
+        "c_in": shape.c_in,
+        "c_out": shape.c_out,
+        "kernel": shape.kernel,
+        "stride": shape.stride,
+        "rows": shape.size,
+        "dtype": f"torch.{DTYPES[case.dtype]}",
+        "training": MODES[case.mode],
+        "impl": CANDIDATES[vendor < (1 - NOISE) * kernels],
+    }
