@@ -109,8 +109,7 @@ def apply(
         )  # fmt: skip
         if training and running_mean is not None:
             count = y.shape[0] * y.shape[2] * y.shape[3]
-            _update_running(running_mean, mean, momentum)
-            _update_running(running_var, var * (count / (count - 1)), momentum)
+            _update_running(running_mean, running_var, mean, var, momentum, count)
     else:
         y = _plain(
             _reference if impl == "reference" else aten.conv_bn_act,
@@ -153,9 +152,17 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
 
 
 @torch.no_grad()
-def _update_running(running, batch, momentum):
-    # as torch does it: one expression in fp32, rounded once to the buffer's dtype
-    running.copy_(batch * momentum + running * (1 - momentum))
+def _update_running(running_mean, running_var, mean, var, momentum, count):
+    # as torch does it, in fp32, rounded once to the buffers' dtype; both at a time, since every launch counts beside a
+    # small layer
+    running = [running_mean, running_var]
+    batch = torch._foreach_mul([mean, var], [momentum, momentum * count / (count - 1)])
+    if mean.dtype == running_mean.dtype == running_var.dtype:
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, batch)
+    else:
+        for buffer, share in zip(running, batch, strict=True):
+            buffer.copy_(buffer.float() * (1 - momentum) + share)
 
 
 def _autocast(x, weight, bias, residuals):
