@@ -80,7 +80,7 @@ class Results:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(_finite(dataclasses.asdict(self)), indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(jsonable(dataclasses.asdict(self)), indent=1) + "\n", encoding="utf-8")
         os.replace(draft, path)
         return path
 
@@ -117,10 +117,10 @@ def load_all(*paths: str | Path) -> list[Results]:
     return [load(file) for file in files]
 
 
-def _finite(value):
+def jsonable(value):
     """JSON has no infinity and no NaN: None stands for them."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,31 +1,16 @@
 """The results as one HTML page that needs nothing from elsewhere, and as JSON."""
 
 import json
-import math
 from html import escape
 from pathlib import Path
+
+from bench.report.page import PAGE
+from bench.results import jsonable
 
 from . import plots, tables
 
 REGISTERS = 255  # that a thread can have
 FAILED, LONG = ' class="failed"', ' class="long"'
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>rir_kernels: {verdict}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def write(results: dict, folder: str | Path) -> tuple[Path, Path]:
@@ -34,24 +19,15 @@ def write(results: dict, folder: str | Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "results.json"
     page.write_text(build(results), encoding="utf-8")
-    data.write_text(json.dumps(_finite(results), indent=1), encoding="utf-8")
+    data.write_text(json.dumps(jsonable(results), indent=1), encoding="utf-8")
     return page, data
-
-
-def _finite(value):
-    """JSON has no infinity and no NaN: None stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def build(results: dict) -> str:
     """The page."""
     chapters = (_head, _fusion, _equivalence, _training, _kernels, _compiled, _speeds, _environment)
-    return _PAGE.format(
-        verdict="equivalent" if results["passed"] else "NOT equivalent",
+    return PAGE.format(
+        title=f"rir_kernels: {'equivalent' if results['passed'] else 'NOT equivalent'}",
         style=Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
         body="\n".join(chapter(results) for chapter in chapters),
     )

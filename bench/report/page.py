@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .document import Bold, Heading, Items, Paragraph, Picture, Table
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -28,7 +28,7 @@ def build(blocks: list) -> str:
     """The page; its title is that of the first block, a heading."""
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     body = "\n".join(_WRITERS[type(block)](block) for block in blocks)
-    return _PAGE.format(title=escape(blocks[0].text), style=style, body=body)
+    return PAGE.format(title=escape(blocks[0].text), style=style, body=body)
 
 
 def _heading(block):
