@@ -6,7 +6,10 @@ A program's main loop is bound by the slowest of three, per 32 bytes of the redu
     shared memory    its operands take 16 + N / 4 clocks (128 bytes each), and what TMA writes passes there too
     L2               (channels + pixels) * 32 bytes, at L2_BYTES a clock for each of the SMs
 
-so large tiles are fast, until too few programs are left to fill the GPU evenly, or too few registers. Rows of the
+and by its own chain of products: where one adds to what the one before it sums (rows that share their input), the
+compiler waits for each, and only other warp groups of the SM keep the tensor cores busy meanwhile.
+
+So large tiles are fast, until too few programs are left to fill the GPU evenly, or too few registers. Rows of the
 image that share their input (`rows`) and channels that share their pixels (`groups`) make tiles larger than one matrix
 product. The constants are assumptions until they are measured; only the order of the candidates depends on them.
 """
@@ -30,6 +33,7 @@ L2_BYTES = 36  # a clock and SM, while all of them read: 7.6 TB/s at 1.6 GHz
 STORE_BYTES = 20  # likewise to memory: 4.3 TB/s
 SLICE = 32  # bytes of the reduction in one wgmma
 NARROW = 64  # bytes of a TMA box's rows below which they do not get cheaper
+DRAIN = 80  # clocks from a wgmma's end to where its warp group goes on
 STEP = 64  # clocks to turn the pipelined loop around
 START = 1600  # clocks until the first operands are there
 
@@ -87,7 +91,12 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     shared = (wgmmas * (16 + width / 4) + fetched * SLICE / 128) * slices * blocks
     row_bytes = [min(tile.block_k, p.k - block * tile.block_k) * p.itemsize for block in range(blocks)]
     l2 = fetched * sum(max(size, NARROW) for size in row_bytes) / L2_BYTES
-    loop = steps_a_block * (max(tensor, shared, l2) + STEP * blocks)
+    occupancy = residents(tile, p, gpu)
+    chain = 0.0
+    if shares:
+        a_product = channels / 64 / (tile.num_warps // 4) * width / 2 * slices
+        chain = products * (a_product + DRAIN) * blocks / occupancy
+    loop = steps_a_block * (max(tensor, shared, l2, chain) + STEP * blocks)
 
     stored = min(channels, p.c) * pixels * tile.rows * p.itemsize
     rest = START + stored / STORE_BYTES
@@ -102,7 +111,7 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     else:
         loops = turns
     # the ends of one program hide behind the loop of another on the same SM
-    return loops * loop + (rest if residents(tile, p, gpu) > 1 else turns * rest)
+    return loops * loop + (rest if occupancy > 1 else turns * rest)
 
 
 def stage_bytes(tile: ConvConfig, problem: Problem) -> int:

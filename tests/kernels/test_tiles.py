@@ -150,6 +150,17 @@ def test_clocks_by_hand():
     assert clocks(more, tile, H200) - clocks(problem, tile, H200) == pytest.approx(192 * 128 / 36 + 64)
 
 
+def test_a_chain_of_products_waits_for_each(monkeypatch):
+    monkeypatch.setattr("rir_kernels.triton.cost.L2_BYTES", 1000)  # the chain alone is looked at
+    # 264 tiles of two rows of 64 pixels: 3 columns, one block of 64 channels; 2 rows x 3 taps are 6 products a column
+    problem = Problem(264, 2, 64, 64, 64, (3, 3), 2, (1, 1))
+    tile = ConvConfig((1, 1, 64), 64, 64, num_warps=4, num_stages=3, rows=2)
+    assert residents(tile, problem, H200) == 1  # 168 KB
+    # four wgmmas of 64 columns, 32 clocks each, and then 80 until it goes on; two turns
+    rest = 1600 + 64 * 64 * 2 * 2 / 20
+    assert clocks(problem, tile, H200) == pytest.approx(2 * (3 * (6 * (4 * 32 + 80) + 64) + rest))
+
+
 def test_rows_read_less():
     problem = Problem(256, 32, 32, 128, 128, (3, 3), 2, (1, 1))
     alone = ConvConfig((4, 1, 32), 128, 32, num_warps=8, num_stages=3)
