@@ -45,7 +45,8 @@ class ConvBNActSpec:
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """The part of x that joins the sum, as a view."""
-        return x[:, : self.shortcut_channels, :: self.stride[0], :: self.stride[1]]
+        x = x[:, : self.shortcut_channels]
+        return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
 
 
 def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, eps) -> ConvBNActSpec:

@@ -49,7 +49,7 @@ def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
     packed = pack_weight(weight, transposed=not weight_t)
     for plane_h in range(spec.stride[0]):
         for plane_w in range(spec.stride[1]):
-            plane = dx[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
+            plane = dx if spec.stride == (1, 1) else dx[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
             if plane.numel() == 0:
                 continue
             shortcut = spec.shortcut_channels if plane_h == plane_w == 0 else 0
@@ -76,11 +76,12 @@ def _launch(x, weight, out, *, residuals, spec, **epilogue):
     x = describable(x)
     addends = [describable(residual) for residual in residuals]
     if spec.shortcut_channels:
-        addends.append(x[:, : spec.shortcut_channels, :: spec.stride[0], :: spec.stride[1]])
-    planes = [None] * 4
-    for plane_h in range(spec.stride[0]):
-        for plane_w in range(spec.stride[1]):
-            planes[2 * plane_h + plane_w] = x[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
+        addends.append(spec.shortcut(x))
+    planes = [x, None, None, None]  # at stride 1: slicing costs as much as a launch
+    if spec.stride != (1, 1):
+        for plane_h in range(spec.stride[0]):
+            for plane_w in range(spec.stride[1]):
+                planes[2 * plane_h + plane_w] = x[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
     return _launch_tiles(
         planes,
         pack_weight(weight, transposed=False),
