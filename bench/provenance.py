@@ -15,9 +15,10 @@ KERNELS = ROOT / "rir_kernels" / "triton"
 
 
 def sources_hash() -> str:
-    """SHA-256 over the names and contents of the kernels' sources, in the order of their names."""
+    """SHA-256 over the names and contents of the kernels' sources and tiles, in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(KERNELS.rglob("*.py"), key=lambda file: file.relative_to(KERNELS).as_posix()):
+    files = [*KERNELS.rglob("*.py"), *KERNELS.rglob("*.json")]
+    for file in sorted(files, key=lambda file: file.relative_to(KERNELS).as_posix()):
         for part in (file.relative_to(KERNELS).as_posix().encode(), file.read_bytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

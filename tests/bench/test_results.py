@@ -84,8 +84,10 @@ def test_the_hash_is_of_names_and_contents(tmp_path, monkeypatch):
     assert hashed() == 3
     (tmp_path / "conv.py").rename(tmp_path / "convolution.py")
     assert hashed() == 4
+    (tmp_path / "launch" / "tiles.json").write_text("{}")
+    assert hashed() == 5
     (tmp_path / "notes.txt").write_text("not a source")
-    assert hashed() == 4
+    assert hashed() == 5
 
 
 def test_the_state_of_the_checkout():
