@@ -27,233 +27,7 @@ import triton
 import triton.language as tl
 
 from rir_kernels.triton.pointwise import load_channels, normalize, relu
-
-
-@triton.jit
-def _add_plane(
-    accs,  # GROUPS times [BLOCK_C, P]: channel groups that share the pixels' loads
-    x_desc,  # [N, H_plane, W_plane, K], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
-    w_desc,  # [taps, C, K], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, K, C], box [1, BLOCK_K, BLOCK_C]
-    n,
-    h,
-    w,
-    c,
-    K: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
-    PLANE_H: tl.constexpr,
-    PLANE_W: tl.constexpr,
-    SIGN: tl.constexpr,
-    WEIGHT_T: tl.constexpr,
-    BOX: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """accs + the taps that meet parity plane (PLANE_H, PLANE_W)."""
-    FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
-    FIRST_W: tl.constexpr = (PLANE_W + PAD[1]) % STRIDE[1]
-    TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
-    TAPS_W: tl.constexpr = (KERNEL[1] - FIRST_W + STRIDE[1] - 1) // STRIDE[1]
-    OFFSET_H: tl.constexpr = (FIRST_H - PAD[0] - PLANE_H) // STRIDE[0]
-    OFFSET_W: tl.constexpr = (FIRST_W - PAD[1] - PLANE_W) // STRIDE[1]
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
-    for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
-        k = step % K_BLOCKS * BLOCK_K
-        j = step // K_BLOCKS % TAPS_W
-        i = step // (K_BLOCKS * TAPS_W)
-        tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
-        x = x_desc.load([n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), k])
-        x = x.reshape([P, BLOCK_K]).T  # [BLOCK_K, P]
-        sums = ()
-        for group in tl.static_range(len(accs)):
-            weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K)
-            sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
-        accs = sums
-    return accs
-
-
-@triton.jit
-def _add_rows(
-    accs,  # GROUPS times ROWS times [BLOCK_C, P]
-    x_desc,  # [N, H, W, K], box [BOX_N, 1, BOX_W, BLOCK_K]
-    w_desc,  # as in _add_plane
-    n,
-    h,
-    w,
-    c,
-    K: tl.constexpr,
-    KERNEL: tl.constexpr,
-    PAD: tl.constexpr,
-    SIGN: tl.constexpr,
-    WEIGHT_T: tl.constexpr,
-    BOX: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """accs + all taps at stride 1: of a kernel's column, each row of the input and each weight is loaded once.
-
-    Output rows that stand side by side read the same rows of the input: with three taps, ROWS + 2 rather than 3 * ROWS.
-    """
-    TAPS: tl.constexpr = KERNEL[0]
-    ABOVE: tl.constexpr = PAD[0] if SIGN == 1 else TAPS - 1 - PAD[0]  # rows of the input above the first output row
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    for step in tl.range(KERNEL[1] * K_BLOCKS):
-        k = step % K_BLOCKS * BLOCK_K
-        j = step // K_BLOCKS
-        rows = ()
-        for row in tl.static_range(ROWS + TAPS - 1):
-            x = x_desc.load([n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k])
-            rows += (x.reshape([P, BLOCK_K]).T,)  # [BLOCK_K, P]
-        sums = ()
-        for group in tl.static_range(GROUPS):
-            weights = ()
-            for i in tl.static_range(TAPS):
-                tap = i * KERNEL[1] + j
-                weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K),)
-            for row in tl.static_range(ROWS):
-                acc = accs[group * ROWS + row]
-                for i in tl.static_range(TAPS):
-                    x = rows[row + i if SIGN == 1 else row + TAPS - 1 - i]
-                    acc = tl.dot(weights[i], x, acc, input_precision=PRECISION)
-                sums += (acc,)
-        accs = sums
-    return accs
-
-
-@triton.jit
-def _longest_first(position, H, W):
-    """(row, column) of a pixel: first those inside with nine taps, then the edges with six, then the corners with four.
-
-    Programs start in their order, so the last ones are short, and the GPU's multiprocessors end at about the same time.
-    """
-    inner_h = H - 2
-    inner_w = W - 2
-    inside = inner_h * inner_w
-    edge = position - inside
-    corner = edge - 2 * (inner_h + inner_w)
-    on_side = edge - 2 * inner_w  # left and right edge
-    one_h = tl.maximum(inner_h, 1)  # two rows have none between them
-    one_w = tl.maximum(inner_w, 1)
-    h = tl.where(
-        position < inside,
-        1 + position // one_w,
-        tl.where(
-            edge < 2 * inner_w,
-            tl.where(edge < inner_w, 0, H - 1),
-            tl.where(corner < 0, 1 + on_side % one_h, tl.where(corner < 2, 0, H - 1)),
-        ),
-    )
-    w = tl.where(
-        position < inside,
-        1 + position % one_w,
-        tl.where(
-            edge < 2 * inner_w,
-            1 + edge % one_w,
-            tl.where(corner < 0, tl.where(on_side < inner_h, 0, W - 1), corner % 2 * (W - 1)),
-        ),
-    )
-    return h, w
-
-
-@triton.jit
-def _add_inside(
-    accs,
-    x_desc,
-    w_desc,
-    n,
-    h,
-    w,
-    c,
-    H,
-    W,
-    K: tl.constexpr,
-    SIGN: tl.constexpr,
-    WEIGHT_T: tl.constexpr,
-    BOX: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """accs + those taps of a 3x3 with padding 1 that read the image, for one pixel of many images."""
-    # tap i reads row h + SIGN * (i - 1)
-    first_i = (h == (0 if SIGN == 1 else H - 1)).to(tl.int32)
-    first_j = (w == (0 if SIGN == 1 else W - 1)).to(tl.int32)
-    columns = 3 - (w == 0).to(tl.int32) - (w == W - 1).to(tl.int32)
-    taps = columns * (3 - (h == 0).to(tl.int32) - (h == H - 1).to(tl.int32))
-    # in turn, and not one loop for each case: the shared memory of loops that exclude each other is not shared
-    accs = _add_taps(
-        accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 0, 4,
-        K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    if taps >= 6:
-        accs = _add_taps(
-            accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 4, 6,
-            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if taps == 9:
-        accs = _add_taps(
-            accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 6, 9,
-            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    return accs
-
-
-@triton.jit
-def _add_taps(
-    accs,
-    x_desc,
-    w_desc,
-    n,
-    h,
-    w,
-    c,
-    first_i,
-    first_j,
-    columns,  # 2 or 3
-    FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in _add_plane
-    LAST: tl.constexpr,
-    K: tl.constexpr,
-    SIGN: tl.constexpr,
-    WEIGHT_T: tl.constexpr,
-    BOX: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """accs + taps FIRST to LAST of a rectangle of them, which begins at (first_i, first_j) of a 3x3."""
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    for step in tl.range((LAST - FIRST) * K_BLOCKS):
-        k = step % K_BLOCKS * BLOCK_K
-        t = FIRST + step // K_BLOCKS
-        row = tl.where(columns == 3, t // 3, t // 2)
-        i = first_i + row
-        j = first_j + t - row * columns
-        x = x_desc.load([n, h + SIGN * (i - 1), w + SIGN * (j - 1), k])
-        x = x.reshape([P, BLOCK_K]).T  # [BLOCK_K, P]
-        sums = ()
-        for group in tl.static_range(len(accs)):
-            weight = _load_weight(w_desc, i * 3 + j, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K)
-            sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
-        accs = sums
-    return accs
-
-
-@triton.jit
-def _load_weight(w_desc, tap, c, k, WEIGHT_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_C, BLOCK_K]"""
-    if WEIGHT_T:
-        return w_desc.load([tap, k, c]).reshape([BLOCK_K, BLOCK_C]).T
-    else:
-        return w_desc.load([tap, c, k]).reshape([BLOCK_C, BLOCK_K])
+from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first
 
 
 @triton.jit
@@ -365,7 +139,7 @@ def _conv_fwd_kernel(
     first_c = pid % TILES_C * (GROUPS * BLOCK_C)
     if SKIPS:
         tiles_n = (N + BOX[0] - 1) // BOX[0]
-        h, w = _longest_first(tile // tiles_n, H, W)
+        h, w = longest_first(tile // tiles_n, H, W)
         n = tile % tiles_n * BOX[0]
     else:
         w = tile % TILES_W * BOX[2]
@@ -377,24 +151,24 @@ def _conv_fwd_kernel(
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
     planes = (x00_desc, x01_desc, x10_desc, x11_desc)
     if SKIPS:
-        accs = _add_inside(
+        accs = add_inside(
             accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, 1 if OUT_PLANE is None else -1,
             WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     elif ROWS > 1:
-        accs = _add_rows(
+        accs = add_rows(
             accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, 1 if OUT_PLANE is None else -1,
             WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,
         )  # fmt: skip
     elif OUT_PLANE is not None:
-        accs = _add_plane(
+        accs = add_plane(
             accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, OUT_PLANE[0], OUT_PLANE[1],
             -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         for plane in tl.static_range(4):
             if planes[plane] is not None:
-                accs = _add_plane(
+                accs = add_plane(
                     accs, planes[plane], w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
                     1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
                 )  # fmt: skip
