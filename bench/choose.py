@@ -4,13 +4,13 @@ A RiR layer's rows decide, in CUDA graphs with a warm cache, inference by "eval"
 batch that was measured. A difference within the noise is none: the kernels are chosen then.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rir_kernels.choices import CANDIDATES, FOLDER, SCHEMA, slug
+from rir_kernels.choices import CANDIDATES, FOLDER, SCHEMA
+from rir_kernels.device_files import slug
 
-from .results import DTYPES, Results
+from .results import DTYPES, Results, save_json
 from .selection import named_shape
 from .speedup import Alternatives, cases
 
@@ -29,11 +29,8 @@ def choose(results: Sequence[Results], folder: Path = FOLDER) -> Path:
         largest[case.shape, case.dtype, case.mode] = case
     if not largest:
         raise ValueError(f"no RiR layer has graph times of both {' and '.join(CANDIDATES)}: run `bench layers` first")
-    entries = [_entry(case) for case in largest.values()]
     path = Path(folder) / f"{slug(names.pop())}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": SCHEMA, "choices": entries}, indent=1) + "\n")
-    return path
+    return save_json(path, {"schema": SCHEMA, "choices": [_entry(case) for case in largest.values()]})
 
 
 def _decides(case: Alternatives) -> bool:

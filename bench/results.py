@@ -76,13 +76,8 @@ class Results:
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the file in one step: a reader, or a run that is killed, never meets half of one."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(jsonable(dataclasses.asdict(self)), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-        return path
+        """`save_json` of everything."""
+        return save_json(path, dataclasses.asdict(self))
 
 
 class ResultsError(ValueError):
@@ -115,6 +110,16 @@ def load_all(*paths: str | Path) -> list[Results]:
     if not files:
         raise ResultsError(f"no results in {', '.join(map(str, paths))}: run `python -m bench --out DIR` first")
     return [load(file) for file in files]
+
+
+def save_json(path: str | Path, data: dict) -> Path:
+    """Writes the file in one step: a reader, or a run that is killed, never meets half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(jsonable(data), indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+    return path
 
 
 def jsonable(value):

@@ -5,7 +5,6 @@ gate. All times are kept beside the rule's predictions, so that its constants ca
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.choices import slug
+from rir_kernels.device_files import slug
 from rir_kernels.triton.config import ranked_tiles, use_tile
 from rir_kernels.triton.cost import Problem
 from rir_kernels.triton.launch.runtime import gpu_of
@@ -21,7 +20,7 @@ from rir_kernels.triton.measured import SCHEMA
 from rir_kernels.triton.shapes import Shape
 
 from . import console, provenance, timing
-from .results import DTYPES
+from .results import DTYPES, save_json
 from .suites import kernels
 
 
@@ -56,8 +55,7 @@ def tune(
             advance(f"{shape.name} {dtype}", step=0)
             if entry := _tune(shape, dtype, device, gpu, candidates, settings):
                 found["tiles"].append(entry)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                save_json(path, found)
             advance()
     return path
 

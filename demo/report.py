@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from bench.report.page import PAGE
-from bench.results import jsonable
+from bench.results import save_json
 
 from . import plots, tables
 
@@ -19,7 +19,7 @@ def write(results: dict, folder: str | Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "report.html", folder / "results.json"
     page.write_text(build(results), encoding="utf-8")
-    data.write_text(json.dumps(jsonable(results), indent=1), encoding="utf-8")
+    save_json(data, results)
     return page, data
 
 

@@ -1,13 +1,12 @@
 """What "auto" chooses where it was measured: `choices/<device>.json`, written by `python -m bench choose`.
 
-A file is data: what has not the expected form is ignored, with a warning, and the rule of `dispatch` decides.
+Elsewhere the rule of `dispatch` decides.
 """
 
 import functools
-import json
-import re
-import warnings
 from pathlib import Path
+
+from .device_files import read_entries, slug
 
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("choices")
@@ -22,27 +21,12 @@ def measured_choice(device_name: str, key: Key) -> str | None:
     return _load(FOLDER / f"{slug(device_name)}.json").get(key)
 
 
-def slug(name: str) -> str:
-    """A device's name as the name of a file or folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 @functools.cache
 def _load(path) -> dict[Key, str]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"expected schema {SCHEMA}, got {data['schema']}")
-        return dict(_entry(**entry) for entry in data["choices"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        warnings.warn(
-            f'{path.name} is ignored, "auto" goes by its rule: {type(error).__name__}: {error}. '
-            "Write it again with `python -m bench choose`, or remove it",
-            stacklevel=2,
-        )
-        return {}
+    return read_entries(
+        path, SCHEMA, "choices", lambda entry: _entry(**entry),
+        instead='"auto" goes by its rule', command="bench choose",
+    )  # fmt: skip
 
 
 def _entry(*, c_in, c_out, kernel, stride, rows, dtype, training, impl):

@@ -1,15 +1,12 @@
 """Tiles that were measured on a GPU, on top of the analytic rule: `tiles/<device>.json`, written by `bench tune`.
 
-A file is data, never code: what does not have the form of a tile that fits the GPU is refused, with a warning, and the
-rule decides as if the file were not there. A tile serves the very problem that it was measured on.
+Only tiles that fit the GPU are taken, and a tile serves the very problem that it was measured on.
 """
 
 import functools
-import json
-import warnings
 from pathlib import Path
 
-from rir_kernels.choices import slug
+from rir_kernels.device_files import read_entries, slug
 from rir_kernels.triton.cost import Gpu, Problem, accumulators, stage_bytes
 from rir_kernels.triton.tile import ConvConfig
 
@@ -24,27 +21,10 @@ def measured_tile(problem: Problem, gpu: Gpu) -> ConvConfig | None:
 
 @functools.cache
 def _load(path, gpu):
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        return _ignored(path, error)
-    try:
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"expected schema {SCHEMA}, got {data['schema']}")
-        return dict(_entry(entry, gpu) for entry in data["tiles"])
-    except (KeyError, TypeError, ValueError) as error:
-        return _ignored(path, error)
-
-
-def _ignored(path, error):
-    warnings.warn(
-        f"{path.name} is ignored, tiles are chosen by rule: {type(error).__name__}: {error}. "
-        "Measure again with `python -m bench tune`, or remove the file",
-        stacklevel=2,
-    )
-    return {}
+    return read_entries(
+        path, SCHEMA, "tiles", lambda entry: _entry(entry, gpu),
+        instead="tiles are chosen by rule", command="bench tune",
+    )  # fmt: skip
 
 
 def _entry(entry, gpu):

@@ -114,7 +114,7 @@ def _launch_tiles(
 ) -> TileMoments | None:
     n, _, h, w = out.shape
     stride_1 = spec.stride == (1, 1)
-    taps = kernel if out_plane is None or stride_1 else _taps_of_plane(kernel, spec, out_plane)
+    taps = kernel if out_plane is None else _taps_of_plane(kernel, spec, out_plane)
     problem = Problem(n, h, w, c, k, taps, out.element_size(), _padding(kernel, spec, out_plane) if stride_1 else None)
     config = conv_config(problem, uses_tensor_cores(out), gpu_of(out.device))
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
