@@ -149,7 +149,7 @@ def _count(ms, least_ms, most=1000):
 
 def _eager(calls, device, settings):
     def sampler(call, timing):
-        count = _count(_device_ms(call, 3), settings.sample_ms, MOST_QUEUED)
+        count = _count(device_ms(call, 3), settings.sample_ms, MOST_QUEUED)
 
         def sample():
             start, end = _events()
@@ -170,10 +170,10 @@ def _graph_warm(calls, device, settings):
     capture = _capturer()
 
     def sampler(call, timing):
-        repeats = _count(_device_ms(capture(call).replay, 5), GRAPH_MS, MOST_REPEATS)
+        repeats = _count(device_ms(capture(call).replay, 5), GRAPH_MS, MOST_REPEATS)
         graph = capture(call, repeats)
-        replays = _count(_device_ms(graph.replay, 3), settings.sample_ms)
-        return lambda: timing.samples.append(_device_ms(graph.replay, replays) / repeats)
+        replays = _count(device_ms(graph.replay, 3), settings.sample_ms)
+        return lambda: timing.samples.append(device_ms(graph.replay, replays) / repeats)
 
     return _take_turns(calls, device, settings, sampler, graph=True)
 
@@ -229,8 +229,8 @@ def _capturer():
     return capture
 
 
-def _device_ms(call, count):
-    """Milliseconds of one of `count` calls."""
+def device_ms(call, count):
+    """Milliseconds of one of `count` calls that follow each other on the GPU."""
     start, end = _events()
     torch.cuda.synchronize()
     start.record()

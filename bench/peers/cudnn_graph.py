@@ -18,12 +18,11 @@ from torch import nn
 import rir_kernels as rir
 from rir_kernels.layout import dense_channels_last
 from rir_kernels.spec import spec_of_conv
-from rir_kernels.streams import PACKED
 from rir_kernels.validation import as_residuals, autocast_dtype
 
 from . import cudnn_ops
 
-NORM_CHANNELS = 8  # cuDNN's batch norm reads so many at a time
+NORM_CHANNELS = 8  # cuDNN's batch norm reads so many at a time, and keeps the ReLU's mask in bytes of so many
 
 
 def absent(device: torch.device) -> str | None:
@@ -61,9 +60,7 @@ def convert(module: nn.Module, x: torch.Tensor, *, training: bool) -> nn.Module:
 class CudnnRiRLayer(rir.RiRLayer):
     """The same parameters; cuDNN in forward."""
 
-    def forward(self, x, t=PACKED, *, outer=None):
-        if t is not PACKED:
-            raise NotImplementedError("here RiRLayer takes the packed tensor")
+    def forward(self, x, *, outer=None):
         residuals = [] if self.projection is None else [self.projection(x[:, : self.in_residual])]
         return _forward(self, x, self.weight, None, self._spec(), [*residuals, *as_residuals(outer)])
 
@@ -89,10 +86,14 @@ def _forward(layer, x, weight, bias, spec, residuals):
     bn = layer.bn
     if not bn.training:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *layer.parameters())):
-            raise NotImplementedError("a frozen norm has no backward here: evaluate under torch.no_grad()")
+            raise NotImplementedError(
+                "inference is one graph that keeps nothing for a backward: evaluate under torch.no_grad()"
+            )
         return _infer(layer, x, weight, spec, residuals)
     if bias is not None:
-        raise NotImplementedError("a convolution's bias before batch statistics")
+        raise NotImplementedError(
+            "cuDNN's graphs have no gradient of a convolution's bias: leave it out, the norm cancels it"
+        )
     momentum = bn.momentum if bn.momentum is not None else 1.0 / float(bn.num_batches_tracked + 1)
     y = _Train.apply(x, weight, bn.weight, bn.bias, bn, momentum, spec, *residuals)
     bn.num_batches_tracked.add_(1)

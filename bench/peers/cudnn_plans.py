@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from bench.timing import device_ms
 from rir_kernels.dispatch import tf32_allowed
 
 # of trying plans, per graph: they come best first by cuDNN's own guess, and some take a second to compile
@@ -163,12 +164,6 @@ def _handle(device):
     return handle
 
 
-def _milliseconds(call, repeats=10):
+def _milliseconds(call):
     call()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / repeats
+    return device_ms(call, 10)
