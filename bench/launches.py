@@ -6,6 +6,7 @@ import contextlib
 @contextlib.contextmanager
 def launches():
     """A list of {kernel, programs, tiles and warps}, filled while calls run as always; empty without Triton."""
+    chosen = ("BLOCK", "BOX", "GROUPS", "ROWS", "SKIPS", "STEPS", "WALK", "num_")
     seen = []
     try:
         from rir_kernels.triton.launch.runtime import intercepted
@@ -14,8 +15,8 @@ def launches():
         return
 
     def record(kernel, programs, *args, **options):
-        chosen = {name: value for name, value in options.items() if name.startswith(("BLOCK", "BOX", "WALK", "num_"))}
-        seen.append({"kernel": kernel.fn.__name__, "programs": programs, **chosen})
+        config = {name: value for name, value in options.items() if name.startswith(chosen)}
+        seen.append({"kernel": kernel.fn.__name__, "programs": programs, **config})
         kernel[(programs,)](*args, **options)
 
     with intercepted(record):
