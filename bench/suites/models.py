@@ -106,9 +106,11 @@ def _passes(network, batch):
 
 def _set_up(network, batch, dtype, device):
     torch.manual_seed(0)
-    mixed = Autocast(network.make(), dtype) if dtype != torch.float32 else network.make()
-    plain = copy.deepcopy(mixed.module if dtype != torch.float32 else mixed)
-    modules = {False: prepared(plain, dtype, device), True: prepared(mixed, torch.float32, device)}
+    plain = network.make()
+    trained = copy.deepcopy(plain)
+    if dtype != torch.float32:
+        trained = Autocast(trained, dtype)
+    modules = {False: prepared(plain, dtype, device), True: prepared(trained, torch.float32, device)}
     x = random_input(batch, 3, network.size, torch.float32, device)
     inputs = {False: x.to(dtype), True: x}
 
