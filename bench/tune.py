@@ -36,7 +36,7 @@ def tune(
 ) -> Path:
     """Measures, and leaves `folder`/<device>.json behind, written anew after every shape."""
     started = time.monotonic()
-    gpu = gpu_of(device)
+    gpu = gpu_of(torch.empty(0, device=device))
     name = gpu.name or provenance.describe(device)["name"]
     path = Path(folder) / f"{slug(name)}.json"
     found = {

@@ -14,6 +14,7 @@ import threading
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 from .choices import measured_choice
 from .spec import ConvBNActSpec
@@ -26,6 +27,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class _PerThread(threading.local):
     auto = "auto"  # what "auto" means in this thread
+    watched = False  # whether each launch is to be looked at, or chosen
 
 
 _state = _PerThread()
@@ -54,10 +56,36 @@ def check_impl(impl) -> None:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
+def meant_by(impl: str) -> str:
+    """`impl`, or what `use_impl` says of "auto"."""
+    return _state.auto if impl == "auto" else impl
+
+
+@contextlib.contextmanager
+def watched():
+    """Within it no call of this thread takes the short way (`eager`), so that every launch is made anew."""
+    _state.watched, saved = True, _state.watched
+    try:
+        yield
+    finally:
+        _state.watched = saved
+
+
+def plainly_eager() -> bool:
+    """Whether nothing watches or transforms operators here: compiler, tracer, dispatch mode, function transform."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _state.watched
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpec, training: bool = False) -> str:
     """The implementation for these tensors: a name of IMPLS other than "auto"."""
-    if impl == "auto":
-        impl = _state.auto
+    impl = meant_by(impl)
     if impl == "auto":
         return _choose(x, weight, spec, training)
     if impl in ("hybrid", "triton"):

@@ -10,9 +10,9 @@ The norm uses the batch's statistics in training and the running ones otherwise.
 
 import torch
 
-from . import aten, ops
+from . import aten, eager, ops
 from .dispatch import check_impl, resolve
-from .layout import is_channels_last, to_format
+from .layout import as_channels_last, is_channels_last, to_format
 from .reference import functional as reference
 from .spec import ConvBNActSpec
 from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors
@@ -82,6 +82,7 @@ def apply(
     bn_bias,
     running_mean,
     running_var,
+    num_batches_tracked=None,
     *,
     bias=None,
     residuals=(),
@@ -90,21 +91,35 @@ def apply(
     momentum: float,
     impl: str,
 ) -> torch.Tensor:
-    """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself."""
+    """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
+
+    `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded.
+    """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
+    tensors, buffers = (
+        (x, weight, bias, bn_weight, bn_bias, *residuals),
+        (running_mean, running_var, num_batches_tracked),
+    )
+    kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl)
+    if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
+        return y
     check_tensors(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
     )  # fmt: skip
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
+    if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
+        eager.prepare(kind, tensors, buffers, spec, training)
+        if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
+            return y
     channels_last = is_channels_last(x)
     if impl in ("hybrid", "triton") and x.shape[0] > 0:
         y, mean, var = ops.conv_bn_act(
-            _as_channels_last(x), weight, bias, bn_weight, bn_bias,
-            *((None, None) if training else (running_mean, running_var)),
-            [_as_channels_last(residual) for residual in residuals],
+            as_channels_last(x), weight, *map(_dense, (bias, bn_weight, bn_bias)),
+            *((None, None) if training else (_dense(running_mean), _dense(running_var))),
+            [as_channels_last(residual) for residual in residuals],
             spec, training=training, impl=impl,
         )  # fmt: skip
         if training and running_mean is not None:
@@ -116,12 +131,14 @@ def apply(
             x, weight, bn_weight, bn_bias, running_mean, running_var,
             bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
         )  # fmt: skip
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     return to_format(y, channels_last)
 
 
-def _as_channels_last(x):
-    # slices of channels stay as they are: the kernels read them in place where they are aligned
-    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+def _dense(vector):
+    """The kernels read the values of the channels one behind the other."""
+    return None if vector is None else vector.contiguous()
 
 
 def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, training, **options):

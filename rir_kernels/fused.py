@@ -20,16 +20,22 @@ def _kernels(impl: str):
     return conv, importlib.import_module("rir_kernels.triton.launch.wgrad"), norm
 
 
-def forward(x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec, *, training, save, impl):
+def forward(
+    x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
+    *, training, save, impl, momentum=0.0, batches=None,
+):  # fmt: skip
     """(y, z, mean, var, invstd); what is not computed is None.
 
-    training: batch statistics; z, mean, biased var and invstd are always there. Otherwise the running statistics are
-    used, and z, mean, invstd (copies: the buffers may change before backward runs) are kept only if `save`.
+    training: batch statistics; z, mean, biased var and invstd are always there; running statistics and `batches`, their
+    count, are updated where they are given. Otherwise the running statistics are used, and z, mean, invstd are
+    kept only if `save`.
     """
     conv, _, norm = _kernels(impl)
     if training:
         z, moments = conv.conv_train(x, weight, bias=bias, residuals=residuals, spec=spec)
-        statistics = norm.bn_finalize(moments, spec.eps)
+        statistics = norm.bn_finalize(
+            moments, spec.eps, running_mean=running_mean, running_var=running_var, batches=batches, momentum=momentum
+        )
         after = residuals if spec.post_norm else ()
         y = norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec)
         return y, z, statistics.mean, statistics.var, statistics.invstd
@@ -39,8 +45,8 @@ def forward(x, weight, bias, gamma, beta, running_mean, running_var, residuals, 
     )  # fmt: skip
     if not save:
         return y, None, None, None, None
-    mean = running_mean.to(torch.float32, copy=True)
-    return y, z, mean, None, torch.rsqrt(running_var.float() + spec.eps)
+    statistics = norm.bn_running(running_mean, running_var, spec.eps)
+    return y, z, statistics.mean, None, statistics.invstd
 
 
 def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec, *, training, needs, impl):

@@ -27,6 +27,11 @@ def to_format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return x.contiguous(memory_format=memory_format)
 
 
+def as_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x itself where it counts as channels_last (slices of channels do: the kernels read them in place), or a copy."""
+    return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+
+
 def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
     """x, copied only if it must be, with exactly the strides of a fresh channels_last tensor, sizes of one included."""
     n, c, h, w = x.shape

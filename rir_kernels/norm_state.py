@@ -12,25 +12,24 @@ def conv_bn_act(bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(),
     Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
     has changed. `spec.eps` is the caller's to take from `bn`.
     """
-    tracks = bn.training and bn.track_running_stats
+    training, running_mean, running_var = bn.training, bn.running_mean, bn.running_var
+    uses_buffers = not training or bn.track_running_stats
+    batches = bn.num_batches_tracked if training and bn.track_running_stats else None
     momentum = bn.momentum
     if momentum is None:  # cumulative average
-        momentum = 1.0 / float(bn.num_batches_tracked + 1) if tracks and bn.num_batches_tracked is not None else 0.0
-    uses_buffers = not bn.training or bn.track_running_stats
-    y = functional.apply(
+        momentum = 1.0 / float(batches + 1) if batches is not None else 0.0
+    return functional.apply(
         x,
         weight,
         bn.weight,
         bn.bias,
-        bn.running_mean if uses_buffers else None,
-        bn.running_var if uses_buffers else None,
+        running_mean if uses_buffers else None,
+        running_var if uses_buffers else None,
+        batches,
         bias=bias,
         residuals=residuals,
         spec=spec,
-        training=bn.training or (bn.running_mean is None and bn.running_var is None),
+        training=training or (running_mean is None and running_var is None),
         momentum=momentum,
         impl=impl,
     )
-    if tracks and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    return y

@@ -33,35 +33,44 @@ def conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, 
     """(y, batch mean, biased batch var); the statistics are fp32, and empty in evaluation."""
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _ConvBNAct.apply(
-            x, weight, bias, bn_weight, bn_bias, running_mean, running_var, spec, training, impl, *residuals
-        )
+        return ConvBNActFunction.apply(
+            None, (running_mean, running_var), 0.0, spec, training, impl,
+            x, weight, bias, bn_weight, bn_bias, *residuals,
+        )  # fmt: skip
     y, _, mean, var, _ = torch.ops.rir_kernels.conv_bn_act(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *_flat(spec), training, False, impl
     )
     return y, mean, var
 
 
-class _ConvBNAct(torch.autograd.Function):
+_X, _RESIDUALS = 6, 11  # where x and the residuals stand among the function's arguments
+
+
+class ConvBNActFunction(torch.autograd.Function):
+    """(y, batch mean, biased batch var) by the registered op; or y, by a plan, which updates the buffers itself."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, bn_weight, bn_bias, running_mean, running_var, spec, training, impl, *residuals):
-        y, z, mean, var, invstd = torch.ops.rir_kernels.conv_bn_act(
-            x, weight, bias, bn_weight, bn_bias, running_mean, running_var, list(residuals),
-            *_flat(spec), training, True, impl,
-        )  # fmt: skip
+    def forward(ctx, plan, buffers, momentum, spec, training, impl, *tensors):
+        x, weight, bias, bn_weight, bn_bias, *residuals = tensors
+        if plan is None:
+            y, z, mean, var, invstd = torch.ops.rir_kernels.conv_bn_act(
+                x, weight, bias, bn_weight, bn_bias, *buffers, residuals, *_flat(spec), training, True, impl
+            )
+        else:
+            y, z, mean, invstd = plan(tensors + buffers, (momentum,))
         # after the norm the ReLU's mask is that of the sum, which z alone does not tell
         mask = y if spec.relu and spec.post_norm and residuals else None
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
-        ctx.call = spec, training, impl
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, bn_weight, bn_bias)]
-        ctx.residual_channels = [residual.shape[1] for residual in residuals]
+        ctx.call = spec, training, impl, [residual.shape[1] for residual in residuals]
+        if plan is not None:
+            return y
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, _dmean, _dvar):
+    def backward(ctx, dy, *_):
         with torch.no_grad():
-            grads = _ConvBNAct._gradients(ctx, dy)
+            grads = ConvBNActFunction._gradients(ctx, dy)
         if not torch.is_grad_enabled():
             return grads
         # create_graph=True: torch's once_differentiable would drop the graph silently where dy itself needs no gradient
@@ -70,20 +79,21 @@ class _ConvBNAct(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy):
         x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
-        spec, training, impl = ctx.call
+        spec, training, impl, residual_channels = ctx.call
         needed = ctx.needs_input_grad
-        needs = [*needed[:5], any(needed[10:])]
+        needs = [*needed[_X : _X + 5], any(needed[_RESIDUALS:])]
         *grads, dresidual = torch.ops.rir_kernels.conv_bn_act_backward(
             dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias, *_flat(spec), training, needs, impl
         )
-        grads = [grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needs, ctx.dtypes, strict=False)]
+        alike = (x, weight, x, bn_weight, bn_bias)  # in dtype; a bias has x's
+        grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
         if grads[1] is not None and weight.is_contiguous():
             grads[1] = grads[1].contiguous()  # in the weight's own format, which DDP's buckets expect
         dresiduals = [
             dresidual[:, :channels] if need else None
-            for channels, need in zip(ctx.residual_channels, needed[10:], strict=True)
+            for channels, need in zip(residual_channels, needed[_RESIDUALS:], strict=True)
         ]
-        return (*grads, None, None, None, None, None, *dresiduals)
+        return (*[None] * _X, *grads, *dresiduals)
 
 
 class _FirstOrder(torch.autograd.Function):

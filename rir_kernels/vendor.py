@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.layout import dense_channels_last
-from rir_kernels.triton.launch.batchnorm import Statistics, TileMoments, bn_apply, bn_stats
+from rir_kernels.triton.launch.batchnorm import TileMoments, bn_apply, bn_running, bn_stats
 
 
 def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:
@@ -20,7 +20,7 @@ def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileM
 def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save_z):
     """(y, z or None) with given statistics."""
     z = _conv(x, weight, bias, () if spec.post_norm else residuals, spec)
-    statistics = Statistics(mean, var, torch.rsqrt(var.float() + spec.eps))
+    statistics = bn_running(mean, var, spec.eps)
     after = residuals if spec.post_norm else ()
     return bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec), z if save_z else None
 

@@ -52,7 +52,7 @@ def _bn_stats_fwd_kernel(
     tl.store(tile_count_ptr + tile, count, mask=pid % BLOCKS_C == 0)
 
 
-@triton.jit(do_not_specialize=["tiles", "eps"])
+@triton.jit(do_not_specialize=["tiles", "eps", "momentum"])
 def _bn_finalize_fwd_kernel(
     tile_mean_ptr,  # [tiles, C] fp32
     tile_m2_ptr,
@@ -60,13 +60,17 @@ def _bn_finalize_fwd_kernel(
     mean_ptr,  # [C] fp32
     var_ptr,  # [C] fp32, biased
     invstd_ptr,  # [C] fp32
+    running_mean_ptr,  # [C], any float type, updated in place; or None
+    running_var_ptr,  # [C], unbiased
+    batches_ptr,  # int64, counted up; or None
     tiles,
     eps,
+    momentum,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merges the tiles' moments, in their order."""
+    """Merges the tiles' moments, in their order, then the batch's into the running ones."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     count = 0.0
@@ -92,6 +96,36 @@ def _bn_finalize_fwd_kernel(
     tl.store(mean_ptr + channel, mean, mask=is_channel)
     tl.store(var_ptr + channel, var, mask=is_channel)
     tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=is_channel)
+    if running_mean_ptr is not None:
+        _update_running(running_mean_ptr + channel, mean, momentum, is_channel)
+        _update_running(running_var_ptr + channel, m2 / (count - 1.0), momentum, is_channel)
+    if batches_ptr is not None:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def _update_running(ptr, batch, momentum, mask):
+    running = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    running = (1.0 - momentum) * running + momentum * batch
+    tl.store(ptr, running.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def _bn_running_fwd_kernel(
+    running_mean_ptr,  # [C], any float type
+    running_var_ptr,
+    mean_ptr,  # [C] fp32
+    invstd_ptr,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The running statistics as backward will want them."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = load_channels(running_mean_ptr, channel, C, 0.0)
+    var = load_channels(running_var_ptr, channel, C, 1.0)
+    tl.store(mean_ptr + channel, mean, mask=channel < C)
+    tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=channel < C)
 
 
 @triton.jit

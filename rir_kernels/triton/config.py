@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from rir_kernels.dispatch import watched
 from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks
 from rir_kernels.triton.measured import measured_tile
 from rir_kernels.triton.tile import ConvConfig
@@ -94,7 +95,8 @@ def use_tile(tile: ConvConfig) -> Iterator[None]:
     """Within it every convolution of this thread takes that tile: to measure it, and to test it."""
     token = _forced.set(tile)
     try:
-        yield
+        with watched():
+            yield
     finally:
         _forced.reset(token)
 

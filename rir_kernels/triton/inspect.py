@@ -97,6 +97,7 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
     x = _meta((shape.batch, shape.c_in, shape.size, shape.size), dtype)
     weight = _meta((shape.c_out, shape.c_in, shape.kernel, shape.kernel), dtype)
     channels = torch.empty(shape.c_out, device="meta")
+    batches = torch.empty((), dtype=torch.int64, device="meta")
     norm = {"mean": channels, "gamma": channels, "beta": channels}
     with runtime.intercepted(record):
         op = "forward, training"
@@ -109,7 +110,10 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
         wgrad.conv_weight_grad(z, x, kernel=(shape.kernel,) * 2, spec=spec)
         op = "norm, forward"
         batchnorm.bn_stats(z)
-        statistics = batchnorm.bn_finalize(moments, spec.eps)
+        statistics = batchnorm.bn_finalize(
+            moments, spec.eps, running_mean=channels, running_var=channels, batches=batches, momentum=0.1
+        )
+        batchnorm.bn_running(channels, channels, spec.eps)
         batchnorm.bn_apply(z, statistics, gamma=channels, beta=channels, residuals=(), spec=spec)
         op = "norm, backward"
         sums = batchnorm.bn_reduce(z, z, None, invstd=channels, spec=spec, **norm)

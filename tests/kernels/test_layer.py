@@ -54,6 +54,27 @@ def test_within_the_budget(case, target, impl, training, poisoned):
 
 @impls
 @targets
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_per_channel_vectors_with_gaps(impl, target, training):
+    """Every other value of a buffer: the same bits as from dense vectors, gradients and running statistics too."""
+    tensors, options, dy = _call({"channels": (8, 8), "bias": True}, target, training)
+
+    def with_gaps(**call):
+        gaps = {name: t.repeat_interleave(2)[::2] for name, t in call.items() if getattr(t, "ndim", 0) == 1}
+        assert len(gaps) == 5 and {t.stride() for t in gaps.values()} == {(2,)}
+        y = _fused(impl)(**call | gaps)
+        for name in ("running_mean", "running_var"):
+            call[name].copy_(gaps[name])
+        return y
+
+    dense, spread = (run(function, tensors, options, dy) for function in (_fused(impl), with_gaps))
+    for name in dense:
+        # the running statistics by a kernel, or by torch's operators: the order of three roundings may differ
+        torch.testing.assert_close(spread[name], dense[name], rtol=4 * 2**-24 if "running" in name else 0, atol=0)
+
+
+@impls
+@targets
 def test_inputs_are_left_as_they_were(target, impl):
     tensors, options, _ = _call(CASES["P4 residual before the norm"], target, False)
     before = {name: t.clone() for name, t in tensors.items()}

@@ -91,7 +91,10 @@ def test_gradients_that_come_expanded_or_in_another_format(target, impl):
 @targets
 @impls
 def test_compiles_without_a_graph_break(target, impl):
-    """fullgraph=True raises at any graph break; results are those of eager, bit for bit: the same kernels run."""
+    """fullgraph=True raises at any graph break; results are those of eager, bit for bit: the same kernels run.
+
+    But for the running statistics, which torch's operators update in a graph: the order of three roundings may differ.
+    """
     layer = rir.RiRLayer(8, 8, impl=impl, device=target[0], dtype=target[1])
     x = rand((2, 8, 4, 4), target, seed=1).requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -100,8 +103,8 @@ def test_compiles_without_a_graph_break(target, impl):
         layer.bn.reset_running_stats()
         y = function(x)
         results.append([y.detach(), layer.bn.running_mean.clone(), *torch.autograd.grad(y.sum(), [x, layer.weight])])
-    for eager, graph in zip(*results, strict=True):
-        assert torch.equal(eager, graph)
+    for index, (eager, graph) in enumerate(zip(*results, strict=True)):
+        torch.testing.assert_close(graph, eager, rtol=4 * 2**-24 if index == 1 else 0, atol=0)
 
 
 @targets

@@ -10,6 +10,7 @@ from rir_kernels.triton.batchnorm import (
     _bn_apply_fwd_kernel,
     _bn_finalize_fwd_kernel,
     _bn_reduce_bwd_kernel,
+    _bn_running_fwd_kernel,
     _bn_stats_fwd_kernel,
 )
 from rir_kernels.triton.config import power_of_two_at_least, rows_config
@@ -34,10 +35,10 @@ class TileMoments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """mean, biased var and 1/sqrt(var + eps) per channel, fp32."""
+    """mean, biased var (None: not kept) and 1/sqrt(var + eps) per channel, fp32."""
 
     mean: torch.Tensor
-    var: torch.Tensor
+    var: torch.Tensor | None
     invstd: torch.Tensor
 
 
@@ -57,8 +58,10 @@ def bn_stats(z) -> TileMoments:
     return moments
 
 
-def bn_finalize(moments: TileMoments, eps: float) -> Statistics:
-    """Merges the tiles in their order."""
+def bn_finalize(
+    moments: TileMoments, eps: float, *, running_mean=None, running_var=None, batches=None, momentum: float = 0.0
+) -> Statistics:
+    """Merges the tiles in their order; running statistics and the count of batches are updated where they are given."""
     tiles, c = moments.mean.shape
     # three buffers, not slices of one: they are outputs of an op, which must not alias
     mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=moments.mean.device) for _ in range(3))
@@ -66,10 +69,24 @@ def bn_finalize(moments: TileMoments, eps: float) -> Statistics:
     with device_guard(mean):
         launch(
             _bn_finalize_fwd_kernel, cdiv(c, block_c),
-            moments.mean, moments.m2, moments.count, mean, var, invstd, tiles, float(eps),
+            moments.mean, moments.m2, moments.count, mean, var, invstd, running_mean, running_var, batches,
+            tiles, float(eps), momentum,
             C=c, BLOCK_T=min(512, power_of_two_at_least(tiles)), BLOCK_C=block_c,
         )  # fmt: skip
     return Statistics(mean, var, invstd)
+
+
+def bn_running(running_mean, running_var, eps: float) -> Statistics:
+    """The running statistics as they are now: the buffers may change before backward runs."""
+    c = running_mean.numel()
+    mean, invstd = (torch.empty(c, dtype=torch.float32, device=running_mean.device) for _ in range(2))
+    block_c = 256
+    with device_guard(mean):
+        launch(
+            _bn_running_fwd_kernel, cdiv(c, block_c), running_mean, running_var, mean, invstd, float(eps),
+            C=c, BLOCK_C=block_c,
+        )  # fmt: skip
+    return Statistics(mean, None, invstd)
 
 
 def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec) -> torch.Tensor:

@@ -10,6 +10,7 @@ from rir_kernels.triton.config import conv_config
 from rir_kernels.triton.conv import _conv_fwd_kernel
 from rir_kernels.triton.cost import Problem, cdiv
 from rir_kernels.triton.launch.batchnorm import TileMoments
+from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
@@ -19,7 +20,6 @@ from rir_kernels.triton.launch.runtime import (
     gpu_of,
     has_aligned_rows,
     launch,
-    pack_weight,
     uses_tensor_cores,
 )
 
@@ -116,7 +116,7 @@ def _launch_tiles(
     stride_1 = spec.stride == (1, 1)
     taps = kernel if out_plane is None else _taps_of_plane(kernel, spec, out_plane)
     problem = Problem(n, h, w, c, k, taps, out.element_size(), _padding(kernel, spec, out_plane) if stride_1 else None)
-    config = conv_config(problem, uses_tensor_cores(out), gpu_of(out.device))
+    config = conv_config(problem, uses_tensor_cores(out), gpu_of(out))
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None

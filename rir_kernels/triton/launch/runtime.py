@@ -3,36 +3,40 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch import tf32_allowed
+from rir_kernels.dispatch import tf32_allowed, watched
 from rir_kernels.triton.cost import H200, Gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
-# `rir_kernels.triton.inspect` puts a function here to compile what would be launched
-_intercept: Callable | None = None
+# (function, device) where launches are looked at instead of made
+_intercept: ContextVar[tuple[Callable, torch.device | None] | None] = ContextVar("intercept", default=None)
 
 
 def launch(kernel, programs: int, *args, **options) -> None:
     """Starts `programs` programs of `kernel` on a one-dimensional grid, which has no practical limit (2^31 - 1)."""
-    if _intercept is not None:
-        _intercept(kernel, programs, *args, **options)
+    if (intercept := _intercept.get()) is not None:
+        intercept[0](kernel, programs, *args, **options)
     else:
         kernel[(programs,)](*args, **options)
 
 
 @contextlib.contextmanager
-def intercepted(function: Callable):
-    """Within it, `launch` calls function(kernel, programs, *args, **options) instead of running the kernel."""
-    global _intercept
-    _intercept, saved = function, _intercept
+def intercepted(function: Callable, device: torch.device | None = None):
+    """Within it, `launch` calls function(kernel, programs, *args, **options) instead of running the kernel.
+
+    Meta tensors then stand for tensors on `device`. Of this thread alone.
+    """
+    token = _intercept.set((function, device))
     try:
-        yield
+        with watched():
+            yield
     finally:
-        _intercept = saved
+        _intercept.reset(token)
 
 
 def device_guard(tensor: torch.Tensor):
@@ -40,11 +44,21 @@ def device_guard(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@functools.cache
-def gpu_of(device: torch.device) -> Gpu:
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Where the tensor is, or the one that it stands for will be."""
+    if tensor.is_meta and (intercept := _intercept.get()) is not None:
+        return intercept[1] or tensor.device
+    return tensor.device
+
+
+def gpu_of(tensor: torch.Tensor) -> Gpu:
     """What tiles are chosen for; the default where no GPU will run them."""
-    if device.type != "cuda":
-        return H200
+    device = device_of(tensor)
+    return _gpu_of(device) if device.type == "cuda" else H200
+
+
+@functools.cache
+def _gpu_of(device):
     properties = torch.cuda.get_device_properties(device)
     return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name)
 
@@ -66,7 +80,7 @@ def describable(x: torch.Tensor) -> torch.Tensor:
     if innermost and x.data_ptr() % ALIGNMENT == 0 and all(s > 0 and s * item % ALIGNMENT == 0 for s in pixel_strides):
         return x
     n, c, h, w = x.shape
-    pitch = _aligned(c, item)
+    pitch = aligned_channels(c, item)
     copy = torch.empty_strided((n, c, h, w), (h * w * pitch, 1, w * pitch, pitch), dtype=x.dtype, device=x.device)
     return copy.copy_(x)
 
@@ -76,7 +90,7 @@ def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor:
 
     Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes serves for them here.
     """
-    fallback = _aligned(view.shape[-1], view.element_size())
+    fallback = aligned_channels(view.shape[-1], view.element_size())
     strides = [s if size > 1 else fallback for size, s in zip(view.shape[:-1], view.stride()[:-1], strict=True)]
     return TensorDescriptor(view, list(view.shape), [*strides, 1], box)
 
@@ -86,39 +100,16 @@ def describe_pixels(x: torch.Tensor, box: tuple[int, int, int], block: int) -> T
     return describe(x.permute(0, 2, 3, 1), [*box, block])
 
 
-def _aligned(channels: int, itemsize: int) -> int:
+def aligned_channels(channels: int, itemsize: int) -> int:
+    """At least `channels`, so many that rows of them can be described."""
     unit = ALIGNMENT // itemsize
     return -(-channels // unit) * unit
 
 
-def pack_weight(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """[taps, C_out, C_in] (or [taps, C_in, C_out], a copy) of a weight (C_out, C_in, kh, kw).
-
-    A view of a channels-last parameter with aligned rows; a copy otherwise.
-    """
-    c_out, c_in, kh, kw = weight.shape
-    if dot_precision(weight) == "tf32":
-        weight = _round_to_tf32(weight)
-    in_place = weight.is_contiguous(memory_format=torch.channels_last) and not transposed
-    if in_place and has_aligned_rows(c_in, weight.element_size()) and weight.data_ptr() % ALIGNMENT == 0:
-        return weight.as_strided((kh * kw, c_out, c_in), (c_in, kh * kw * c_in, 1))
-    source = weight.permute(2, 3, 1, 0) if transposed else weight.permute(2, 3, 0, 1)
-    rows, columns = source.shape[2:]
-    pitch = _aligned(columns, weight.element_size())
-    packed = torch.empty((kh, kw, rows, pitch), dtype=weight.dtype, device=weight.device)
-    packed[..., :columns] = source
-    return packed.view(kh * kw, rows, pitch)[..., :columns]
-
-
-def _round_to_tf32(weight: torch.Tensor) -> torch.Tensor:
-    """To nearest; the hardware only truncates, which costs 2.2 to 2.7 times the error."""
-    bits = weight.contiguous(memory_format=torch.channels_last).view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def dot_precision(operand: torch.Tensor) -> str:
     """The `input_precision` of tl.dot. It matters to fp32 alone, where torch's own TF32 switch decides."""
-    return "tf32" if operand.dtype == torch.float32 and tf32_allowed() and not operand.is_cpu else "ieee"
+    on_cpu = device_of(operand).type == "cpu"
+    return "tf32" if operand.dtype == torch.float32 and tf32_allowed() and not on_cpu else "ieee"
 
 
 def uses_tensor_cores(operand: torch.Tensor) -> bool:

@@ -1,0 +1,166 @@
+"""The short way of eager calls: taken where it may be, never otherwise, and with the results of the long way."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rir_kernels as rir
+from rir_kernels import dispatch, eager
+from rir_kernels.triton.launch import plan
+
+from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
+
+targets = pytest.mark.parametrize("target", TARGETS)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """A list that grows by one with each call that takes the short way; nothing is known at the start."""
+    monkeypatch.setattr(eager, "_planned", {})
+    calls = []
+    run = plan.Plan.__call__
+    monkeypatch.setattr(plan.Plan, "__call__", lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
+def _layer(target, channels=8, **options):
+    options = {"impl": "triton", "device": target[0], "dtype": target[1]} | options
+    return rir.RiRLayer(channels, channels, **options).to(memory_format=torch.channels_last)
+
+
+@targets
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_both_ways_agree(target, training, taken):
+    """Outputs, gradients and the norm's state, over calls whose tensors lie elsewhere each time."""
+    layers = [_layer(target).train(training) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for seed in range(3):
+        results = []
+        for layer, way in zip(layers, (contextlib.nullcontext, dispatch.watched), strict=True):
+            x = rand((2, 8, 4, 4), target, seed=seed).requires_grad_(training)
+            with way(), torch.set_grad_enabled(training):
+                y = layer(x)
+            grads = torch.autograd.grad(y.sum(), [x, *layer.parameters()]) if training else ()
+            results.append([y, *grads])
+        for short, long in zip(*results, strict=True):
+            assert torch.equal(short, long) and short.stride() == long.stride()
+        # updated by a kernel here, by torch's operators there: the order of three roundings may differ
+        state, expected = (layer.bn.state_dict() for layer in layers)
+        torch.testing.assert_close(state, expected, rtol=4 * 2**-24, atol=0)
+        assert state["num_batches_tracked"] == (seed + 1 if training else 0)
+    assert len(taken) == 3
+
+
+@targets
+def test_one_plan_a_kind(target, taken):
+    """Whatever changes what is checked, chosen or launched makes another kind."""
+    layer = _layer(target)
+    x = rand((2, 8, 4, 4), target, seed=1)
+    calls = {
+        "first": lambda: layer(x),
+        "batch": lambda: layer(rand((3, 8, 4, 4), target, seed=1)),
+        "format": lambda: layer(x.contiguous()),
+        "slice": lambda: layer(rand((2, 16, 4, 4), target, seed=1)[:, :8]),
+        "no gradient": torch.no_grad()(lambda: layer(x)),
+        "outer": lambda: layer(x, outer=x),
+        "narrower outer": lambda: layer(x, outer=x[:, :4]),
+        "other weight format": lambda: _layer(target).to(memory_format=torch.contiguous_format)(x),
+        "evaluation": lambda: layer.eval()(x),
+        "no norm parameters": lambda: rir.functional.conv_bn_act(
+            x, layer.weight, None, None, layer.bn.running_mean, layer.bn.running_var, padding=1, impl="triton"
+        ),
+        "scale": lambda: _layer(target, branch_scale=0.5)(x),
+    }
+    for number, (name, call) in enumerate(calls.items(), 1):
+        call()
+        assert len(eager._planned) == number, name
+    assert len(taken) == len(calls) and None not in eager._planned.values()
+    layer.train()
+    layer(rand((2, 8, 4, 4), target, seed=2))
+    assert len(eager._planned) == len(calls)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.seen.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@targets
+def test_who_watches_sees_the_op(target, taken):
+    layer = _layer(target)
+    x = rand((2, 8, 4, 4), target, seed=1)
+    layer(x)
+    with _Watch() as watch:
+        layer(x)
+    assert "rir_kernels::conv_bn_act" in watch.seen
+    torch.compile(layer, backend="eager", fullgraph=True)(x)
+    with torch.autograd.forward_ad.dual_level():
+        layer(x)
+    assert len(taken) == 1
+
+
+@targets
+def test_mistakes_are_still_refused_after_a_good_call(target, taken):
+    layer = _layer(target)
+    x = rand((2, 8, 4, 4), target, seed=1)
+    layer(x)
+    with pytest.raises(ValueError, match="channels"):
+        layer(rand((2, 9, 4, 4), target, seed=1))
+    with pytest.raises(TypeError, match="share a dtype"):
+        layer(x.double())
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
+        layer(x.cpu().numpy())
+    layer.bn.eps = -1.0
+    with pytest.raises(ValueError, match="eps"):
+        layer(x)
+    assert len(taken) == 1
+
+
+@targets
+def test_unaligned_memory_goes_the_long_way(target, taken):
+    flat = rand((2 * 8 * 16 + 1,), target, seed=1)
+    x = flat[1:].view(2, 4, 4, 8).permute(0, 3, 1, 2)
+    layer = _layer(target).eval()
+    with torch.no_grad():
+        y = layer(x)
+        assert taken == []
+        assert torch.equal(y, layer(x.clone(memory_format=torch.channels_last)))
+    assert len(taken) == 1
+
+
+@targets
+def test_autograd_notices_that_the_statistics_change(target, taken):
+    """Who saved the buffers for backward is told, as torch's own batch norm tells them."""
+    layer = _layer(target)
+    scale = torch.ones(8, device=target[0], requires_grad=True)
+    for _ in range(2):  # the call that leaves the plan, and one that follows it
+        product = scale * layer.bn.running_mean
+        layer(rand((2, 8, 4, 4), target, seed=1))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+@targets
+def test_cumulative_average_and_untracked_statistics(target, taken):
+    layer = _layer(target, momentum=None)
+    expected = torch.nn.BatchNorm2d(8, momentum=None, device=target[0])
+    for seed in range(3):
+        x = rand((2, 8, 4, 4), target, seed=seed)
+        layer(x)
+        z = torch.nn.functional.conv2d(x.double(), layer.weight.double(), padding=1)
+        z[:, :4] += x[:, :4]
+        expected.double()(z)
+    # the statistics of fp32 sums over 32 pixels of values near one
+    torch.testing.assert_close(layer.bn.running_mean.double(), expected.running_mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.bn.running_var.double(), expected.running_var, rtol=1e-3, atol=1e-3)
+    assert layer.bn.num_batches_tracked == 3
+    layer.bn = torch.nn.BatchNorm2d(8, track_running_stats=False, device=target[0])
+    layer(x)
+    assert len(taken) == 4

@@ -1,0 +1,93 @@
+"""The launch path below the kernels: Triton's own launcher, against a CUDA driver that writes launches down."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from rir_kernels.triton.launch.packing import pack_weight
+from rir_kernels.triton.packing import _pack_weight_kernel
+
+from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
+
+PROGRAM = Path(__file__).parents[1] / "simulated" / "launches.py"
+HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None or not HEADER.exists(),
+    reason="Triton's launcher needs a C compiler and Python's headers",
+)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])
+    command = [sys.executable, PROGRAM, tmp_path_factory.mktemp("driver")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@needs_compiler
+def test_the_short_way_launches_what_the_long_way_does(launches):
+    """Same kernels, grids, tensor maps and arguments; but the short way's merge updates the running statistics."""
+    assert len(launches) >= 10
+    for case, found in launches.items():
+        assert found["planned"] == 1, case
+        assert found["first"] == found["second"], case
+        for short, long in zip(found["first"], found["long"], strict=True):
+            if short[0] == "_bn_finalize_fwd_kernel":
+                *tiles, eps, momentum = short[-1]
+                assert tiles[6:9] == ["bn.running_mean+0", "bn.running_var+0", "bn.num_batches_tracked+0"], case
+                assert momentum == pytest.approx(0.1)
+                del tiles[6:9]
+                assert [*tiles, eps] == long[-1][:-1], case
+            else:
+                assert short == long, case
+
+
+@needs_compiler
+def test_addresses_that_come_again_are_not_encoded_again(launches):
+    """At inference without gradients, where all that is new is y, which the allocator puts where it was."""
+    assert len(launches["evaluation"]["second"]) == 1
+    assert launches["evaluation"]["encoded"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", [(8, 8, 3, 3), (9, 5, 3, 3), (4, 6, 1, 1), (3, 16, 1, 3)], ids=str)
+def test_packed_weight(target, shape, channels_last):
+    weight = rand(shape, target, seed=1, channels_last=channels_last)
+    for transposed, order in ((False, (2, 3, 0, 1)), (True, (2, 3, 1, 0))):
+        packed = pack_weight(weight, transposed)
+        assert torch.equal(packed, weight.permute(order).flatten(0, 1))
+        assert packed.stride(1) * packed.element_size() % 16 == 0 and packed.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize("target", TARGETS[:1])
+def test_rounding_to_tf32(target):
+    """To nearest in 10 bits of mantissa, ties away from zero; infinities and NaN as they are."""
+    exact, half = 2.0**-10, 2.0**-11
+    values = [
+        1.0,
+        1 + exact,
+        1 + half,
+        1 + half * 0.999,
+        -(1 + half),
+        0.0,
+        float("inf"),
+        float("-inf"),
+        torch.finfo().max,
+    ]
+    expected = [1.0, 1 + exact, 1 + exact, 1.0, -(1 + exact), 0.0, float("inf"), float("-inf"), float("inf")]
+    weight, out = torch.tensor([*values, float("nan")]), torch.empty(10)
+    weight[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # whose bits would carry into the sign
+    _pack_weight_kernel[(1,)](weight, out, 10, 1, 10, 10, 10, 1, 0, 0, KERNEL_W=1, TF32=True, BLOCK=16)
+    assert out[:-1].tolist() == expected and out[-1].isnan()

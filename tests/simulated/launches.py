@@ -1,0 +1,150 @@
+"""What layers launch, the long way and the short way, as a driver gets it: printed as JSON.
+
+    python tests/simulated/launches.py FOLDER
+
+Addresses are replaced by what lies there: an argument's name and offset, or the number of the allocation in order of
+appearance. For each case: the launches of the long way, of the short way's first call and of its second, how many
+tensor maps the second one encoded, and how many plans were left.
+"""
+
+import contextlib
+import json
+import struct
+import sys
+from pathlib import Path
+
+import driver
+import torch
+from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime.driver import driver as active
+
+import rir_kernels as rir
+from rir_kernels import dispatch, eager
+
+CASES = {
+    "training": {},
+    "training, 32 channels, stride 2": {"channels": 32, "stride": 2},
+    "contiguous weight": {"weight_format": torch.contiguous_format},
+    "outer residual": {"outer": 8},
+    "projection": {"shortcut": "projection", "stride": 2, "residual_fraction": 0.25},
+    "fp32": {"dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+    "evaluation": {"training": False},
+    "frozen norm": {"training": False, "grad": True},
+    "contiguous image": {"image_format": torch.contiguous_format},
+}
+
+
+@contextlib.contextmanager
+def all_kept():
+    """No address comes twice."""
+    kept, allocate = [], {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+
+    def keeping(function):
+        return lambda *args, **options: kept.append(function(*args, **options)) or kept[-1]
+
+    for name, function in allocate.items():
+        setattr(torch, name, keeping(function))
+    yield
+    for name, function in allocate.items():
+        setattr(torch, name, function)
+
+
+class Recorder:
+    """Reads each launch off the simulated driver, through Triton's own hooks."""
+
+    def __init__(self, cuda):
+        self._cuda = cuda
+        self._kinds = {}  # function: what its parameters are
+        self.launches = []
+        recorder = self
+
+        class Launcher(CudaLauncher):
+            def __init__(self, source, metadata):
+                super().__init__(source, metadata)
+                # the simulated driver counts functions from one, and a kernel's launcher is made just before
+                recorder._kinds[len(recorder._kinds) + 1] = list(_kinds(source.signature.values()))
+
+        active.active.launcher_cls = Launcher
+        knobs.runtime.launch_enter_hook.add(self._enter)
+        knobs.runtime.launch_exit_hook.add(self._exit)
+
+    def _enter(self, metadata):
+        kinds = self._kinds[metadata.get()["function"]]
+        sizes = [struct.calcsize(kind.replace("P", "Q").replace("T", "128s")) for kind in kinds]
+        self._cuda.simulated_expect(len(sizes), (driver.ctypes.c_int * len(sizes))(*sizes))
+
+    def _exit(self, metadata):
+        launch = self._cuda.simulated_last().contents
+        params = [bytes(param) for param in launch.params]
+        self.launches.append(
+            (metadata.get()["name"], launch.function, launch.grid, launch.block, launch.shared,
+             list(zip(self._kinds[launch.function], params, strict=False)))
+        )  # fmt: skip
+
+    def take(self, arguments):
+        """The launches since the last time, with addresses named."""
+        launches, self.launches = self.launches, []
+        names = {}
+
+        def name(address):
+            for argument, tensor in arguments.items():
+                offset = address - tensor.data_ptr()
+                if 0 <= offset < tensor.untyped_storage().nbytes():
+                    return f"{argument}+{offset}"
+            return names.setdefault(address, f"new {len(names)}") if address else "none"
+
+        def value(kind, param):
+            if kind == "P":
+                return name(*struct.unpack_from("Q", param))
+            if kind == "T":
+                address, *rest = struct.unpack_from("16Q", param)
+                return [name(address), *rest]
+            return struct.unpack_from(kind, param)[0]
+
+        return [[*head, [value(*param) for param in params]] for *head, params in launches]
+
+
+def _kinds(signature):
+    """P a pointer, T a tensor map, else as `struct` has it."""
+    for kind in signature:
+        if kind.startswith("tensordesc"):
+            rank = kind.count(",") + 1
+            yield from ["T", *"i" * rank, *"q" * rank]
+        elif kind != "constexpr":
+            yield "P" if kind.startswith("*") else {"i32": "i", "i64": "q", "fp32": "f"}[kind]
+
+
+def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, grad=None, outer=0,
+        weight_format=torch.channels_last, image_format=torch.channels_last, **options):  # fmt: skip
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    layer = rir.RiRLayer(channels, channels, impl="triton", dtype=dtype, **options).train(training)
+    layer.bn.float()
+    layer.to(memory_format=weight_format)
+    x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=image_format)
+    residual = torch.zeros(2, outer, 8, 8, dtype=dtype).to(memory_format=torch.channels_last) if outer else None
+    arguments = {"x": x, "residual": residual, **dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    arguments = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+    eager._planned.clear()
+    with torch.set_grad_enabled(training if grad is None else grad):
+        with all_kept(), dispatch.watched():
+            layer(x, outer=residual)
+        found = {"long": recorder.take(arguments)}
+        for call in ("first", "second"):
+            encoded = cuda.simulated_maps()
+            layer(x, outer=residual)
+            found[call] = recorder.take(arguments)
+    planned = sum(plan is not None for plan in eager._planned.values())
+    return found | {"encoded": cuda.simulated_maps() - encoded, "planned": planned}
+
+
+def main():
+    cuda = driver.activate(Path(sys.argv[1]))
+    dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
+    recorder = Recorder(cuda)
+    json.dump({name: run(recorder, cuda, **case) for name, case in CASES.items()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+// The part of CUDA's driver library that Triton's launcher calls, without a GPU: a launch is written down instead of
+// made, and a tensor map holds what it would be encoded from. simulated/driver.py builds and reads it.
+
+#include "cuda.h"
+#include <string.h>
+
+enum { MAX_PARAMS = 128, PARAM = 128 };
+
+typedef struct {
+  unsigned grid, block, shared;
+  int programmatic;  // may start before the launch ahead of it ends
+  unsigned long long function;
+  unsigned char params[MAX_PARAMS][PARAM];
+} Launch;
+
+static Launch last;
+static int launches, maps, sizes[MAX_PARAMS], params;
+static unsigned long long functions;
+
+// how many bytes each parameter of the next launches has
+void simulated_expect(int count, const int *bytes) {
+  params = count;
+  memcpy(sizes, bytes, count * sizeof *bytes);
+}
+const Launch *simulated_last(void) { return &last; }
+int simulated_launches(void) { return launches; }
+int simulated_maps(void) { return maps; }
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
+  memset(&last, 0, sizeof last);
+  last.grid = config->gridDimX;
+  last.block = config->blockDimX;
+  last.shared = config->sharedMemBytes;
+  last.function = (unsigned long long)function;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    last.programmatic |= config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  for (int i = 0; i < params; ++i) memcpy(last.params[i], arguments[i], sizes[i]);
+  ++launches;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
+                                const cuuint64_t *sides, const cuuint64_t *strides, const cuuint32_t *box,
+                                const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  unsigned long long words[16] = {(unsigned long long)address, type | rank << 8 | swizzle << 16 | fill << 24};
+  if (rank > 5 || (unsigned long long)address % 16) return CUDA_ERROR_INVALID_VALUE;
+  for (unsigned i = 0; i < rank; ++i) {
+    if (box[i] > 256 || steps[i] != 1 || (i + 1 < rank && strides[i] % 16)) return CUDA_ERROR_INVALID_VALUE;
+    words[2 + i] = sides[i] | (unsigned long long)box[i] << 40;
+    if (i + 1 < rank) words[8 + i] = strides[i];
+  }
+  memcpy(map, words, sizeof words);
+  ++maps;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+  *module = (CUmodule)1;
+  return CUDA_SUCCESS;
+}
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
+  *function = (CUfunction)++functions;
+  return CUDA_SUCCESS;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  *value = 227 * 1024;  // asked for shared memory alone
+  return CUDA_SUCCESS;
+}
+CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+  *(CUdeviceptr *)value = address;
+  return CUDA_SUCCESS;
+}
+CUresult cuGetErrorString(CUresult error, const char **text) {
+  *text = "refused by the simulated driver";
+  return CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int *version) {
+  *version = 13000;
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) {
+  *context = (CUcontext)1;
+  return CUDA_SUCCESS;
+}
+
+// called by nobody here, but linked
+CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return cuCtxGetCurrent(context); }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return CUDA_SUCCESS; }
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
+CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }
