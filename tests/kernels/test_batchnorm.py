@@ -60,6 +60,37 @@ def test_statistics_of_the_convolutions_epilogue(target, stride):
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][1] == torch.float32])
+def test_merge_of_many_tiles(target):
+    """More tiles than are merged at a time, of unequal counts; the running statistics in fp32 and in half precision."""
+    from rir_kernels.triton.launch import batchnorm
+
+    device = target[0]
+    tiles, channels, momentum = 5000, 9, 0.3
+    counts = torch.randint(1, 5, (tiles,), generator=torch.Generator().manual_seed(1))
+    values = rand((int(counts.sum()), channels), (torch.device("cpu"), torch.float64), seed=2) + 3
+    parts = values.split(counts.tolist())
+    mean, m2 = (
+        torch.stack([f(part) for part in parts]).float().to(device)
+        for f in (lambda part: part.mean(0), lambda part: ((part - part.mean(0)) ** 2).sum(0))
+    )
+    moments = batchnorm.TileMoments(mean, m2, counts.float().to(device))
+    for dtype in (torch.float32, torch.float16):
+        running = [torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)]
+        batches = torch.tensor(7, device=device)
+        statistics = batchnorm.bn_finalize(
+            moments, 1e-5, running_mean=running[0], running_var=running[1], batches=batches, momentum=momentum
+        )
+        golden = values.mean(0).to(device), values.var(0, unbiased=False).to(device)
+        # sums of some thousand numbers near four, in fp32
+        torch.testing.assert_close(statistics.mean.double(), golden[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(statistics.var.double(), golden[1], rtol=1e-5, atol=0)
+        expected = momentum * golden[0], 1 - momentum + momentum * values.var(0).to(device)
+        for ours, exact in zip(running, expected, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-11, atol=0)
+        assert batches == 8
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][1] == torch.float32])
 @pytest.mark.parametrize("ratio", [1e3, 1e4])
 def test_large_mean_small_deviation(target, ratio):
     """E[x^2] - E[x]^2 would lose every digit here: fp32 holds 7, and mean^2 / var takes 6 or 8 of them."""

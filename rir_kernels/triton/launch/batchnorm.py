@@ -65,13 +65,14 @@ def bn_finalize(
     tiles, c = moments.mean.shape
     # three buffers, not slices of one: they are outputs of an op, which must not alias
     mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=moments.mean.device) for _ in range(3))
-    block_c = 8
+    # few programs, which wait for memory: as many tiles at a time as registers hold
+    block_t, block_c = min(2048, power_of_two_at_least(tiles)), 8
     with device_guard(mean):
         launch(
             _bn_finalize_fwd_kernel, cdiv(c, block_c),
             moments.mean, moments.m2, moments.count, mean, var, invstd, running_mean, running_var, batches,
             tiles, float(eps), momentum,
-            C=c, BLOCK_T=min(512, power_of_two_at_least(tiles)), BLOCK_C=block_c,
+            C=c, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=8 if block_t >= 1024 else 4,
         )  # fmt: skip
     return Statistics(mean, var, invstd)
 
