@@ -208,7 +208,7 @@ def _describe(constants) -> str:
              "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
     parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
     parts += [f"{name.lower()} {constants[name]}" for name in ("GROUPS", "ROWS") if constants.get(name, 1) > 1]
-    parts += ["skips"] * constants.get("SKIPS", False)
+    parts += [name.lower() for name in ("SKIPS", "FOLD") if constants.get(name, False)]
     warps = constants.get("num_warps", 4)
     stages = f"/{constants['num_stages']}" if "num_stages" in constants else ""
     return " ".join([*parts, f"w{warps}{stages}"])
