@@ -83,7 +83,7 @@ def channel_block(c: int) -> int:
 
 
 # sums that a thread's registers hold without spills, in every epilogue: as compiled
-MAX_SUMS, MAX_SUMS_OF_ROWS = 192, 128
+MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
 
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
@@ -155,14 +155,14 @@ def _folded(problem, blocks_k):
     """Tiles of blocks of 2x2 pixels, where their channels are few enough."""
     if not problem.folds or problem.c > 32:
         return
-    for blocks in (64, 128, 256):
+    for blocks in (64, 128):
         box_n, box_h, box_w = pixel_box(problem.n, problem.h // 2, problem.w // 2, blocks)
         box = box_n, 2 * box_h, 2 * box_w
         for block_c, num_warps in ((16, 4), (32, 4), (32, 8)):
             for block_k in blocks_k:
                 for stages in (3, 2):
                     tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
-                    if max(box) <= 256 and accumulators(tile) <= MAX_SUMS_OF_ROWS:
+                    if max(box) <= 256 and accumulators(tile) <= MAX_SUMS_FOLDED:
                         yield tile
 
 

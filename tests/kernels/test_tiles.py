@@ -223,10 +223,9 @@ def test_a_folded_tile_by_hand():
 
 
 def test_thin_networks_fold():
-    for c, others in ((16, 1.4), (32, 1.0)):
-        ranked = ranked_tiles(Problem(256, 32, 32, c, c, (3, 3), 2, (1, 1)))
-        assert ranked[0][1].fold
-        assert min(clocks for clocks, tile in ranked if not tile.fold) > others * ranked[0][0]
+    ranked = ranked_tiles(Problem(256, 32, 32, 16, 16, (3, 3), 2, (1, 1)))
+    assert ranked[0][1].fold
+    assert min(clocks for clocks, tile in ranked if not tile.fold) > 1.3 * ranked[0][0]
     for problem in (
         Problem(256, 31, 32, 16, 16, (3, 3), 2, (1, 1)),
         Problem(256, 32, 32, 16, 16, (3, 3), 2, (0, 0)),
