@@ -41,7 +41,8 @@ def _load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """branch_scale * acc + addends"""
-    acc *= branch_scale
+    if branch_scale is not None:
+        acc *= branch_scale
     if addend0_desc is not None:
         acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
     if addend1_desc is not None:
@@ -114,7 +115,7 @@ def _conv_fwd_kernel(
     stride_n,  # of out and z_out, in elements
     stride_h,
     stride_w,
-    branch_scale,
+    branch_scale,  # None: one. A product that nothing is added to would keep registers beside those of its sum
     eps,
     C: tl.constexpr,
     K: tl.constexpr,

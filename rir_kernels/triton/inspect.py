@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -99,6 +99,8 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
     channels = torch.empty(shape.c_out, device="meta")
     norm = {"mean": channels, "gamma": channels, "beta": channels}
     with runtime.intercepted(record):
+        op = "forward, no identity"
+        conv.conv_train(x, weight, bias=None, residuals=(), spec=replace(spec, shortcut_channels=0))
         op = "forward, training"
         z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
         op = "forward, inference"

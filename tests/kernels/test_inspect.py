@@ -10,7 +10,7 @@ import pytest
 from rir_kernels.triton import inspect
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 
-OPS = {"forward, training", "forward, inference", "data gradient", "weight gradient"}
+OPS = {"forward, training", "forward, no identity", "forward, inference", "data gradient", "weight gradient"}
 
 
 def _python(*arguments):

@@ -140,6 +140,7 @@ def _launch_tiles(
     # the leading one keeps the left operand of the product in shared memory
     weight_box = [1, config.block_k, config.block_c] if weight_t else [1, config.block_c, config.block_k]
     weight = packed_weight.mT if weight_t else packed_weight
+    scale = spec.branch_scale if out_plane is None else spec.conv_scale
     addends = [described(addend, config.block_c) for addend in addends]
     with device_guard(out):
         launch(
@@ -162,7 +163,7 @@ def _launch_tiles(
             tiles_h,
             tiles_w,
             *[out.stride(d) for d in (0, 2, 3)],
-            float(spec.conv_scale if out_plane is not None else spec.branch_scale),
+            float(scale) if addends or scale != 1 else None,
             float(spec.eps),
             C=c,
             K=k,
