@@ -51,7 +51,7 @@ with config.use_tile(ConvConfig((2, 8, 8), 256, 64, 4, 2)):
 spilled = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
 print(all(row.spills and not row.passed for row in spilled), len(spilled))
 """)  # fmt: skip
-    assert done.stdout.split() == ["True", "3"], done.stdout + done.stderr
+    assert done.stdout.split() == ["True", "4"], done.stdout + done.stderr
 
 
 def test_the_kinds_of_tiles_that_the_rule_may_not_choose_compile_clean():
@@ -73,7 +73,7 @@ for shape, tile in (
     rows = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
     print(len(rows), *(fault for row in rows for fault in row.faults))
 """)  # fmt: skip
-    assert done.stdout.split() == ["3"] * 5, done.stdout + done.stderr
+    assert done.stdout.split() == ["4"] * 5, done.stdout + done.stderr
 
 
 FOUND = {
