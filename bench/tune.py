@@ -113,7 +113,8 @@ def _different(ranked):
     best = {}
     for clocks, tile in ranked:
         pixels = tile.box[0] * tile.box[1] * tile.box[2]
-        best.setdefault((tile.rows, tile.skips, tile.groups, tile.block_c, tile.num_warps, pixels), (clocks, tile))
+        kind = (tile.rows, tile.skips, tile.fold, tile.groups, tile.block_c, tile.num_warps, pixels)
+        best.setdefault(kind, (clocks, tile))
     return list(best.values())
 
 

@@ -84,7 +84,7 @@ def channel_block(c: int) -> int:
 
 
 # sums that a thread's registers hold without spills, in every epilogue: as compiled
-MAX_SUMS, MAX_SUMS_OF_ROWS = 192, 128
+MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
 
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
@@ -107,7 +107,9 @@ def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvCo
     if tile is None:
         return _chosen(problem, tensor_cores, gpu)
     rows = tile.rows if problem.shares_rows else 1
-    return dataclasses.replace(tile, rows=rows, skips=tile.skips and problem.has_border)
+    return dataclasses.replace(
+        tile, rows=rows, skips=tile.skips and problem.has_border, fold=tile.fold and problem.folds
+    )
 
 
 @functools.cache
@@ -130,6 +132,7 @@ def _candidates(problem):
     n, h, w = problem.n, problem.h, problem.w
     widest = max(16, 128 // problem.itemsize)
     blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]
+    yield from _folded(problem, blocks_k)
     for rows in (1, 2, 4) if problem.shares_rows else (1,):
         for pixels in (16, 32, 64, 128, 256):
             if pixels > max(16, power_of_two_at_least(n * h * w)):
@@ -148,6 +151,21 @@ def _candidates(problem):
                             yield tile
                             if rows == 1 and problem.has_border and pixels <= power_of_two_at_least(n):
                                 yield dataclasses.replace(tile, box=(pixels, 1, 1), skips=True)
+
+
+def _folded(problem, blocks_k):
+    """Tiles of blocks of 2x2 pixels, where their channels are few enough."""
+    if not problem.folds or problem.c > 32:
+        return
+    for blocks in (64, 128):
+        box_n, box_h, box_w = pixel_box(problem.n, problem.h // 2, problem.w // 2, blocks)
+        box = box_n, 2 * box_h, 2 * box_w
+        for block_c, num_warps in ((16, 4), (32, 4), (32, 8)):
+            for block_k in blocks_k:
+                for stages in (3, 2):
+                    tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
+                    if max(box) <= 256 and accumulators(tile) <= MAX_SUMS_FOLDED:
+                        yield tile
 
 
 # programs a weight gradient is cut into: two waves of the largest GPU it was written for

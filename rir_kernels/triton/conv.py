@@ -14,7 +14,8 @@ an axis with stride s and padding P,
 
 so the offsets are each other's negatives, and SIGN alone tells the two apart. The forward pass sums over the planes
 of its input; the data gradient is launched once per plane of its output. At stride 1 there is one plane, and the data
-gradient is the forward kernel again, with the ORIGINAL weight read transposed.
+gradient is the forward kernel again, with the ORIGINAL weight read transposed. (With few channels blocks of 2x2 pixels
+are computed at stride 2: `taps.sum_folded`.)
 
 Epilogue, in this order, each part optional:
 
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 
 from rir_kernels.triton.pointwise import load_channels, normalize, relu
-from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first
+from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first, sum_folded
 
 
 @triton.jit
@@ -40,7 +41,8 @@ def _load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """branch_scale * acc + addends"""
-    acc *= branch_scale
+    if branch_scale is not None:
+        acc *= branch_scale
     if addend0_desc is not None:
         acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
     if addend1_desc is not None:
@@ -89,10 +91,10 @@ def _store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.cons
 )  # N, H, W at run time: one compile for all image sizes
 def _conv_fwd_kernel(
     x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has the first alone, absent ones
-    x01_desc,  # are None
+    x01_desc,  # are None; FOLD has all
     x10_desc,
     x11_desc,
-    w_desc,
+    w_desc,  # FOLD: a pointer
     addend0_desc,  # [N, H, W, <= C] or None
     addend1_desc,
     out,  # [N, H, W, C]: a descriptor, or a pointer
@@ -113,7 +115,7 @@ def _conv_fwd_kernel(
     stride_n,  # of out and z_out, in elements
     stride_h,
     stride_w,
-    branch_scale,
+    branch_scale,  # None: one. A product that nothing is added to would keep registers beside those of its sum
     eps,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -129,6 +131,8 @@ def _conv_fwd_kernel(
     GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
     ROWS: tl.constexpr,  # of the image, computed from one load of each; BOX has one row where they are more than one
     SKIPS: tl.constexpr,  # the taps that would read padding; BOX is one pixel of many images then
+    FOLD: tl.constexpr,  # blocks of 2x2 pixels into the rows of the product; BOX has even sides then
+    WEIGHT_STRIDES: tl.constexpr,  # FOLD: of tap, C and K
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -150,7 +154,13 @@ def _conv_fwd_kernel(
     for _ in tl.static_range(GROUPS * ROWS):
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
     planes = (x00_desc, x01_desc, x10_desc, x11_desc)
-    if SKIPS:
+    if FOLD:
+        sums = sum_folded(
+            planes, w_desc, n, h, w, first_c, C, K, 1 if OUT_PLANE is None else -1,
+            WEIGHT_STRIDES, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        accs = (sums,)
+    elif SKIPS:
         accs = add_inside(
             accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, 1 if OUT_PLANE is None else -1,
             WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,

@@ -11,7 +11,8 @@ compiler waits for each, and only other warp groups of the SM keep the tensor co
 
 So large tiles are fast, until too few programs are left to fill the GPU evenly, or too few registers. Rows of the
 image that share their input (`rows`) and channels that share their pixels (`groups`) make tiles larger than one matrix
-product. The constants are assumptions until they are measured; only the order of the candidates depends on them.
+product; blocks of 2x2 pixels (`fold`) fill its rows where the channels are few. What TMA fills with zeros counts as if
+it were read. The constants are assumptions until they are measured; only the order of the candidates depends on them.
 """
 
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class Problem:
         """Whether the pixels at the border, and they alone, have taps to skip: one row or column of them each."""
         return self.padding == (1, 1) and self.taps == (3, 3) and min(self.h, self.w) > 1
 
+    @property
+    def folds(self) -> bool:
+        """Whether it is a 3x3 whose output is whole blocks of 2x2 pixels."""
+        return self.padding == (1, 1) and self.taps == (3, 3) and self.h % 2 == self.w % 2 == 0
+
 
 def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     """The launch's time with that tile, None where the tile is too large for the GPU."""
@@ -73,28 +79,33 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     if tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes:
         return None
 
-    # in one step of the loop: x boxes, weight boxes, products
-    shares = tile.rows > 1
-    boxes = tile.rows + p.taps[0] - 1 if shares else 1
-    weights = p.taps[0] if shares else 1
-    products = tile.rows * weights
-    steps_a_block = p.taps[1] if shares else p.taps[0] * p.taps[1]
+    # in one step of the loop
+    boxes, columns, weights, rows = _operands(tile, p)
+    if tile.fold:
+        products, steps_a_block = 4, 4
+    elif tile.rows > 1:
+        products, steps_a_block = tile.rows * weights, p.taps[1]
+    else:
+        products, steps_a_block = 1, p.taps[0] * p.taps[1]
 
     # a product of 64 rows is split along its pixels where there are two warp groups
     split = tile.num_warps // 4 if tile.block_c == 64 else 1
-    width = pixels / split
-    wgmmas = products * split * channels / 64
+    width = columns / split
+    wgmmas = products * split * rows / 64
     blocks = cdiv(p.k, tile.block_k)
     slices = tile.block_k * p.itemsize / SLICE
-    fetched = boxes * pixels + weights * channels
+    fetched = boxes * columns + weights * rows
     tensor = wgmmas * width / 2 * slices * blocks
     shared = (wgmmas * (16 + width / 4) + fetched * SLICE / 128) * slices * blocks
     row_bytes = [min(tile.block_k, p.k - block * tile.block_k) * p.itemsize for block in range(blocks)]
-    l2 = fetched * sum(max(size, NARROW) for size in row_bytes) / L2_BYTES
+    box_bytes = sum(max(size, NARROW) for size in row_bytes)
+    # pointers read weights as they are, and of a folded tile's only those that are not zero
+    weight_bytes = 9 / 16 * sum(row_bytes) if tile.fold else box_bytes
+    l2 = (boxes * columns * box_bytes + weights * rows * weight_bytes) / L2_BYTES
     occupancy = residents(tile, p, gpu)
     chain = 0.0
-    if shares:
-        a_product = channels / 64 / (tile.num_warps // 4) * width / 2 * slices
+    if products > 1:
+        a_product = rows / 64 / (tile.num_warps // 4) * width / 2 * slices
         chain = products * (a_product + DRAIN) * blocks / occupancy
     loop = steps_a_block * (max(tensor, shared, l2, chain) + STEP * blocks)
 
@@ -116,11 +127,19 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
 
 def stage_bytes(tile: ConvConfig, problem: Problem) -> int:
     """Shared memory of one stage of the pipeline."""
+    boxes, columns, weights, rows = _operands(tile, problem)
+    return (boxes * columns + weights * rows) * tile.block_k * problem.itemsize
+
+
+def _operands(tile, problem):
+    """What a step of the loop loads: (boxes of x, their pixels, boxes of weights, their rows)."""
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
-    shares = tile.rows > 1
-    boxes = tile.rows + problem.taps[0] - 1 if shares else 1
-    weights = tile.groups * (problem.taps[0] if shares else 1)
-    return (boxes * pixels + weights * tile.block_c) * tile.block_k * problem.itemsize
+    channels = tile.block_c * tile.groups
+    if tile.fold:
+        return 4, pixels // 4, 4, 4 * channels
+    if tile.rows > 1:
+        return tile.rows + problem.taps[0] - 1, pixels, problem.taps[0], channels
+    return 1, pixels, 1, channels
 
 
 def accumulators(tile: ConvConfig) -> float:

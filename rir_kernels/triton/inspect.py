@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -100,6 +100,8 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
     batches = torch.empty((), dtype=torch.int64, device="meta")
     norm = {"mean": channels, "gamma": channels, "beta": channels}
     with runtime.intercepted(record):
+        op = "forward, no identity"
+        conv.conv_train(x, weight, bias=None, residuals=(), spec=replace(spec, shortcut_channels=0))
         op = "forward, training"
         z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
         op = "forward, inference"
@@ -212,7 +214,7 @@ def _describe(constants) -> str:
              "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
     parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
     parts += [f"{name.lower()} {constants[name]}" for name in ("GROUPS", "ROWS") if constants.get(name, 1) > 1]
-    parts += ["skips"] * constants.get("SKIPS", False)
+    parts += [name.lower() for name in ("SKIPS", "FOLD") if constants.get(name, False)]
     warps = constants.get("num_warps", 4)
     stages = f"/{constants['num_stages']}" if "num_stages" in constants else ""
     return " ".join([*parts, f"w{warps}{stages}"])

@@ -3,6 +3,7 @@
     add_plane     tap by tap, at any stride: channel groups share the pixels
     add_rows      column by column of the kernel, at stride 1: neighbouring output rows share rows of the input as well
     add_inside    only the taps that read the image, of one pixel of many images
+    sum_folded    blocks of 2x2 pixels at once, for few channels: the four share a product's rows
 
 The names and the mathematics are those of `rir_kernels.triton.conv`.
 """
@@ -219,6 +220,59 @@ def _add_taps(
             WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     return accs
+
+
+@triton.jit
+def sum_folded(
+    planes,  # the parity planes [N, H / 2, W / 2, K] of the input, box [BOX_N, BOX_H / 2, BOX_W / 2, BLOCK_K]
+    w_ptr,
+    n,
+    h,
+    w,
+    c,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SIGN: tl.constexpr,
+    WEIGHT_STRIDES: tl.constexpr,  # of tap, output channel, input channel
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_C, P] of a 3x3 with padding 1, computed as the 4x4 of stride 2 from pixels to blocks of 2x2 pixels.
+
+    Tap a of the four reads input row 2 * h - 1 + a = 2 * (h + d) + p, if h counts blocks. To output row 2 * h + q it is
+    tap a - q of the three (data gradient: 2 - a + q), or none: 9 of 16 weights are not zero.
+    """
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BLOCKS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // 4
+    row = tl.arange(0, 4 * BLOCK_C)  # of the product: row and column of the pixel in its block, channel
+    q_h = row // (2 * BLOCK_C)
+    q_w = row // BLOCK_C % 2
+    channel = c + row % BLOCK_C
+    acc = tl.zeros([4 * BLOCK_C, BLOCKS], dtype=tl.float32)
+    # every step adds one tap of each plane: a loop for each plane would fill the pipeline four times
+    for step in tl.range(4 * K_BLOCKS):
+        k = step % K_BLOCKS * BLOCK_K
+        input_channel = k + tl.arange(0, BLOCK_K)
+        for plane in tl.static_range(4):
+            d_h = step // (2 * K_BLOCKS) - plane // 2
+            d_w = step // K_BLOCKS % 2 - plane % 2
+            x = planes[plane].load([n, h // 2 + d_h, w // 2 + d_w, k]).reshape([BLOCKS, BLOCK_K]).T
+            i = 2 * d_h + plane // 2 + 1 - q_h
+            j = 2 * d_w + plane % 2 + 1 - q_w
+            is_tap = (i >= 0) & (i < 3) & (j >= 0) & (j < 3) & (channel < C)
+            tap = i * 3 + j if SIGN == 1 else 8 - i * 3 - j
+            offset = tap * WEIGHT_STRIDES[0] + channel * WEIGHT_STRIDES[1]
+            # by pointers: a box of several taps, reshaped, would reach the product through registers
+            weight = tl.load(
+                w_ptr + offset[:, None] + input_channel[None, :] * WEIGHT_STRIDES[2],
+                mask=is_tap[:, None] & (input_channel < K)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(weight, x, acc, input_precision=PRECISION)
+    acc = acc.reshape([2, 2, BLOCK_C, BOX[0] * BOX[1] // 2, BOX[2] // 2])
+    return acc.permute([2, 3, 0, 4, 1]).reshape([BLOCK_C, 4 * BLOCKS])  # no data moves
 
 
 @triton.jit

@@ -9,7 +9,8 @@ class ConvConfig:
 
     A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
     stand below each other from one load of each row of the image: a box has one row then. With `skips` the taps that
-    would read padding are left out: a box is one pixel of many images then.
+    would read padding are left out: a box is one pixel of many images then. With `fold` blocks of 2x2 pixels share the
+    rows of the product, 4 * `block_c` of them.
     """
 
     box: tuple[int, int, int]
@@ -20,3 +21,4 @@ class ConvConfig:
     groups: int = 1
     rows: int = 1
     skips: bool = False
+    fold: bool = False

@@ -183,7 +183,7 @@ def test_the_kernels_pass_their_gate(op, dtype):
         assert KERNELS[op] <= {launch["kernel"] for launch in variant.config["launches"]}
         assert all(launch["programs"] >= 1 for launch in variant.config["launches"])
         tiles = [launch for launch in variant.config["launches"] if launch["kernel"] == "_conv_fwd_kernel"]
-        assert all({"BOX", "BLOCK_C", "BLOCK_K", "GROUPS", "ROWS", "SKIPS"} <= tile.keys() for tile in tiles)
+        assert all({"BOX", "BLOCK_C", "BLOCK_K", "GROUPS", "ROWS", "SKIPS", "FOLD"} <= tile.keys() for tile in tiles)
 
 
 @pytest.mark.interpreter

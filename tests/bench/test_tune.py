@@ -85,6 +85,8 @@ def test_every_kind_is_tried():
     assert kinds[0] == ranked[0]
     assert [clocks for clocks, _ in kinds] == sorted(clocks for clocks, _ in kinds)
     assert {(tile.rows, tile.skips) for _, tile in kinds[:20]} == {(1, False), (1, True), (2, False), (4, False)}
+    thin = tune._different(ranked_tiles(Problem(256, 16, 16, 32, 32, (3, 3), 2, (1, 1))))
+    assert {tile.fold for _, tile in thin[:5]} == {False, True}
 
 
 def written(folder, **changes):
@@ -99,12 +101,19 @@ def test_a_file_is_read(folder):
     assert measured.measured_tile(PROBLEM, DEVICE).rows == 2
 
 
+def test_a_file_with_a_folded_tile_is_read(folder):
+    written(folder, fold=True, rows=1, box=[2, 2, 4], block_c=16)
+    assert measured.measured_tile(PROBLEM, DEVICE).fold
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"box": [2, 1, 3]}, {"box": [2, 4]}, {"box": [512, 1, 1]}, {"block_c": 32}, {"num_warps": 16}, {"groups": 0},
         {"rows": True + 8}, {"num_stages": "3"}, {"box": [2, 2, 4]}, {"num_stages": 8, "block_k": 256}, {"surprise": 1},
         {"box": [256, 1, 1], "rows": 4}, {"skips": True}, {"skips": 1, "box": [8, 1, 1]},
+        {"fold": True}, {"fold": 1, "box": [2, 2, 4], "rows": 1}, {"fold": True, "box": [2, 2, 4]},
+        {"fold": True, "box": [2, 2, 4], "rows": 1, "block_c": 8},
     ],
     ids=str,
 )  # fmt: skip

@@ -15,8 +15,8 @@ from rir_kernels.triton.tile import ConvConfig
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
 
-def _tile(box, groups=1, rows=1, skips=False):
-    return ConvConfig(box, 64, block_k=16, num_warps=4, num_stages=2, groups=groups, rows=rows, skips=skips)
+def _tile(box, block_c=64, **kind):
+    return ConvConfig(box, block_c, block_k=16, num_warps=4, num_stages=2, **kind)
 
 
 TILES = {
@@ -27,6 +27,7 @@ TILES = {
     "three groups": _tile((1, 4, 4), groups=3),
     "rows and groups": _tile((2, 1, 8), groups=2, rows=2),
     "no padding": _tile((16, 1, 1), groups=2, skips=True),
+    "blocks of pixels": _tile((2, 4, 8), 16, fold=True),  # where both sides are even
 }
 # (N, C_in, C_out, H, W, kernel, padding): tiles that hang over in every direction, rows that are none
 SHAPES = {
@@ -53,7 +54,38 @@ def chosen(request):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
 def test_every_tile_computes_the_same(target, shape):
-    """Integers, bit for bit: the convolution with an identity, inference, and the data gradient."""
+    _check_integers(target, shape)
+
+
+# (N, C_in, C_out, H, W, channels of the tile)
+THIN = {
+    "16 channels": (3, 16, 16, 6, 10, 16),
+    "32 channels": (1, 32, 32, 2, 12, 32),
+    "channels of their own": (3, 10, 24, 10, 2, 32),
+    "two blocks of channels": (2, 32, 24, 4, 4, 16),
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", THIN.values(), ids=THIN.keys())
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_of_pixels_compute_the_same(target, shape):
+    from rir_kernels.triton.launch import runtime
+
+    *shape, block_c = shape
+    folds = []
+
+    def start(kernel, programs, *args, **options):
+        folds.extend(value for name, value in options.items() if name == "FOLD")
+        kernel[(programs,)](*args, **options)
+
+    with use_tile(_tile((2, 4, 8), block_c, fold=True)), runtime.intercepted(start):
+        _check_integers(target, (*shape, (3, 3), (1, 1)))
+    assert folds == [True] * 3
+
+
+def _check_integers(target, shape):
+    """Bit for bit: the convolution with an identity, inference, and the data gradient."""
     from rir_kernels.triton.launch import batchnorm, conv
 
     n, c_in, c_out, h, w, kernel, padding = shape
@@ -87,24 +119,32 @@ def test_every_tile_computes_the_same(target, shape):
 
 
 @pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize("chosen", ["two rows", "rows and groups"], indirect=True)
+@pytest.mark.parametrize(
+    "chosen, h", [("two rows", 5), ("rows and groups", 5), ("blocks of pixels", 6)], indirect=["chosen"]
+)
+@pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_residuals_and_bias_join_every_row(target):
+def test_residuals_and_bias_join_every_row(target, post_norm, h):
     from rir_kernels.triton.launch import conv
 
-    spec = ConvBNActSpec(padding=(1, 1), post_norm=True, branch_scale=0.5)
-    x, weight = rand((2, 8, 5, 6), target, seed=1), rand((72, 8, 3, 3), target, seed=2, scale=0.1)
-    residuals = rand((2, 40, 5, 6), target, seed=3), rand((2, 72, 5, 6), target, seed=4)
+    spec = ConvBNActSpec(padding=(1, 1), post_norm=post_norm, branch_scale=0.5)
+    x, weight = rand((2, 8, h, 6), target, seed=1), rand((72, 8, 3, 3), target, seed=2, scale=0.1)
+    residuals = rand((2, 40, h, 6), target, seed=3), rand((2, 72, h, 6), target, seed=4)
     bias = rand((72,), target, seed=5)
     mean, gamma, beta = (rand((72,), (target[0], torch.float32), seed=seed) for seed in (6, 7, 8))
     var = mean.abs() + 1.0
     y, _ = conv.conv_infer(
         x, weight, bias=bias, residuals=residuals, spec=spec, mean=mean, var=var, gamma=gamma, beta=beta, save_z=False
     )
-    z = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1)
-    golden = 0.5 * F.batch_norm(z, mean.double(), var.double(), gamma.double(), beta.double(), False, 0.0, spec.eps)
-    golden[:, :40] += residuals[0].double()
-    assert_close(y, (golden + residuals[1].double()).relu(), target[1], terms=72)
+    identity = residuals[1].double()
+    identity[:, :40] += residuals[0].double()
+
+    def norm(z):
+        return F.batch_norm(z, mean.double(), var.double(), gamma.double(), beta.double(), False, 0.0, spec.eps)
+
+    branch = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1)
+    golden = 0.5 * norm(branch) + identity if post_norm else norm(0.5 * branch + identity)
+    assert_close(y, golden.relu(), target[1], terms=72)
 
 
 # the rule
@@ -125,6 +165,7 @@ def test_a_choice_fits_the_gpu(gpu, itemsize, batch):
             assert tile.num_stages * stage_bytes(tile, problem) <= gpu.shared_bytes
             assert accumulators(tile) <= 192
             assert tile.rows == 1 or (padding and tile.box[1] == 1)
+            assert not tile.fold or (padding == (1, 1) and min(tile.box[1:]) > 1 and tile.groups == tile.rows == 1)
             assert not tile.skips or (padding == (1, 1) and tile.box[1:] == (1, 1) and tile.rows == 1)
             assert all(1 <= side <= 256 and side & (side - 1) == 0 for side in tile.box)
             assert tile.block_k * itemsize <= 128  # the widest swizzle
@@ -169,6 +210,29 @@ def test_rows_read_less():
     assert stage_bytes(shared, problem) == (3 * 128 + 4 * 128) * 64
     assert stage_bytes(alone, problem) == (128 + 128) * 64
     assert clocks(problem, shared, H200) < clocks(problem, alone, H200)
+
+
+def test_a_folded_tile_by_hand():
+    # 132 tiles of 16 x 16 pixels, 64 blocks: one for each SM; four steps of four boxes, four weights, four products
+    problem = Problem(132, 16, 16, 16, 16, (3, 3), 2, (1, 1))
+    tile = ConvConfig((1, 16, 16), 16, 16, num_warps=4, num_stages=3, fold=True)
+    assert stage_bytes(tile, problem) == 4 * (64 + 64) * 32
+    # 32 bytes a row: a box's count as 64, and 9 of 16 weights are read
+    loop = 4 * ((4 * 64 * 64 + 4 * 64 * 32 * 9 / 16) / 36 + 64)
+    assert clocks(problem, tile, H200) == pytest.approx(loop + 1600 + 256 * 16 * 2 / 20)
+
+
+def test_thin_networks_fold():
+    ranked = ranked_tiles(Problem(256, 32, 32, 16, 16, (3, 3), 2, (1, 1)))
+    assert ranked[0][1].fold
+    assert min(clocks for clocks, tile in ranked if not tile.fold) > 1.3 * ranked[0][0]
+    for problem in (
+        Problem(256, 31, 32, 16, 16, (3, 3), 2, (1, 1)),
+        Problem(256, 32, 32, 16, 16, (3, 3), 2, (0, 0)),
+        Problem(256, 32, 32, 16, 16, (1, 3), 2, (0, 1)),
+        Problem(256, 32, 32, 48, 48, (3, 3), 2, (1, 1)),
+    ):
+        assert not any(tile.fold for _, tile in ranked_tiles(problem))
 
 
 @pytest.mark.parametrize(("n", "h", "w"), [(256, 7, 7), (1, 32, 32), (3, 5, 9), (256, 56, 56), (2, 1, 1)])

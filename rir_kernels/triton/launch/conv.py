@@ -121,13 +121,17 @@ def _launch_tiles(
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
 
-    def described(tensor, block):
-        return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, config.box, block)
+    def described(tensor, block, box=config.box):
+        return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
 
     def stored(tensor):
         aligned = tensor is not None and has_aligned_rows(c, tensor.element_size())
         return described(tensor, config.block_c) if aligned else tensor
 
+    in_box = config.box
+    if config.fold:
+        in_box = config.box[0], config.box[1] // 2, config.box[2] // 2
+        planes = [planes[0][:, :, plane // 2 :: 2, plane % 2 :: 2] for plane in range(4)]
     # a plane that no tap meets need not be read
     met = [
         plane if _meets(kernel, spec, index // 2, index % 2) or index == 0 else None
@@ -135,13 +139,15 @@ def _launch_tiles(
     ]
     # the leading one keeps the left operand of the product in shared memory
     weight_box = [1, config.block_k, config.block_c] if weight_t else [1, config.block_c, config.block_k]
+    weight = packed_weight.mT if weight_t else packed_weight
+    scale = spec.branch_scale if out_plane is None else spec.conv_scale
     addends = [described(addend, config.block_c) for addend in addends]
     with device_guard(out):
         launch(
             _conv_fwd_kernel,
             tiles * cdiv(c, config.groups * config.block_c),
-            *[described(plane, config.block_k) for plane in met],
-            describe(packed_weight, weight_box),
+            *[described(plane, config.block_k, in_box) for plane in met],
+            weight if config.fold else describe(packed_weight, weight_box),
             *addends,
             *[None] * (2 - len(addends)),
             stored(out),
@@ -157,7 +163,7 @@ def _launch_tiles(
             tiles_h,
             tiles_w,
             *[out.stride(d) for d in (0, 2, 3)],
-            float(spec.conv_scale if out_plane is not None else spec.branch_scale),
+            float(scale) if addends or scale != 1 else None,
             float(spec.eps),
             C=c,
             K=k,
@@ -173,6 +179,8 @@ def _launch_tiles(
             GROUPS=config.groups,
             ROWS=config.rows,
             SKIPS=config.skips,
+            FOLD=config.fold,
+            WEIGHT_STRIDES=weight.stride() if config.fold else None,
             BLOCK_K=config.block_k,
             PRECISION=dot_precision(out),
             num_warps=config.num_warps,
