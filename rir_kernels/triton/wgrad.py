@@ -3,11 +3,12 @@
     dW[co, i, j, ci] = sum over pixels p of  dz[p, co] * x[pixel p shifted by tap (i, j), ci]
 
 A `position` is one column of taps (all KERNEL_H of them share each tile of dz, and at stride 1 ROWS tiles of dz that
-stand below each other share their rows of x) and one block of channels. Its pixels are cut into UNITS of STEPS tiles.
+stand below each other share their rows of x) and one block of channels. Its pixels are cut into units of STEPS tiles.
 The units of all positions stand in a row, a program takes SHARE neighbours of it, and so all programs end at about the
-same time however many positions there are. Where the position changes it writes what it has to [slot, C_out, taps,
-C_in]: slot 0 is the position's first program. `_sum_weight_grad_kernel` adds the slots in their order, so the result is
-bit-identical from run to run.
+same time however many positions there are. The middle column of the kernel comes first, with UNITS to a position; the
+others have EDGE_UNITS, fewer where SKIPS leaves out the column of pixels that would meet padding alone. Where the
+position changes the program writes its sums to [slot, C_out, taps, C_in]: slot 0 is the position's first program.
+`_sum_weight_grad_kernel` adds the slots in their order, so the result is bit-identical from run to run.
 
 Both operands are read from shared memory as the descriptors wrote them, for which the left one needs a box with leading
 ones: WALK says how a tile of P pixels is a box [1, 1, P, channels].
@@ -33,7 +34,19 @@ def _load(desc, n, h, w, c, WALK: tl.constexpr, P: tl.constexpr, BLOCK: tl.const
     return tile.reshape([P, BLOCK])
 
 
-@triton.jit(do_not_specialize=["TILES_H", "TILES_W", "UNITS", "SHARE"])
+@triton.jit
+def _first_unit(position, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
+    """Of all units, the first of a position; BLOCKS positions have UNITS."""
+    return position * EDGE_UNITS + tl.minimum(position, BLOCKS) * (UNITS - EDGE_UNITS)
+
+
+@triton.jit
+def _position_of(unit, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
+    others = tl.maximum(unit - BLOCKS * UNITS, 0)
+    return tl.where(unit < BLOCKS * UNITS, unit // UNITS, BLOCKS + others // EDGE_UNITS)
+
+
+@triton.jit(do_not_specialize=["TILES_H", "TILES_W", "UNITS", "EDGE_UNITS", "SHARE"])
 def _conv_bwd_weight_kernel(
     dz_desc,  # box [1, 1, P, BLOCK_CO]
     x00_desc,  # the parity planes of x, row before column; box of P pixels by BLOCK_CI. None where the stride has none
@@ -44,6 +57,7 @@ def _conv_bwd_weight_kernel(
     TILES_H,  # of an image
     TILES_W,
     UNITS,
+    EDGE_UNITS,
     SHARE,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
@@ -53,6 +67,7 @@ def _conv_bwd_weight_kernel(
     WALK: tl.constexpr,
     BOX: tl.constexpr,  # pixels of a tile along N, H, W
     ROWS: tl.constexpr,
+    SKIPS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
@@ -62,14 +77,20 @@ def _conv_bwd_weight_kernel(
     TAPS: tl.constexpr = KERNEL[0]
     BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
     BLOCKS_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
-    POSITIONS: tl.constexpr = BLOCKS_CI * BLOCKS_CO * KERNEL[1]
+    BLOCKS: tl.constexpr = BLOCKS_CI * BLOCKS_CO
     pid = tl.program_id(0)
     first = pid * SHARE
-    end = tl.minimum(first + SHARE, POSITIONS * UNITS)
-    for position in tl.range(first // UNITS, (end - 1) // UNITS + 1):
+    end = tl.minimum(first + SHARE, _first_unit(BLOCKS * KERNEL[1], UNITS, EDGE_UNITS, BLOCKS))
+    last_position = _position_of(end - 1, UNITS, EDGE_UNITS, BLOCKS)
+    for position in tl.range(_position_of(first, UNITS, EDGE_UNITS, BLOCKS), last_position + 1):
         ci = position % BLOCKS_CI * BLOCK_CI
         co = position // BLOCKS_CI % BLOCKS_CO * BLOCK_CO
-        j = position // (BLOCKS_CI * BLOCKS_CO)
+        j = (position // BLOCKS + KERNEL[1] // 2) % KERNEL[1]
+        first_w = 0
+        columns = TILES_W
+        if SKIPS:
+            first_w = (j == 0).to(tl.int32)
+            columns = TILES_W - (j != 1).to(tl.int32)
         even_desc = x00_desc
         odd_desc = x10_desc
         dw = j - PAD[1]
@@ -81,14 +102,15 @@ def _conv_bwd_weight_kernel(
         accs = ()
         for _ in tl.static_range(TAPS):
             accs += (tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32),)
-        begin = position * UNITS
-        for unit in tl.range(tl.maximum(first - begin, 0), tl.minimum(end - begin, UNITS)):
+        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
+        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
+        for unit in tl.range(tl.maximum(first, begin) - begin, tl.minimum(end, stop) - begin):
             # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
             for step in tl.range(STEPS):
                 tile = unit * STEPS + step
-                w = tile % TILES_W * BOX[2]
-                h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
-                n = tile // (TILES_W * TILES_H) * BOX[0]
+                w = (first_w + tile % columns) * BOX[2]
+                h = tile // columns % TILES_H * (BOX[1] * ROWS)
+                n = tile // (columns * TILES_H) * BOX[0]
                 rows = ()
                 if STRIDE[0] == 1:
                     for row in tl.static_range(ROWS + TAPS - 1):
@@ -118,11 +140,12 @@ def _conv_bwd_weight_kernel(
             tl.store(out + i * (KERNEL[1] * C_IN) + offset, accs[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=["UNITS", "SHARE", "SLOTS", "scale"])
+@triton.jit(do_not_specialize=["UNITS", "EDGE_UNITS", "SHARE", "SLOTS", "scale"])
 def _sum_weight_grad_kernel(
     partial_ptr,  # [SLOTS, PACK * C_out, taps of the packed kernel, PACK * C_in] fp32
     out_ptr,  # [C_out, taps, C_in], any float type
     UNITS,
+    EDGE_UNITS,
     SHARE,
     SLOTS,
     scale,
@@ -144,8 +167,9 @@ def _sum_weight_grad_kernel(
     """
     PACKED_PAD: tl.constexpr = (PAD_W + PACK - 1) // PACK
     ROW: tl.constexpr = PACK * C_IN
+    VECTOR: tl.constexpr = 4 if C_IN % 4 == 0 else 1
     BLOCKS_CI: tl.constexpr = (PACK * C_IN + BLOCK_CI - 1) // BLOCK_CI
-    BLOCKS_CO: tl.constexpr = (PACK * C_OUT + BLOCK_CO - 1) // BLOCK_CO
+    BLOCKS: tl.constexpr = (PACK * C_OUT + BLOCK_CO - 1) // BLOCK_CO * BLOCKS_CI
     STRIDE: tl.constexpr = PACK * C_OUT * KERNEL[0] * PACKED_W * ROW
     SIZE: tl.constexpr = C_OUT * KERNEL[0] * KERNEL[1] * C_IN
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -160,9 +184,14 @@ def _sum_weight_grad_kernel(
         column = from_first // PACK
         packed_co = a * C_OUT + co
         packed_ci = from_first % PACK * C_IN + ci
-        position = (column * BLOCKS_CO + packed_co // BLOCK_CO) * BLOCKS_CI + packed_ci // BLOCK_CI
-        slots = ((position + 1) * UNITS - 1) // SHARE - position * UNITS // SHARE + 1
+        position = (column + PACKED_W - PACKED_W // 2) % PACKED_W * BLOCKS
+        position += packed_co // BLOCK_CO * BLOCKS_CI + packed_ci // BLOCK_CI
+        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
+        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
+        # four channels in a row are one load, which the compiler does not find out
+        slots = tl.max_constancy((stop - 1) // SHARE - begin // SHARE + 1, VECTOR)
         offset = ((packed_co * KERNEL[0] + i) * PACKED_W + column) * ROW + packed_ci
+        offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)
         for start in tl.range(0, SLOTS, BLOCK_S):
             slot = start + tl.arange(0, BLOCK_S)
             mask = (slot[:, None] < slots[None, :]) & is_element[None, :]

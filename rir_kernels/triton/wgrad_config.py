@@ -18,7 +18,7 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import gcd
+from math import prod
 
 from rir_kernels.triton.config import power_of_two_at_least, power_of_two_dividing
 from rir_kernels.triton.cost import DRAIN, H200, L2_BYTES, SLICE, START, STEP, STORE_BYTES, Gpu, cdiv
@@ -27,8 +27,8 @@ LAUNCH = 1600  # clocks until a further launch has begun
 LATENCY = 1000  # of a load
 RESTART = 800  # clocks until the pipeline of a further unit is full
 MAX_SUMS = 192  # a thread's, without spills
-MAX_ROWS, MAX_STAGES = 2, 3  # beside the most sums
-OTHER_REGISTERS = 56  # at most, beside the sums: as compiled
+MAX_ROWS, MAX_STAGES = 2, 3  # beside the most sums, or operands of tf32
+OTHER_REGISTERS = 72  # at most, beside the sums: as compiled
 OTHER_REGISTERS_OF_ROWS = 80  # where there are seven of them
 
 
@@ -36,8 +36,9 @@ OTHER_REGISTERS_OF_ROWS = 80  # where there are seven of them
 class WgradProblem:
     """dz of n x h x w pixels and c_out channels; x of c_in channels.
 
-    shares_rows: whether neighbouring rows of dz meet the same rows of x. packs: whether pixels that stand side by side
-    may be taken as channels of one, which asks for stride 1, equal widths and pixels without gaps.
+    shares_rows: whether neighbouring rows of dz meet the same rows of x.
+    has_border: whether the outer columns of the kernel meet padding alone in one column of pixels each.
+    packs: whether pixels that stand side by side may be taken as channels of one.
     """
 
     n: int
@@ -50,6 +51,7 @@ class WgradProblem:
     itemsize: int
     tensor_cores: bool
     shares_rows: bool
+    has_border: bool
     packs: bool
 
 
@@ -66,6 +68,7 @@ class WgradTile:
     num_warps: int
     num_stages: int
     pack: int = 1
+    skips: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,29 @@ class Split:
     """How the units of all positions are dealt to the programs."""
 
     positions: int
-    units: int  # of a position
+    units: int  # of a position in the middle column of the kernel
+    edge_units: int  # of any other
+    total: int  # units
     share: int  # of a program
 
     @property
     def programs(self) -> int:
-        return cdiv(self.positions * self.units, self.share)
+        return cdiv(self.total, self.share)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no program has units of two positions."""
+        return self.units % self.share == 0 == self.edge_units % self.share
 
     @property
     def slots(self) -> int:
-        """The most programs that a position can have."""
-        return cdiv(self.share - gcd(self.units, self.share) + self.units, self.share)
+        """Programs that a position has, at most."""
+        return self.units // self.share if self.is_even else cdiv(self.share - 1 + self.units, self.share)
 
     @property
     def parts(self) -> int:
         """Programs of every position, summed: a program counts twice where it has units of two."""
-        every = self.share // gcd(self.units, self.share)  # position: a program begins with it
-        return self.programs + (self.positions - 1) - (self.positions - 1) // every
+        return self.programs if self.is_even else self.programs + self.positions - 1
 
 
 _forced: ContextVar[WgradTile | None] = ContextVar("forced", default=None)
@@ -107,11 +116,14 @@ def use_wgrad_tile(tile: WgradTile) -> Iterator[None]:
 
 def wgrad_tile(problem: WgradProblem, gpu: Gpu = H200) -> WgradTile:
     """The tile: the one that is forced, or that the rule finds."""
-    tile = _forced.get()
-    if tile is None:
-        return _cheapest(problem, gpu)
-    packs = problem.packs and problem.w % tile.pack == 0
-    return dataclasses.replace(tile, rows=tile.rows if problem.shares_rows else 1, pack=tile.pack if packs else 1)
+    return _fitted(problem, _forced.get()) if _forced.get() else _cheapest(problem, gpu)
+
+
+def _fitted(problem, tile):
+    """The tile without what the problem does not have."""
+    pack = tile.pack if problem.packs and problem.w % tile.pack == 0 else 1
+    rows = tile.rows if problem.shares_rows else 1
+    return dataclasses.replace(tile, pack=pack, rows=rows, skips=tile.skips and can_skip(problem, tile.walk, pack))
 
 
 @functools.cache
@@ -137,10 +149,19 @@ def _first(pair):
 
 def split(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> Split:
     """Into one program for each place at most."""
-    c_out, c_in = problem.c_out * tile.pack, problem.c_in * tile.pack
-    positions = cdiv(c_out, tile.block_co) * cdiv(c_in, tile.block_ci) * packed_columns(problem, tile.pack)
-    units = cdiv(tiles(problem, tile), tile.steps)
-    return Split(positions, units, cdiv(positions * units, gpu.sms * residents(problem, tile, gpu)))
+    blocks = cdiv(problem.c_out * tile.pack, tile.block_co) * cdiv(problem.c_in * tile.pack, tile.block_ci)
+    columns = packed_columns(problem, tile.pack)
+    n, h, w = tiles(problem, tile)
+    units = cdiv(n * h * w, tile.steps)
+    edge_units = cdiv(n * h * (w - tile.skips), tile.steps)
+    total = blocks * (units + (columns - 1) * edge_units)
+    places = gpu.sms * residents(problem, tile, gpu)
+    return Split(blocks * columns, units, edge_units, total, cdiv(total, places))
+
+
+def can_skip(problem: WgradProblem, walk: str, pack: int) -> bool:
+    """Whether pixels that meet padding alone can be left out: a tile is one column of pixels then."""
+    return problem.has_border and walk == "images" and problem.w > pack
 
 
 def packed_columns(problem: WgradProblem, pack: int) -> int:
@@ -153,9 +174,10 @@ def packed_padding(problem: WgradProblem, pack: int) -> int:
     return cdiv(problem.padding_w, pack)
 
 
-def tiles(problem: WgradProblem, tile: WgradTile) -> int:
+def tiles(problem: WgradProblem, tile: WgradTile) -> tuple[int, int, int]:
+    """Along N, H and W."""
     n, h, w = tile.box
-    return cdiv(problem.n, n) * cdiv(problem.h, h * tile.rows) * cdiv(problem.w // tile.pack, w)
+    return cdiv(problem.n, n), cdiv(problem.h, h * tile.rows), cdiv(problem.w // tile.pack, w)
 
 
 def clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> float:
@@ -192,7 +214,7 @@ def _launches(problem, tile, gpu, busy, alone):
     loop = max(cut.share * unit, tensors / (STORE_BYTES * gpu.sms))
     c_out, c_in = _real_blocks(problem, tile)
     sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
-    ends = 1 if cut.units % cut.share == 0 else 1 + cdiv(cut.share, cut.units)
+    ends = 1 if cut.is_even else 1 + cdiv(cut.share, cut.units)
     first = START + loop + together * ends * sums / STORE_BYTES
     return first + LAUNCH + START + cut.parts * sums / (STORE_BYTES * gpu.sms)
 
@@ -241,18 +263,22 @@ def _candidates(problem):
         if problem.w % pack or (pack > 1 and pack * max(problem.c_out, problem.c_in) > 128):
             continue
         for rows in ROWS if problem.shares_rows else (1,):
-            for pixels in (16, 32, 64, 128) if rows <= problem.h else ():
+            if rows > problem.h or (rows > MAX_ROWS and problem.itemsize == 4):
+                continue
+            for pixels in (16, 32, 64, 128):
                 if walk := _best_walk(problem, pack, pixels, rows):
                     for block_co, block_ci, num_warps in _blocks(problem, pack, rows):
                         for num_stages in (4, 3, 2):
                             tile = WgradTile(*walk, rows, 0, block_co, block_ci, num_warps, num_stages, pack)
                             if num_stages <= MAX_STAGES or accumulators(problem, tile) <= MAX_SUMS // 2:
                                 yield tile
+                                if can_skip(problem, walk[0], pack):
+                                    yield dataclasses.replace(tile, skips=True)
 
 
 def _blocks(problem, pack, rows):
     """Blocks of channels, by warps."""
-    # operands of tf32 pass through registers, and so do the addresses of parity planes
+    # operands of tf32 pass through registers, and parity planes have addresses there
     most = MAX_SUMS if problem.itemsize == 2 and problem.shares_rows and rows <= MAX_ROWS else MAX_SUMS // 2
     widest = max(16, power_of_two_at_least(problem.c_in * pack))
     for block_co, num_warps in ((64, 4), (128, 8)):
@@ -264,7 +290,7 @@ def _blocks(problem, pack, rows):
 def _best_walk(problem, pack, pixels, rows):
     """The way to cut dz into tiles that wastes the fewest pixels: (walk, box), None where all are too large."""
     ways = [way for way in _walks(problem, pack, pixels) if rows == 1 or way[0] != "rows"]
-    return min(ways, key=lambda way: tiles(problem, WgradTile(*way, rows, 0, 0, 0, 0, 0, pack)), default=None)
+    return min(ways, key=lambda way: prod(tiles(problem, WgradTile(*way, rows, 0, 0, 0, 0, 0, pack))), default=None)
 
 
 def _walks(problem, pack, pixels):

@@ -22,14 +22,17 @@ from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_k
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     """dW (C_out, C_in, kh, kw) in channels_last, in x's dtype; dz (N, C_out, H', W'), x (N, C_in, H, W)."""
+    c_out, c_in = dz.shape[1], x.shape[1]
+    dw = torch.empty((c_out, c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if dz.numel() == 0:
+        return dw.zero_()
     problem, gpu = _problem(dz, x, kernel, spec), gpu_of(x.device)
     tile = wgrad_config.wgrad_tile(problem, gpu)
     cut = wgrad_config.split(problem, tile, gpu)
     columns = wgrad_config.packed_columns(problem, tile.pack)
-    c_out, c_in = problem.c_out * tile.pack, problem.c_in * tile.pack
-    partial = torch.empty((cut.slots, c_out, kernel[0] * columns, c_in), dtype=torch.float32, device=x.device)
-    dw = torch.empty(
-        (problem.c_out, problem.c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
+    partial = torch.empty(
+        (cut.slots, packed["C_OUT"], kernel[0] * columns, packed["C_IN"]), dtype=torch.float32, device=x.device
     )
     blocks = {"BLOCK_CO": tile.block_co, "BLOCK_CI": tile.block_ci}
     with device_guard(x):
@@ -42,15 +45,16 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
             cdiv(problem.h, tile.box[1] * tile.rows),
             cdiv(problem.w // tile.pack, tile.box[2]),
             cut.units,
+            cut.edge_units,
             cut.share,
-            C_OUT=c_out,
-            C_IN=c_in,
+            **packed,
             KERNEL=(kernel[0], columns),
             STRIDE=spec.stride,
             PAD=(spec.padding[0], wgrad_config.packed_padding(problem, tile.pack)),
             WALK=tile.walk,
             BOX=tile.box,
             ROWS=tile.rows,
+            SKIPS=tile.skips,
             STEPS=tile.steps,
             PRECISION=dot_precision(x),
             num_warps=tile.num_warps,
@@ -64,11 +68,12 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
             partial,
             dw,
             cut.units,
+            cut.edge_units,
             cut.share,
             cut.slots,
             float(spec.conv_scale),
-            C_OUT=problem.c_out,
-            C_IN=problem.c_in,
+            C_OUT=c_out,
+            C_IN=c_in,
             KERNEL=kernel,
             PAD_W=problem.padding_w,
             PACK=tile.pack,
@@ -87,6 +92,7 @@ def _problem(dz, x, kernel, spec):
     return wgrad_config.WgradProblem(
         n, h, w, c_out, c_in, tuple(kernel), spec.padding[1], item, uses_tensor_cores(x),
         shares_rows=spec.stride[0] == 1 and kernel[0] > 1 and h > 1,
+        has_border=packs and kernel[1] == 3 and spec.padding[1] == 1,
         packs=packs and has_aligned_rows(c_out, item) and has_aligned_rows(c_in, item),
     )  # fmt: skip
 
