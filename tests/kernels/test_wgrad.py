@@ -119,6 +119,15 @@ def test_a_scale_and_a_second_run_bit_for_bit(target):
     assert_close(first, golden, target[1], terms=32)
 
 
+@targets
+def test_no_images_give_zeros(target):
+    from rir_kernels.triton.launch import wgrad
+
+    x, dz = (torch.empty((0, c, 4, 4), device=target[0], dtype=target[1]) for c in (8, 16))
+    dw = wgrad.conv_weight_grad(dz, x, kernel=(3, 3), spec=ConvBNActSpec(padding=(1, 1)))
+    assert torch.equal(dw, torch.zeros((16, 8, 3, 3), device=target[0], dtype=target[1]))
+
+
 def _check(target, shape, tile):
     """Integers, bit for bit."""
     from rir_kernels.triton.launch import wgrad

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.triton import wgrad_config
-from rir_kernels.triton.config import power_of_two_at_least
+from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE, power_of_two_at_least
 from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.runtime import (
     describable,
@@ -99,8 +99,8 @@ def _problem(dz, x, kernel, spec):
 
 def _sum_block(size, slots):
     """Elements and slots that a program adds at a time: enough programs for every SM, and enough loads in flight."""
-    block = max(64, min(512, power_of_two_at_least(size // 264)))
-    return block, min(8192 // block, power_of_two_at_least(slots))
+    block = max(64, min(512, power_of_two_at_least(size // REDUCTION_PROGRAMS)))
+    return block, min(ROWS_TILE // block, power_of_two_at_least(slots))
 
 
 def _packed(x, pack):
