@@ -22,19 +22,6 @@ MAX_CHANNEL_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class WgradConfig:
-    """Tile of the weight-gradient kernel; `walk` is explained in `rir_kernels.triton.wgrad`."""
-
-    walk: str
-    box: tuple[int, int, int]
-    steps: int
-    block_co: int
-    block_ci: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
 class RowsConfig:
     """Tile of the normalization kernels, [block_m, block_c] of [M, C]; a reduction merges `steps` tiles a program."""
 
@@ -166,40 +153,6 @@ def _folded(problem, blocks_k):
                     tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
                     if max(box) <= 256 and accumulators(tile) <= MAX_SUMS_FOLDED:
                         yield tile
-
-
-# programs a weight gradient is cut into: two waves of the largest GPU it was written for
-WGRAD_PROGRAMS = 264
-
-
-def wgrad_config(
-    n: int, h: int, w: int, c_out: int, c_in: int, tap_rows: int, itemsize: int, tensor_cores: bool
-) -> WgradConfig:
-    """For dz of n x h x w pixels and c_out channels, x of c_in channels, `tap_rows` kernel rows in the launch."""
-    pixels = (64 if itemsize == 2 else 32) if tensor_cores else 16
-    walk, box, tiles = min(_walks(n, h, w, pixels), key=lambda choice: choice[2])
-    block_co = channel_block(c_out) if tensor_cores else 32
-    block_ci = min(64 if tensor_cores else 32, max(16, power_of_two_at_least(c_in)))
-    programs = cdiv(c_out, block_co) * cdiv(c_in, block_ci) * tap_rows
-    splits = max(1, WGRAD_PROGRAMS // programs)
-    steps = power_of_two_at_least(cdiv(tiles, splits))
-    if not tensor_cores:
-        return WgradConfig(walk, box, steps, block_co, block_ci, num_warps=8, num_stages=2)
-    return WgradConfig(walk, box, steps, block_co, block_ci, num_warps=8 if block_co == 128 else 4, num_stages=3)
-
-
-def _walks(n, h, w, pixels):
-    """The ways to cut dz into tiles that a box with leading ones can read: (walk, box, tiles)."""
-    if w == power_of_two_dividing(w) and w <= pixels:
-        box_h = min(pixels // w, power_of_two_dividing(h))
-        box_n = pixels // (w * box_h)
-        # more images than one only where whole images are consecutive rows
-        if box_n == 1 or box_h == h:
-            yield "rows", (box_n, box_h, w), cdiv(n, box_n) * (h // box_h)
-    block = max(16, min(pixels, power_of_two_at_least(n)))
-    yield "images", (block, 1, 1), cdiv(n, block) * h * w
-    block = max(16, min(pixels, power_of_two_at_least(w)))
-    yield "row", (1, 1, block), n * h * cdiv(w, block)
 
 
 ROWS_TILE = 4096  # elements

@@ -2,17 +2,22 @@
 
     dW[co, i, j, ci] = sum over pixels p of  dz[p, co] * x[pixel p shifted by tap (i, j), ci]
 
-One program takes one row of taps (all KERNEL_W of them share each tile of dz), one block of channels and STEPS pixel
-tiles; partial sums go to [split, C_out, taps, C_in] and `partials` adds them in a fixed order, so the
-result is bit-identical from run to run. Both operands are read from shared memory as the descriptors wrote them, for
-which the left one needs a box with leading ones: WALK says how a tile of P pixels is a box [1, 1, P, channels].
+A `position` is one column of taps (all KERNEL_H of them share each tile of dz, and at stride 1 ROWS tiles of dz that
+stand below each other share their rows of x) and one block of channels. Its pixels are cut into units of STEPS tiles.
+The units of all positions stand in a row, a program takes SHARE neighbours of it, and so all programs end at about the
+same time however many positions there are. The middle column of the kernel comes first, with UNITS to a position; the
+others have EDGE_UNITS, fewer where SKIPS leaves out the column of pixels that would meet padding alone. Where the
+position changes the program writes its sums to [slot, C_out, taps, C_in]: slot 0 is the position's first program.
+`_sum_weight_grad_kernel` adds the slots in their order, so the result is bit-identical from run to run.
+
+Both operands are read from shared memory as the descriptors wrote them, for which the left one needs a box with leading
+ones: WALK says how a tile of P pixels is a box [1, 1, P, channels].
 
     "rows"    dz as [1, 1, N*H*W, C]: P consecutive pixels, whole rows (x: a box of BOX_N images, BOX_H rows of W)
     "images"  dz and x as [H, W, N, C]: one pixel of P images
     "row"     dz and x as [N, H, W, C]: P pixels of one row
 
-Tiles past the end read zeros. At stride 2 the taps of a row meet two column planes of x, and there is one launch for
-each parity of the tap rows (see `conv`).
+Tiles past the end read zeros. At stride 2 a column of taps meets one column plane of x and both row planes: see `conv`.
 """
 
 import triton
@@ -20,97 +25,176 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_shifted(desc, d0, d1, d2, c, dh, dw, WALK: tl.constexpr, P: tl.constexpr, BLOCK_CI: tl.constexpr):
-    """[P, BLOCK_CI] of x, the tile at (d0, d1, d2) shifted by (dh, dw) pixels."""
+def _load(desc, n, h, w, c, WALK: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """[P, BLOCK] of a tensor from pixel (n, h, w) and channel c."""
     if WALK == "images":
-        x = desc.load([d0 + dh, d1 + dw, d2, c])
+        tile = desc.load([h, w, n, c])
     else:
-        x = desc.load([d0, d1 + dh, d2 + dw, c])
-    return x.reshape([P, BLOCK_CI])
+        tile = desc.load([n, h, w, c])
+    return tile.reshape([P, BLOCK])
 
 
-@triton.jit(do_not_specialize=["H", "W", "TILES_N", "TILES_H", "TILES_W"])
+@triton.jit
+def _first_unit(position, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
+    """Of all units, the first of a position; BLOCKS positions have UNITS."""
+    return position * EDGE_UNITS + tl.minimum(position, BLOCKS) * (UNITS - EDGE_UNITS)
+
+
+@triton.jit
+def _position_of(unit, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
+    others = tl.maximum(unit - BLOCKS * UNITS, 0)
+    return tl.where(unit < BLOCKS * UNITS, unit // UNITS, BLOCKS + others // EDGE_UNITS)
+
+
+@triton.jit(do_not_specialize=["TILES_H", "TILES_W", "UNITS", "EDGE_UNITS", "SHARE"])
 def _conv_bwd_weight_kernel(
     dz_desc,  # box [1, 1, P, BLOCK_CO]
-    x0_desc,  # the column planes of x that belong to row plane PLANE_H; box of P pixels by BLOCK_CI
-    x1_desc,
-    partial_ptr,  # [splits, C_out, taps, C_in] fp32
-    H,  # of dz
-    W,
-    TILES_N,
-    TILES_H,
+    x00_desc,  # the parity planes of x, row before column; box of P pixels by BLOCK_CI. None where the stride has none
+    x01_desc,
+    x10_desc,
+    x11_desc,
+    partial_ptr,  # [slots, C_out, taps, C_in] fp32
+    TILES_H,  # of an image
     TILES_W,
+    UNITS,
+    EDGE_UNITS,
+    SHARE,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
-    PLANE_H: tl.constexpr,
     WALK: tl.constexpr,
     BOX: tl.constexpr,  # pixels of a tile along N, H, W
+    ROWS: tl.constexpr,
+    SKIPS: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
-    TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
-    OFFSET_H: tl.constexpr = (FIRST_H - PAD[0] - PLANE_H) // STRIDE[0]
+    TAPS: tl.constexpr = KERNEL[0]
     BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
     BLOCKS_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
+    BLOCKS: tl.constexpr = BLOCKS_CI * BLOCKS_CO
     pid = tl.program_id(0)
-    ci = pid % BLOCKS_CI * BLOCK_CI
-    co = pid // BLOCKS_CI % BLOCKS_CO * BLOCK_CO
-    i = pid // (BLOCKS_CI * BLOCKS_CO) % TAPS_H
-    split = pid // (BLOCKS_CI * BLOCKS_CO * TAPS_H)
-    dh = OFFSET_H + i
+    first = pid * SHARE
+    end = tl.minimum(first + SHARE, _first_unit(BLOCKS * KERNEL[1], UNITS, EDGE_UNITS, BLOCKS))
+    last_position = _position_of(end - 1, UNITS, EDGE_UNITS, BLOCKS)
+    for position in tl.range(_position_of(first, UNITS, EDGE_UNITS, BLOCKS), last_position + 1):
+        ci = position % BLOCKS_CI * BLOCK_CI
+        co = position // BLOCKS_CI % BLOCKS_CO * BLOCK_CO
+        j = (position // BLOCKS + KERNEL[1] // 2) % KERNEL[1]
+        first_w = 0
+        columns = TILES_W
+        if SKIPS:
+            first_w = (j == 0).to(tl.int32)
+            columns = TILES_W - (j != 1).to(tl.int32)
+        even_desc = x00_desc
+        odd_desc = x10_desc
+        dw = j - PAD[1]
+        if STRIDE[1] == 2:
+            if (j + PAD[1]) % 2 == 1:
+                even_desc = x01_desc
+                odd_desc = x11_desc
+            dw = (j + PAD[1]) // 2 - PAD[1]  # half of the above: of nothing negative, for there // rounds towards zero
+        accs = ()
+        for _ in tl.static_range(TAPS):
+            accs += (tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32),)
+        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
+        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
+        for unit in tl.range(tl.maximum(first, begin) - begin, tl.minimum(end, stop) - begin):
+            # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
+            for step in tl.range(STEPS):
+                tile = unit * STEPS + step
+                w = (first_w + tile % columns) * BOX[2]
+                h = tile // columns % TILES_H * (BOX[1] * ROWS)
+                n = tile // (columns * TILES_H) * BOX[0]
+                rows = ()
+                if STRIDE[0] == 1:
+                    for row in tl.static_range(ROWS + TAPS - 1):
+                        rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, P, BLOCK_CI),)
+                else:
+                    for i in tl.static_range(TAPS):
+                        plane = even_desc if (i - PAD[0]) % 2 == 0 else odd_desc
+                        rows += (_load(plane, n, h + (i - PAD[0]) // 2, w + dw, ci, WALK, P, BLOCK_CI),)
+                for row in tl.static_range(ROWS):
+                    if WALK == "rows":
+                        dz = _load(dz_desc, 0, 0, tile * P, co, WALK, P, BLOCK_CO)
+                    else:
+                        dz = _load(dz_desc, n, h + row, w, co, WALK, P, BLOCK_CO)
+                    sums = ()
+                    for i in tl.static_range(TAPS):
+                        sums += (tl.dot(dz.T, rows[row + i], accs[i], input_precision=PRECISION),)
+                    accs = sums
 
-    # column plane and offset of each tap of the row: Python's floor division, so parity is right for negatives
-    PLANE_0: tl.constexpr = (0 - PAD[1]) % STRIDE[1]
-    PLANE_1: tl.constexpr = (1 - PAD[1]) % STRIDE[1]
-    PLANE_2: tl.constexpr = (2 - PAD[1]) % STRIDE[1]
-    planes = (x0_desc, x1_desc)
-    acc0 = tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32)
-    acc1 = tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32)
-    acc2 = tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32)
-    for step in tl.range(STEPS):
-        tile = split * STEPS + step
-        if WALK == "images":  # n fastest
-            d2 = tile % TILES_N * P
-            d1 = tile // TILES_N % W
-            d0 = tile // (TILES_N * W)
-            dz = dz_desc.load([d0, d1, d2, co])
-        else:
-            d2 = tile % TILES_W * BOX[2]
-            d1 = tile // TILES_W % TILES_H * BOX[1]
-            d0 = tile // (TILES_W * TILES_H) * BOX[0]
-            if WALK == "rows":
-                dz = dz_desc.load([0, 0, tile * P, co])
-            else:
-                dz = dz_desc.load([d0, d1, d2, co])
-        dz_t = dz.reshape([P, BLOCK_CO]).T  # [BLOCK_CO, P]
-        DW_0: tl.constexpr = (0 - PAD[1] - PLANE_0) // STRIDE[1]
-        if planes[PLANE_0] is not None:
-            x = _load_shifted(planes[PLANE_0], d0, d1, d2, ci, dh, DW_0, WALK, P, BLOCK_CI)
-            acc0 = tl.dot(dz_t, x, acc0, input_precision=PRECISION)
-        if KERNEL[1] == 3:
-            DW_1: tl.constexpr = (1 - PAD[1] - PLANE_1) // STRIDE[1]
-            DW_2: tl.constexpr = (2 - PAD[1] - PLANE_2) // STRIDE[1]
-            if planes[PLANE_1] is not None:
-                x = _load_shifted(planes[PLANE_1], d0, d1, d2, ci, dh, DW_1, WALK, P, BLOCK_CI)
-                acc1 = tl.dot(dz_t, x, acc1, input_precision=PRECISION)
-            if planes[PLANE_2] is not None:
-                x = _load_shifted(planes[PLANE_2], d0, d1, d2, ci, dh, DW_2, WALK, P, BLOCK_CI)
-                acc2 = tl.dot(dz_t, x, acc2, input_precision=PRECISION)
+        co_range = co + tl.arange(0, BLOCK_CO)
+        ci_range = ci + tl.arange(0, BLOCK_CI)
+        mask = (co_range < C_OUT)[:, None] & (ci_range < C_IN)[None, :]
+        # 64 bits for the slot alone: the sums leave few registers for addresses
+        slot = pid - begin // SHARE
+        out = partial_ptr + slot.to(tl.int64) * (C_OUT * TAPS * KERNEL[1] * C_IN) + j * C_IN
+        offset = co_range[:, None] * (TAPS * KERNEL[1] * C_IN) + ci_range[None, :]
+        for i in tl.static_range(TAPS):
+            tl.store(out + i * (KERNEL[1] * C_IN) + offset, accs[i], mask=mask)
 
-    co_range = co + tl.arange(0, BLOCK_CO)
-    ci_range = ci + tl.arange(0, BLOCK_CI)
-    mask = (co_range < C_OUT)[:, None] & (ci_range < C_IN)[None, :]
-    tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1]
-    row = (split.to(tl.int64) * C_OUT + co_range) * (KERNEL[0] * KERNEL[1]) + tap  # [BLOCK_CO]
-    out = partial_ptr + row[:, None] * C_IN + ci_range[None, :]
-    tl.store(out, acc0, mask=mask)
-    if KERNEL[1] == 3:
-        tl.store(out + C_IN, acc1, mask=mask)
-        tl.store(out + 2 * C_IN, acc2, mask=mask)
+
+@triton.jit(do_not_specialize=["UNITS", "EDGE_UNITS", "SHARE", "SLOTS", "scale"])
+def _sum_weight_grad_kernel(
+    partial_ptr,  # [SLOTS, PACK * C_out, taps of the packed kernel, PACK * C_in] fp32
+    out_ptr,  # [C_out, taps, C_in], any float type
+    UNITS,
+    EDGE_UNITS,
+    SHARE,
+    SLOTS,
+    scale,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
+    KERNEL: tl.constexpr,
+    PAD_W: tl.constexpr,
+    PACK: tl.constexpr,
+    PACKED_W: tl.constexpr,  # columns of the packed kernel
+    BLOCK_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = scale * sum over the slots, and over the pixels of a pack.
+
+    Pixel a of a pack of dz meets, at tap j, pixel b of the pack of x that stands s packs further:
+    PACK * s + b = a + j - PAD_W.
+    """
+    PACKED_PAD: tl.constexpr = (PAD_W + PACK - 1) // PACK
+    ROW: tl.constexpr = PACK * C_IN
+    VECTOR: tl.constexpr = 4 if C_IN % 4 == 0 else 1
+    BLOCKS_CI: tl.constexpr = (PACK * C_IN + BLOCK_CI - 1) // BLOCK_CI
+    BLOCKS: tl.constexpr = (PACK * C_OUT + BLOCK_CO - 1) // BLOCK_CO * BLOCKS_CI
+    STRIDE: tl.constexpr = PACK * C_OUT * KERNEL[0] * PACKED_W * ROW
+    SIZE: tl.constexpr = C_OUT * KERNEL[0] * KERNEL[1] * C_IN
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_element = element < SIZE
+    ci = element % C_IN
+    j = element // C_IN % KERNEL[1]
+    i = element // (C_IN * KERNEL[1]) % KERNEL[0]
+    co = element // (C_IN * KERNEL[1] * KERNEL[0])
+    acc = tl.zeros([BLOCK], dtype=tl.float32)
+    for a in tl.static_range(PACK):
+        from_first = a + j - PAD_W + PACK * PACKED_PAD  # of the leftmost pack that any pixel meets: not negative
+        column = from_first // PACK
+        packed_co = a * C_OUT + co
+        packed_ci = from_first % PACK * C_IN + ci
+        position = (column + PACKED_W - PACKED_W // 2) % PACKED_W * BLOCKS
+        position += packed_co // BLOCK_CO * BLOCKS_CI + packed_ci // BLOCK_CI
+        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
+        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
+        # four channels in a row are one load, which the compiler does not find out
+        slots = tl.max_constancy((stop - 1) // SHARE - begin // SHARE + 1, VECTOR)
+        offset = ((packed_co * KERNEL[0] + i) * PACKED_W + column) * ROW + packed_ci
+        offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)
+        for start in tl.range(0, SLOTS, BLOCK_S):
+            slot = start + tl.arange(0, BLOCK_S)
+            mask = (slot[:, None] < slots[None, :]) & is_element[None, :]
+            part = tl.load(partial_ptr + slot[:, None].to(tl.int64) * STRIDE + offset[None, :], mask=mask, other=0.0)
+            acc += tl.sum(part, 0)
+    tl.store(out_ptr + element, (acc * scale).to(out_ptr.dtype.element_ty), mask=is_element)

@@ -1,94 +1,144 @@
 """Launches the weight-gradient kernel and the fixed-order sum over its splits."""
 
 import torch
+import torch.nn.functional as F
 
-from rir_kernels.triton.config import wgrad_config
+from rir_kernels.triton import wgrad_config
+from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE, power_of_two_at_least
 from rir_kernels.triton.cost import cdiv
-from rir_kernels.triton.launch.partials import sum_partials
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
     describe_pixels,
     device_guard,
     dot_precision,
+    gpu_of,
+    has_aligned_rows,
     launch,
     uses_tensor_cores,
 )
-from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel
+from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_kernel
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     """dW (C_out, C_in, kh, kw) in channels_last, in x's dtype; dz (N, C_out, H', W'), x (N, C_in, H, W)."""
-    dz, x = describable(dz), describable(x)
-    n, c_out, h, w = dz.shape
-    c_in = x.shape[1]
-    taps = kernel[0] * kernel[1]
-    stride = spec.stride
-    row_planes = [p for p in range(stride[0]) if (p + spec.padding[0]) % stride[0] < kernel[0]]
-    # rows of taps in the largest of the launches; every launch splits alike, into one buffer
-    tap_rows = cdiv(kernel[0], stride[0])
-    config = wgrad_config(n, h, w, c_out, c_in, tap_rows, x.element_size(), uses_tensor_cores(x))
-    tiles_n, tiles_h, tiles_w = cdiv(n, config.box[0]), cdiv(h, config.box[1]), cdiv(w, config.box[2])
-    splits = cdiv(tiles_n * tiles_h * tiles_w, config.steps)
-    partial = torch.empty((splits, c_out, taps, c_in), dtype=torch.float32, device=x.device)
-    for plane_h in row_planes:
-        first = (plane_h + spec.padding[0]) % stride[0]
-        planes = [x[:, :, plane_h :: stride[0], plane_w :: stride[1]] for plane_w in range(stride[1])]
-        if planes[0].shape[2] == 0:
-            # an image of one row has no odd rows: those taps meet padding alone
-            partial.view(splits, c_out, *kernel, c_in)[:, :, first :: stride[0]] = 0
-            continue
-        programs = splits * cdiv(kernel[0] - first, stride[0])
-        programs *= cdiv(c_out, config.block_co) * cdiv(c_in, config.block_ci)
-        with device_guard(x):
-            launch(
-                _conv_bwd_weight_kernel,
-                programs,
-                _describe_dz(dz, config),
-                *[_describe_x(plane, config) for plane in planes],
-                *[None] * (2 - len(planes)),
-                partial,
-                h,
-                w,
-                tiles_n,
-                tiles_h,
-                tiles_w,
-                C_OUT=c_out,
-                C_IN=c_in,
-                KERNEL=kernel,
-                STRIDE=stride,
-                PAD=spec.padding,
-                PLANE_H=plane_h,
-                WALK=config.walk,
-                BOX=config.box,
-                STEPS=config.steps,
-                BLOCK_CO=config.block_co,
-                BLOCK_CI=config.block_ci,
-                PRECISION=dot_precision(x),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+    c_out, c_in = dz.shape[1], x.shape[1]
     dw = torch.empty((c_out, c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    sum_partials(partial, dw, scale=spec.conv_scale)
+    if dz.numel() == 0:
+        return dw.zero_()
+    problem, gpu = _problem(dz, x, kernel, spec), gpu_of(x.device)
+    tile = wgrad_config.wgrad_tile(problem, gpu)
+    cut = wgrad_config.split(problem, tile, gpu)
+    columns = wgrad_config.packed_columns(problem, tile.pack)
+    packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
+    partial = torch.empty(
+        (cut.slots, packed["C_OUT"], kernel[0] * columns, packed["C_IN"]), dtype=torch.float32, device=x.device
+    )
+    blocks = {"BLOCK_CO": tile.block_co, "BLOCK_CI": tile.block_ci}
+    with device_guard(x):
+        launch(
+            _conv_bwd_weight_kernel,
+            cut.programs,
+            _describe_dz(_packed(dz, tile.pack), tile),
+            *_describe_planes(_packed(x, tile.pack), spec.stride, tile),
+            partial,
+            cdiv(problem.h, tile.box[1] * tile.rows),
+            cdiv(problem.w // tile.pack, tile.box[2]),
+            cut.units,
+            cut.edge_units,
+            cut.share,
+            **packed,
+            KERNEL=(kernel[0], columns),
+            STRIDE=spec.stride,
+            PAD=(spec.padding[0], wgrad_config.packed_padding(problem, tile.pack)),
+            WALK=tile.walk,
+            BOX=tile.box,
+            ROWS=tile.rows,
+            SKIPS=tile.skips,
+            STEPS=tile.steps,
+            PRECISION=dot_precision(x),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **blocks,
+        )
+        block, block_s = _sum_block(dw.numel(), cut.slots)
+        launch(
+            _sum_weight_grad_kernel,
+            cdiv(dw.numel(), block),
+            partial,
+            dw,
+            cut.units,
+            cut.edge_units,
+            cut.share,
+            cut.slots,
+            float(spec.conv_scale),
+            C_OUT=c_out,
+            C_IN=c_in,
+            KERNEL=kernel,
+            PAD_W=problem.padding_w,
+            PACK=tile.pack,
+            PACKED_W=columns,
+            BLOCK_S=block_s,
+            BLOCK=block,
+            **blocks,
+        )
     return dw
 
 
-def _describe_dz(dz, config):
-    pixels = config.box[0] * config.box[1] * config.box[2]
-    box = [1, 1, pixels, config.block_co]
-    if config.walk == "rows":
+def _problem(dz, x, kernel, spec):
+    n, c_out, h, w = dz.shape
+    c_in, item = x.shape[1], x.element_size()
+    packs = spec.stride[1] == 1 and x.shape[3] == w
+    return wgrad_config.WgradProblem(
+        n, h, w, c_out, c_in, tuple(kernel), spec.padding[1], item, uses_tensor_cores(x),
+        shares_rows=spec.stride[0] == 1 and kernel[0] > 1 and h > 1,
+        has_border=packs and kernel[1] == 3 and spec.padding[1] == 1,
+        packs=packs and has_aligned_rows(c_out, item) and has_aligned_rows(c_in, item),
+    )  # fmt: skip
+
+
+def _sum_block(size, slots):
+    """Elements and slots that a program adds at a time: enough programs for every SM, and enough loads in flight."""
+    block = max(64, min(512, power_of_two_at_least(size // REDUCTION_PROGRAMS)))
+    return block, min(ROWS_TILE // block, power_of_two_at_least(slots))
+
+
+def _packed(x, pack):
+    """x (N, C, H, W) as (N, pack * C, H, W / pack), a `describable` view where it is dense."""
+    if pack == 1:
+        return describable(x)
+    n, c, h, w = x.shape
+    pixels = describable(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+    return pixels.as_strided((n, h, w // pack, pack * c), (h * w * c, w * c, pack * c, 1)).permute(0, 3, 1, 2)
+
+
+def _describe_planes(x, stride, tile):
+    """Descriptors of the four parity planes, row before column; None where the stride has none."""
+    missing = [max(0, step - size) for step, size in zip(stride, x.shape[2:], strict=True)]
+    if any(missing):
+        # an image of one row has no odd rows: a row of zeros is what its taps would read
+        x = describable(F.pad(x, (0, missing[1], 0, missing[0])))
+    return [
+        _describe_x(x[:, :, row :: stride[0], column :: stride[1]], tile)
+        if row < stride[0] and column < stride[1] else None
+        for row in range(2) for column in range(2)
+    ]  # fmt: skip
+
+
+def _describe_dz(dz, tile):
+    pixels = tile.box[0] * tile.box[1] * tile.box[2]
+    box = [1, 1, pixels, tile.block_co]
+    if tile.walk == "rows":
         n, c, h, w = dz.shape
         pitch = _pixel_pitch(dz)
         return describe(dz.as_strided((1, 1, n * h * w, c), (n * h * w * pitch, n * h * w * pitch, pitch, 1)), box)
-    return describe(dz.permute(2, 3, 0, 1) if config.walk == "images" else dz.permute(0, 2, 3, 1), box)
+    return describe(dz.permute(2, 3, 0, 1) if tile.walk == "images" else dz.permute(0, 2, 3, 1), box)
 
 
-def _describe_x(plane, config):
-    if plane.numel() == 0:
-        return None
-    if config.walk == "images":
-        return describe(plane.permute(2, 3, 0, 1), [1, 1, config.box[0], config.block_ci])
-    return describe_pixels(plane, config.box, config.block_ci)
+def _describe_x(plane, tile):
+    if tile.walk == "images":
+        return describe(plane.permute(2, 3, 0, 1), [1, 1, tile.box[0], tile.block_ci])
+    return describe_pixels(plane, tile.box, tile.block_ci)
 
 
 def _pixel_pitch(dz) -> int:
