@@ -15,7 +15,7 @@ the gradients are, with s1 = branch_scale * sum(dy') and s2 = branch_scale * sum
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.pointwise import load_channels, merge_moments, normalize, relu, tile_moments
+from rir_kernels.triton.pointwise import load_channels, merge_moments, normalize, relu, tile_moments, wait_ahead
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -29,7 +29,9 @@ def _bn_stats_fwd_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     tile = pid // BLOCKS_C
@@ -69,8 +71,10 @@ def _bn_finalize_fwd_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Merges the tiles' moments, in their order, then the batch's into the running ones."""
+    wait_ahead(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     count = 0.0
@@ -119,8 +123,10 @@ def _bn_running_fwd_kernel(
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The running statistics as backward will want them."""
+    wait_ahead(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = load_channels(running_mean_ptr, channel, C, 0.0)
     var = load_channels(running_var_ptr, channel, C, 1.0)
@@ -165,7 +171,9 @@ def _bn_apply_fwd_kernel(
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -217,7 +225,9 @@ def _bn_reduce_bwd_kernel(
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     split = pid // BLOCKS_C
@@ -259,7 +269,9 @@ def _bn_apply_bwd_kernel(
     BATCH_STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

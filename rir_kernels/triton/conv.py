@@ -27,7 +27,7 @@ Epilogue, in this order, each part optional:
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.pointwise import load_channels, normalize, relu
+from rir_kernels.triton.pointwise import load_channels, normalize, relu, wait_ahead
 from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first, sum_folded
 
 
@@ -135,7 +135,9 @@ def _conv_fwd_kernel(
     WEIGHT_STRIDES: tl.constexpr,  # FOLD: of tap, C and K
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     pid = tl.program_id(0)

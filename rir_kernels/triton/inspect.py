@@ -5,7 +5,9 @@
 The launchers run on meta tensors under a driver that only compiles, so what is read is what a GPU would get: same
 configurations, same specialization. A row fails where its kernel spills, exceeds the shared memory, draws one of
 ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product, loads an operand from shared
-memory to registers, converts a layout, or has no wgmma at all. The exit status is 1 if any row fails.
+memory to registers, converts a layout, or has no wgmma at all. With RIR_KERNELS_OVERLAP=1 in the environment kernels
+are compiled to overlap the launch ahead of them, and fail where they touch memory before they have waited for it. The
+exit status is 1 if any row fails.
 """
 
 import argparse
@@ -43,6 +45,7 @@ class Row:
     spills: int  # bytes, stores and loads
     shared_kb: float
     wgmma: int
+    waits: bool  # for the launch ahead, before it touches memory
     conversions: int  # layout conversions in the main loop
     local_loads: int  # shared memory to registers in the main loop
     warnings: tuple[str, ...]  # C75xx of ptxas
@@ -148,6 +151,7 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             "spills": spills,
             "shared_kb": compiled.metadata.shared / 1024,
             "wgmma": ptx.count("wgmma.mma_async"),
+            "waits": waits_first(ptx),
             "conversions": loop.count("ttg.convert_layout"),
             "local_loads": loop.count("ttg.local_load"),
             "warnings": warnings,
@@ -156,13 +160,15 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
         # wgmma does for 16 bits alone
         exempt = dtype == "fp32" or (dtype == "tf32" and op == "weight gradient")
         needs_wgmma = kernel.startswith("_conv") and arch == "sm_90" and not exempt
-        faults = _faults(found, needs_wgmma, SHARED_MEMORY_KB[arch])
+        faults = _faults(found, needs_wgmma, SHARED_MEMORY_KB[arch], constants["OVERLAP"])
         rows.append(Row(shape.name, dtype, op, kernel, _describe(constants), **found, faults=faults))
     return rows
 
 
-def _faults(found, needs_wgmma, shared_limit):
+def _faults(found, needs_wgmma, shared_limit, overlap):
     faults = []
+    if overlap and not found["waits"]:
+        faults.append("touches memory before it waits for the launch ahead")
     if found["spills"]:
         faults.append(f"{found['spills']} bytes spilled")
     if found["shared_kb"] > shared_limit:
@@ -192,6 +198,12 @@ def assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
     return max(registers, default=0), sum(spills), tuple(sorted(set(re.findall(r"C75\d\d", log))))
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether `griddepcontrol.wait` stands before the first access to memory other than the arguments."""
+    access = re.search(r"\b(ld|st|cp|red|atom|multimem)\.(?!param)", ptx)
+    return "griddepcontrol.wait" in ptx[: access.start() if access else None]
 
 
 def main_loop(ttgir: str) -> str:

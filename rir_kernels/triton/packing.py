@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.pointwise import wait_ahead
+
 
 @triton.jit(do_not_specialize=["stride_row", "stride_column", "stride_h", "stride_w"])
 def _pack_weight_kernel(
@@ -19,7 +21,9 @@ def _pack_weight_kernel(
     KERNEL_W: tl.constexpr,
     TF32: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = index % pitch
     row = index // pitch % rows

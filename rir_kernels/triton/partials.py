@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.pointwise import wait_ahead
+
 
 @triton.jit(do_not_specialize=["splits", "scale"])
 def _sum_partials_kernel(
@@ -13,8 +15,10 @@ def _sum_partials_kernel(
     scale,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = scale * sum over the splits."""
+    wait_ahead(OVERLAP)
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < size
     acc = tl.zeros([BLOCK], dtype=tl.float32)

@@ -8,6 +8,19 @@ The backward kernels recompute the ReLU's mask with the very same expression fro
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_ahead(OVERLAP: tl.constexpr):
+    """The first statement of every kernel.
+
+    With OVERLAP the launch ahead may still be running (programmatic dependent launch): it must have ended before memory
+    is touched. The launch behind may come as soon as all programs of this one have.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

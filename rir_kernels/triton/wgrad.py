@@ -23,6 +23,8 @@ Tiles past the end read zeros. At stride 2 a column of taps meets one column pla
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.pointwise import wait_ahead
+
 
 @triton.jit
 def _load(desc, n, h, w, c, WALK: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
@@ -72,7 +74,9 @@ def _conv_bwd_weight_kernel(
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_ahead(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TAPS: tl.constexpr = KERNEL[0]
     BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
@@ -159,12 +163,14 @@ def _sum_weight_grad_kernel(
     BLOCK_CI: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = scale * sum over the slots, and over the pixels of a pack.
 
     Pixel a of a pack of dz meets, at tap j, pixel b of the pack of x that stands s packs further:
     PACK * s + b = a + j - PAD_W.
     """
+    wait_ahead(OVERLAP)
     PACKED_PAD: tl.constexpr = (PAD_W + PACK - 1) // PACK
     ROW: tl.constexpr = PACK * C_IN
     VECTOR: tl.constexpr = 4 if C_IN % 4 == 0 else 1

@@ -25,14 +25,19 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _launches(folder, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     environment["PYTHONPATH"] = os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])
-    command = [sys.executable, PROGRAM, tmp_path_factory.mktemp("driver")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, PROGRAM, folder], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    return _launches(tmp_path_factory.mktemp("driver"))
 
 
 @needs_compiler
@@ -55,9 +60,18 @@ def test_the_short_way_launches_what_the_long_way_does(launches):
 
 @needs_compiler
 def test_addresses_that_come_again_are_not_encoded_again(launches):
-    """At inference without gradients, where all that is new is y, which the allocator puts where it was."""
-    assert len(launches["evaluation"]["second"]) == 1
-    assert launches["evaluation"]["encoded"] == 0
+    """But for what torch's own operators make first, which lies where they put it."""
+    elsewhere = ("contiguous image", "projection")
+    encoded = {case: found["encoded"] for case, found in launches.items() if case not in elsewhere}
+    assert encoded == dict.fromkeys(encoded, 0)
+
+
+@needs_compiler
+def test_launches_overlap_where_that_is_asked_for(launches, tmp_path):
+    """All of a layer's, by both ways: then each kernel waits by itself (what the compile gate checks)."""
+    for asked, cases in ((0, launches), (1, _launches(tmp_path, RIR_KERNELS_OVERLAP="1"))):
+        made = [launch for found in cases.values() for way in ("long", "first", "second") for launch in found[way]]
+        assert len(made) > 80 and {launch[5] for launch in made} == {asked}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -89,5 +103,5 @@ def test_rounding_to_tf32(target):
     expected = [1.0, 1 + exact, 1 + exact, 1.0, -(1 + exact), 0.0, float("inf"), float("-inf"), float("inf")]
     weight, out = torch.tensor([*values, float("nan")]), torch.empty(10)
     weight[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # whose bits would carry into the sign
-    _pack_weight_kernel[(1,)](weight, out, 10, 1, 10, 10, 10, 1, 0, 0, KERNEL_W=1, TF32=True, BLOCK=16)
+    _pack_weight_kernel[(1,)](weight, out, 10, 1, 10, 10, 10, 1, 0, 0, KERNEL_W=1, TF32=True, BLOCK=16, OVERLAP=False)
     assert out[:-1].tolist() == expected and out[-1].isnan()

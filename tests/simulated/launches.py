@@ -3,8 +3,8 @@
     python tests/simulated/launches.py FOLDER
 
 Addresses are replaced by what lies there: an argument's name and offset, or the number of the allocation in order of
-appearance. For each case: the launches of the long way, of the short way's first call and of its second, how many
-tensor maps the second one encoded, and how many plans were left.
+appearance. For each case: the launches of the long way and of two calls of the short way, the second of which gets the
+first one's memory; how many tensor maps that second one encoded, and how many plans were left.
 """
 
 import contextlib
@@ -37,18 +37,29 @@ CASES = {
 
 
 @contextlib.contextmanager
-def all_kept():
-    """No address comes twice."""
-    kept, allocate = [], {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+def allocating(wrap):
+    """Within it torch's allocations are wrap(function) of what they were."""
+    functions = {name: getattr(torch, name) for name in ("empty", "empty_like", "empty_strided")}
+    for name, function in functions.items():
+        setattr(torch, name, wrap(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
 
-    def keeping(function):
-        return lambda *args, **options: kept.append(function(*args, **options)) or kept[-1]
 
-    for name, function in allocate.items():
-        setattr(torch, name, keeping(function))
-    yield
-    for name, function in allocate.items():
-        setattr(torch, name, function)
+class Memory:
+    """Allocations that are kept, so that no address comes twice; or given out again, in their order."""
+
+    def __init__(self):
+        self.kept = []
+
+    def keeping(self, function):
+        return lambda *args, **options: self.kept.append(function(*args, **options)) or self.kept[-1]
+
+    def again(self, _function):
+        return lambda *_args, **_options: self.kept.pop(0)
 
 
 class Recorder:
@@ -79,7 +90,7 @@ class Recorder:
         launch = self._cuda.simulated_last().contents
         params = [bytes(param) for param in launch.params]
         self.launches.append(
-            (metadata.get()["name"], launch.function, launch.grid, launch.block, launch.shared,
+            (metadata.get()["name"], launch.function, launch.grid, launch.block, launch.shared, launch.programmatic,
              list(zip(self._kinds[launch.function], params, strict=False)))
         )  # fmt: skip
 
@@ -128,12 +139,16 @@ def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, gra
     arguments = {name: tensor for name, tensor in arguments.items() if tensor is not None}
     eager._planned.clear()
     with torch.set_grad_enabled(training if grad is None else grad):
-        with all_kept(), dispatch.watched():
+        with allocating(Memory().keeping), dispatch.watched():
             layer(x, outer=residual)
         found = {"long": recorder.take(arguments)}
-        for call in ("first", "second"):
+        layer(x, outer=residual)  # leaves a plan, which allocates nothing but on "meta"
+        recorder.take(arguments)
+        memory = Memory()
+        for call, wrap in (("first", memory.keeping), ("second", memory.again)):
             encoded = cuda.simulated_maps()
-            layer(x, outer=residual)
+            with allocating(wrap):
+                layer(x, outer=residual)
             found[call] = recorder.take(arguments)
     planned = sum(plan is not None for plan in eager._planned.values())
     return found | {"encoded": cuda.simulated_maps() - encoded, "planned": planned}

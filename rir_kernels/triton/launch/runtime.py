@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch import tf32_allowed, watched
+from rir_kernels.dispatch import interpreting, tf32_allowed, watched
 from rir_kernels.triton.cost import H200, Gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
@@ -19,10 +21,24 @@ _intercept: ContextVar[tuple[Callable, torch.device | None] | None] = ContextVar
 
 def launch(kernel, programs: int, *args, **options) -> None:
     """Starts `programs` programs of `kernel` on a one-dimensional grid, which has no practical limit (2^31 - 1)."""
+    overlap = overlaps()
+    options["OVERLAP"] = overlap
+    if overlap:
+        options["launch_pdl"] = True
     if (intercept := _intercept.get()) is not None:
         intercept[0](kernel, programs, *args, **options)
     else:
         kernel[(programs,)](*args, **options)
+
+
+def overlaps() -> bool:
+    """Whether a launch may come before the one ahead has ended (programmatic dependent launch): where it is asked for.
+
+    A kernel waits by itself before it touches memory (`pointwise.wait_ahead`), so results are the same.
+    """
+    if os.environ.get("RIR_KERNELS_OVERLAP") != "1" or interpreting():
+        return False
+    return driver.active.get_current_target().arch >= 90
 
 
 @contextlib.contextmanager

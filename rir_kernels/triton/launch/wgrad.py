@@ -26,7 +26,7 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     dw = torch.empty((c_out, c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if dz.numel() == 0:
         return dw.zero_()
-    problem, gpu = _problem(dz, x, kernel, spec), gpu_of(x.device)
+    problem, gpu = _problem(dz, x, kernel, spec), gpu_of(x)
     tile = wgrad_config.wgrad_tile(problem, gpu)
     cut = wgrad_config.split(problem, tile, gpu)
     columns = wgrad_config.packed_columns(problem, tile.pack)
