@@ -6,8 +6,10 @@ their metadata. Only our own kernels ("triton") can be planned. Whatever watches
 (torch.compile, torch.func, dispatch modes, torch.jit.trace) sees the registered op, by the long way.
 """
 
+import functools
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import Parameter
@@ -22,18 +24,36 @@ _KEPT = 4096  # kinds of calls
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class Planned:
     """What calls of one kind have in common."""
 
-    plan: object
+    plan: Callable
     spec: ConvBNActSpec
     training: bool
     save: bool  # for backward
     channels_last: bool  # the format of input and output
     written: bool  # the buffers
+    _backward: dict[tuple, Callable | None] = field(default_factory=dict)
+
+    def gradients(self, tensors, needs) -> tuple | None:
+        """The gradients of such a call, by a plan of their own; None where there can be none.
+
+        tensors: dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, as the registered op has them.
+        """
+        metadata = _kind(tensors)
+        if metadata is None:
+            return None
+        kind = (*metadata, *needs)
+        if kind not in self._backward:
+            backward = functools.partial(
+                fused.backward, spec=self.spec, training=self.training, needs=needs, impl="triton"
+            )
+            self._backward[kind] = _recorded(backward, tensors)
+        plan = self._backward[kind]
+        return None if plan is None else plan(tensors)
 
 
-_planned: dict[tuple, _Planned | None] = {}
+_planned: dict[tuple, Planned | None] = {}
 
 
 def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
@@ -42,19 +62,24 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
     tensors: x, weight, bias, bn_weight, bn_bias and residuals, which are differentiated; buffers: running_mean,
     running_var, num_batches_tracked.
     """
-    every = tensors + buffers
-    if type(momentum) is not float or not {type(t) for t in every} <= _PLAIN or not dispatch.plainly_eager():
+    metadata = _kind(tensors + buffers) if type(momentum) is float else None
+    if metadata is None:
+        return None
+    save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    return (*metadata, spec, training, save, dispatch.meant_by(impl))
+
+
+def _kind(tensors) -> tuple | None:
+    """What of the tensors, and of torch's switches, a plan depends on; None where nothing may be planned."""
+    if not {type(t) for t in tensors} <= _PLAIN or not dispatch.plainly_eager():
         return None
     try:
         metadata = [
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT) for t in every
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT) for t in tensors
         ]
     except RuntimeError:  # a sparse tensor has no strides
         return None
-    x = tensors[0]
-    save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    tf32 = x.dtype == torch.float32 and dispatch.tf32_allowed()
-    return (*metadata, spec, training, save, dispatch.meant_by(impl), tf32)
+    return (*metadata, tensors[0].dtype == torch.float32 and dispatch.tf32_allowed())
 
 
 def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
@@ -67,9 +92,7 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     if not planned.channels_last:
         tensors = _in_channels_last(tensors)
     if planned.save:
-        y = ops.ConvBNActFunction.apply(
-            planned.plan, buffers, momentum, planned.spec, planned.training, "triton", *tensors
-        )
+        y = ops.ConvBNActFunction.apply(planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors)
     else:
         (y,) = planned.plan(tensors + buffers, (momentum,))
     return y if planned.channels_last else to_format(y, False)
@@ -79,29 +102,36 @@ def prepare(kind, tensors, buffers, spec, training) -> None:
     """Leaves the plan for calls of this kind, where there can be one; this one has been checked."""
     if len(_planned) >= _KEPT:
         _planned.clear()
-    _planned[kind] = None
-    every = tensors + buffers
-    if all(t is None or (t.data_ptr() % _ALIGNMENT == 0 and (t.dim() > 1 or t.is_contiguous())) for t in every):
-        _planned[kind] = _plan(tensors, buffers, spec, training, save=kind[-3])
+    _planned[kind] = _plan(tensors, buffers, spec, training, save=kind[-2])
 
 
 def _plan(tensors, buffers, spec, training, save):
-    places, plans = (importlib.import_module(f"rir_kernels.triton.launch.{name}") for name in ("places", "plan"))
+    momentum = importlib.import_module("rir_kernels.triton.launch.places").Slot(0)
 
     def forward(x, weight, bias, gamma, beta, *others):
         *residuals, running_mean, running_var, batches = others
         y, z, mean, _, invstd = fused.forward(
             x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
-            training=training, save=save, impl="triton", momentum=places.Slot(0), batches=batches,
+            training=training, save=save, impl="triton", momentum=momentum, batches=batches,
         )  # fmt: skip
         return (y, z, mean, invstd) if save else (y,)
 
+    plan = _recorded(forward, _in_channels_last(tensors) + buffers)
+    written = training and any(t is not None for t in buffers)
+    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), written)
+
+
+def _recorded(function, tensors):
+    """The plan of function(*tensors), None where it can have none."""
+    present = [t for t in tensors if t is not None]
+    # kernels are compiled for aligned addresses, and read the values of the channels one behind the other
+    if any(t.data_ptr() % _ALIGNMENT or (t.dim() == 1 and not t.is_contiguous()) for t in present):
+        return None
+    places, plan = (importlib.import_module(f"rir_kernels.triton.launch.{name}") for name in ("places", "plan"))
     try:
-        plan = plans.record(forward, _in_channels_last(tensors) + buffers)
+        return plan.record(function, tensors)
     except places.Unplannable:
         return None
-    written = training and any(t is not None for t in buffers)
-    return _Planned(plan, spec, training, save, is_channels_last(tensors[0]), written)
 
 
 def _in_channels_last(tensors):

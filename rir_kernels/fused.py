@@ -61,10 +61,10 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
     residual_is_dz = need_residual and not spec.post_norm
     need_dz = need_x or need_weight or residual_is_dz
 
-    sums = None
+    dy = norm.evenly_spaced(dy)
+    sums = dx = dweight = dbias = dz = dresidual = None
     if need_gamma or need_beta or need_bias or (training and need_dz):
         sums = norm.bn_reduce(dy, z, y, **per_channel)
-    dx = dweight = dbias = dz = dresidual = None
     if need_dz or need_residual:
         dz, dresidual = norm.bn_apply_grad(
             dy, z, y, sums, count=z.numel() // z.shape[1] if training else None, **per_channel,
@@ -76,13 +76,16 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
         dweight = wgrad.conv_weight_grad(dz, x, kernel=tuple(weight.shape[2:]), spec=spec)
     if need_bias:
         # the sum of dz over the pixels: batch statistics take any constant out again, so there it is exactly zero
-        scale = invstd if gamma is None else invstd * gamma.float()
-        dbias = torch.zeros_like(mean) if training else scale * sums[0] * spec.conv_scale
+        if training:
+            dbias = torch.empty_like(mean).zero_()
+        else:
+            dbias = (invstd if gamma is None else invstd * gamma.float()) * sums[0] * spec.conv_scale
+    dbeta, dgamma = sums or (None, None)
     return (
         dx,
         dweight,
         dbias,
-        sums[1].clone() if need_gamma else None,
-        sums[0].clone() if need_beta else None,
+        dgamma if need_gamma else None,
+        dbeta if need_beta else None,
         dz if residual_is_dz else dresidual,
     )

@@ -47,22 +47,22 @@ _X, _RESIDUALS = 6, 11  # where x and the residuals stand among the function's a
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """(y, batch mean, biased batch var) by the registered op; or y, by a plan, which updates the buffers itself."""
+    """(y, batch mean, biased batch var) by the registered op; or y, as `planned`, where the buffers are updated too."""
 
     @staticmethod
-    def forward(ctx, plan, buffers, momentum, spec, training, impl, *tensors):
+    def forward(ctx, planned, buffers, momentum, spec, training, impl, *tensors):
         x, weight, bias, bn_weight, bn_bias, *residuals = tensors
-        if plan is None:
+        if planned is None:
             y, z, mean, var, invstd = torch.ops.rir_kernels.conv_bn_act(
                 x, weight, bias, bn_weight, bn_bias, *buffers, residuals, *_flat(spec), training, True, impl
             )
         else:
-            y, z, mean, invstd = plan(tensors + buffers, (momentum,))
+            y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
         # after the norm the ReLU's mask is that of the sum, which z alone does not tell
         mask = y if spec.relu and spec.post_norm and residuals else None
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
-        ctx.call = spec, training, impl, [residual.shape[1] for residual in residuals]
-        if plan is not None:
+        ctx.call = planned, spec, training, impl, [residual.shape[1] for residual in residuals]
+        if planned is not None:
             return y
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -79,12 +79,14 @@ class ConvBNActFunction(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy):
         x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
-        spec, training, impl, residual_channels = ctx.call
+        planned, spec, training, impl, residual_channels = ctx.call
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 5], any(needed[_RESIDUALS:])]
-        *grads, dresidual = torch.ops.rir_kernels.conv_bn_act_backward(
-            dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias, *_flat(spec), training, needs, impl
-        )
+        tensors = (dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias)
+        found = None if planned is None else planned.gradients(tensors, needs)
+        if found is None:
+            found = torch.ops.rir_kernels.conv_bn_act_backward(*tensors, *_flat(spec), training, needs, impl)
+        *grads, dresidual = found
         alike = (x, weight, x, bn_weight, bn_bias)  # in dtype; a bias has x's
         grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
         if grads[1] is not None and weight.is_contiguous():

@@ -130,7 +130,7 @@ def _launcher(impl, op, t):
             lambda: batchnorm.bn_apply(t.z, statistics, **affine, residuals=(), spec=spec),
             lambda y: {"y": y},
         ),
-        "reduce": (lambda: batchnorm.bn_reduce(t.dy, t.z, None, **norm), lambda sums: {"sums": sums}),
+        "reduce": (lambda: batchnorm.bn_reduce(t.dy, t.z, None, **norm), lambda sums: {"sums": torch.stack(sums)}),
         "apply": (
             lambda: batchnorm.bn_apply_grad(t.dy, t.z, None, t.sums, count=count, **norm),
             lambda found: {"dz": found[0]},

@@ -248,6 +248,35 @@ def _bn_reduce_bwd_kernel(
     tl.store(out + C, sum_dy_xhat, mask=channel < C)
 
 
+@triton.jit(do_not_specialize=["splits", "scale"])
+def _bn_sum_bwd_kernel(
+    partial_ptr,  # [splits, 2, C] fp32
+    dbeta_ptr,  # [C] fp32: s1
+    dgamma_ptr,  # s2
+    splits,
+    scale,
+    C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The splits' sums added in a fixed order, for bit-identical runs."""
+    wait_ahead(OVERLAP)
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid = tl.program_id(0)
+    which = pid // BLOCKS_C
+    channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < C
+    total = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        offset = (2 * split + which)[:, None] * C + channel[None, :]
+        mask = (split < splits)[:, None] & is_channel[None, :]
+        total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0), 0)
+    tl.store(dbeta_ptr + channel, total * scale, mask=is_channel & (which == 0))
+    tl.store(dgamma_ptr + channel, total * scale, mask=is_channel & (which == 1))
+
+
 @triton.jit(do_not_specialize=["M", "inv_count", "branch_scale"])
 def _bn_apply_bwd_kernel(
     dy_ptr,  # [M, C] rows dy_stride apart
@@ -255,7 +284,8 @@ def _bn_apply_bwd_kernel(
     y_ptr,  # as in the reduction
     dz_ptr,  # [M, C]
     dres_ptr,  # [M, C]: dy' itself, the gradient of a residual added after the norm; or None
-    sums_ptr,  # [2, C] fp32: s1, s2
+    dbeta_ptr,  # [C] fp32: s1; or None where the running statistics were used
+    dgamma_ptr,  # s2
     mean_ptr,  # [C] fp32
     invstd_ptr,
     gamma_ptr,  # [C] or None
@@ -287,8 +317,8 @@ def _bn_apply_bwd_kernel(
     if dz_ptr is not None:
         dz = dy * branch_scale
         if BATCH_STATS:
-            s1 = load_channels(sums_ptr, channel, C, 0.0)[None, :]
-            s2 = load_channels(sums_ptr + C, channel, C, 0.0)[None, :]
+            s1 = load_channels(dbeta_ptr, channel, C, 0.0)[None, :]
+            s2 = load_channels(dgamma_ptr, channel, C, 0.0)[None, :]
             dz -= (s1 + (z - mean) * invstd * s2) * inv_count
         dz *= gamma * invstd
         tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=mask)

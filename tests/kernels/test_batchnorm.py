@@ -202,9 +202,9 @@ def test_channel_slices_are_read_in_place_or_copied(target):
         assert torch.equal(y, golden)
         dy = torch.zeros_like(z)
         dy[:, : residual.shape[1]] = residual
+        even = batchnorm.evenly_spaced(dy if residual.shape[1] < 8 else residual)
         sums = batchnorm.bn_reduce(
-            dy if residual.shape[1] < 8 else residual, z, None, mean=identity.mean, invstd=identity.invstd,
-            gamma=None, beta=None, spec=spec,
-        )  # fmt: skip
+            even, z, None, mean=identity.mean, invstd=identity.invstd, gamma=None, beta=None, spec=spec
+        )
         assert torch.equal(sums[0], dy.float().sum((0, 2, 3)))
         assert torch.equal(sums[1], (dy * z).float().sum((0, 2, 3)))

@@ -50,7 +50,7 @@ def test_both_ways_agree(target, training, taken):
         state, expected = (layer.bn.state_dict() for layer in layers)
         torch.testing.assert_close(state, expected, rtol=4 * 2**-24, atol=0)
         assert state["num_batches_tracked"] == (seed + 1 if training else 0)
-    assert len(taken) == 3
+    assert len(taken) == (6 if training else 3)  # gradients have plans of their own
 
 
 @targets

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.launch import batchnorm, conv, partials
+from rir_kernels.triton.launch import batchnorm, conv
 from rir_kernels.triton.launch.places import Slot, Unplannable
 from rir_kernels.triton.launch.plan import record
 
@@ -109,15 +109,13 @@ def test_what_a_plan_cannot_repeat(target):
 
 @targets
 def test_temporaries_do_not_overlap(target, poisoned):
-    """Two sums held at once in one workspace."""
-    parts = rand((3, 100), (target[0], torch.float32), seed=1)
+    """The tiles of two images held at once in one workspace."""
+    images = [rand(SHAPE, target, seed=seed) for seed in (1, 2)]
 
-    def sums(parts):
-        first, second = torch.empty(100, device=parts.device), torch.empty(100, device=parts.device)
-        partials.sum_partials(parts, first, scale=1.0)
-        partials.sum_partials(parts, second, scale=2.0)
-        out = torch.empty(100, device=parts.device)
-        partials.sum_partials(first.view(1, 100), out, scale=1.0)
-        return (out,)
+    def both(*images):
+        moments = [batchnorm.bn_stats(image) for image in images]
+        return tuple(batchnorm.bn_finalize(m, SPEC.eps).mean for m in moments)
 
-    assert torch.equal(record(sums, (parts,))((parts,))[0], sums(parts)[0])
+    means = record(both, images)(images)
+    _assert_same(means, both(*images))
+    assert not torch.equal(*means)

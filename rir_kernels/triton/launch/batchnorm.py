@@ -12,10 +12,10 @@ from rir_kernels.triton.batchnorm import (
     _bn_reduce_bwd_kernel,
     _bn_running_fwd_kernel,
     _bn_stats_fwd_kernel,
+    _bn_sum_bwd_kernel,
 )
 from rir_kernels.triton.config import power_of_two_at_least, rows_config
 from rir_kernels.triton.cost import cdiv
-from rir_kernels.triton.launch.partials import sum_partials
 from rir_kernels.triton.launch.runtime import device_guard, launch
 
 
@@ -96,13 +96,12 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec) -> torc
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
-    residuals = [_as_rows(residual) for residual in residuals]
-    residuals += [(None, 0, 1)] * (2 - len(residuals))
-    (res0, stride0, c0), (res1, stride1, c1) = [(t, s, t.shape[1] if t is not None else 1) for t, s, *_ in residuals]
+    residuals = [*map(evenly_spaced, residuals), None, None][:2]
+    (stride0, c0), (stride1, c1) = [(0, 1) if t is None else (_pitch(t), t.shape[1]) for t in residuals]
     with device_guard(z):
         launch(
             _bn_apply_fwd_kernel, cdiv(rows, config.block_m) * cdiv(c, config.block_c),
-            z, res0, res1, y, statistics.mean, statistics.invstd, gamma, beta,
+            z, *residuals, y, statistics.mean, statistics.invstd, gamma, beta,
             rows, stride0, stride1, float(spec.norm_scale),
             C=c, C_RES0=c0, C_RES1=c1, RELU=spec.relu,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -110,38 +109,47 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec) -> torc
     return y
 
 
-def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> torch.Tensor:
-    """[2, C] fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat; y gives the ReLU's mask, or None: z does."""
+def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dbeta, dgamma), fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat.
+
+    dy has evenly spaced pixels (`evenly_spaced`); y gives the ReLU's mask, or None: z does.
+    """
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
     splits = cdiv(rows, config.block_m * config.steps)
-    dy, dy_stride = _as_rows(dy)
     partial = torch.empty((splits, 2, c), dtype=torch.float32, device=z.device)
+    dbeta, dgamma = (torch.empty(c, dtype=torch.float32, device=z.device) for _ in range(2))
+    block_c = 8
     with device_guard(z):
         launch(
             _bn_reduce_bwd_kernel, splits * cdiv(c, config.block_c),
-            dy, z, y, mean, invstd, gamma, beta, partial, rows, config.steps, dy_stride,
+            dy, z, y, mean, invstd, gamma, beta, partial, rows, config.steps, _pitch(dy),
             C=c, RELU=spec.relu, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-    sums = torch.empty((2, c), dtype=torch.float32, device=z.device)
-    sum_partials(partial, sums, scale=spec.norm_scale)
-    return sums
+        launch(
+            _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, splits, float(spec.norm_scale),
+            C=c, BLOCK_S=min(512, power_of_two_at_least(splits)), BLOCK_C=block_c,
+        )  # fmt: skip
+    return dbeta, dgamma
 
 
 def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, need_dz=True, need_dres=False):
-    """(dz or None, dy' or None); `count` is the number of pixels behind the batch statistics, None in eval."""
+    """(dz or None, dy' or None); `count` is the number of pixels behind the batch statistics, None in eval.
+
+    sums: what `bn_reduce` gave, used where there are batch statistics.
+    """
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
     dz = empty_channels_last(z.shape, z) if need_dz else None
     dres = empty_channels_last(z.shape, z) if need_dres else None
-    dy, dy_stride = _as_rows(dy)
+    dbeta, dgamma = (None, None) if sums is None else sums
     with device_guard(z):
         launch(
             _bn_apply_bwd_kernel, cdiv(rows, config.block_m) * cdiv(c, config.block_c),
-            dy, z, y, dz, dres, sums, mean, invstd, gamma, beta,
-            rows, dy_stride, 0.0 if count is None else 1.0 / count,
+            dy, z, y, dz, dres, dbeta, dgamma, mean, invstd, gamma, beta,
+            rows, _pitch(dy), 0.0 if count is None else 1.0 / count,
             float(spec.norm_scale),
             C=c, RELU=spec.relu, BATCH_STATS=count is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
@@ -149,12 +157,15 @@ def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, nee
     return dz, dres
 
 
-def _as_rows(x) -> tuple[torch.Tensor, int]:
-    """x and the distance between its pixels, where x (a channel slice, say) has evenly spaced ones; else of a copy."""
-    n, c, h, w = x.shape
-    pitch = x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
+def evenly_spaced(x) -> torch.Tensor:
+    """x itself where its pixels are evenly spaced, as those of a channel slice are; else a copy, channels_last."""
+    pitch, (_, c, h, w) = _pitch(x), x.shape
     expected = (pitch * h * w, 1, pitch * w, pitch)
     even = all(size == 1 or s == e for size, s, e in zip(x.shape, x.stride(), expected, strict=True))
-    if not even or pitch < c:
-        x, pitch = x.contiguous(memory_format=torch.channels_last), c
-    return x, pitch
+    return x if even and pitch >= c else empty_channels_last(x.shape, x).copy_(x)
+
+
+def _pitch(x) -> int:
+    """The distance between neighbouring pixels."""
+    n, c, h, w = x.shape
+    return x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c
