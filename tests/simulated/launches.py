@@ -135,20 +135,35 @@ def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, gra
     layer.to(memory_format=weight_format)
     x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=image_format)
     residual = torch.zeros(2, outer, 8, 8, dtype=dtype).to(memory_format=torch.channels_last) if outer else None
-    arguments = {"x": x, "residual": residual, **dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    differentiated = [x.requires_grad_(), *layer.parameters()]
+    dy = torch.zeros(2, channels, 8 // layer.stride, 8 // layer.stride, dtype=dtype).to(memory_format=image_format)
+
+    arguments = {
+        "x": x,
+        "residual": residual,
+        "dy": dy,
+        **dict(layer.named_parameters()),
+        **dict(layer.named_buffers()),
+    }
     arguments = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+
+    def step():
+        y = layer(x, outer=residual)
+        if y.requires_grad:
+            torch.autograd.grad(y, differentiated, dy)
+
     eager._planned.clear()
     with torch.set_grad_enabled(training if grad is None else grad):
         with allocating(Memory().keeping), dispatch.watched():
-            layer(x, outer=residual)
+            step()
         found = {"long": recorder.take(arguments)}
-        layer(x, outer=residual)  # leaves a plan, which allocates nothing but on "meta"
+        step()  # leaves plans, which allocate nothing but on "meta"
         recorder.take(arguments)
         memory = Memory()
         for call, wrap in (("first", memory.keeping), ("second", memory.again)):
             encoded = cuda.simulated_maps()
             with allocating(wrap):
-                layer(x, outer=residual)
+                step()
             found[call] = recorder.take(arguments)
     planned = sum(plan is not None for plan in eager._planned.values())
     return found | {"encoded": cuda.simulated_maps() - encoded, "planned": planned}
