@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from . import fused
+from . import fused, recomputing
 from .layout import empty_channels_last
 from .spec import ConvBNActSpec
 
@@ -58,6 +58,8 @@ class ConvBNActFunction(torch.autograd.Function):
             )
         else:
             y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
+        if not (spec.post_norm and residuals):
+            recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         # after the norm the ReLU's mask is that of the sum, which z alone does not tell
         mask = y if spec.relu and spec.post_norm and residuals else None
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
