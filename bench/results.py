@@ -13,7 +13,7 @@ SUITES = ("kernels", "layers", "models")
 OURS = ("torch", "hybrid", "triton", "auto")
 PEERS = ("reference", "merged", "compile", "compile_max_autotune", "cudnn", "tensorrt")
 IMPLS = (*PEERS, *OURS)
-MODES = ("eval", "train_fwd", "bwd", "step")
+MODES = ("eval", "train_fwd", "bwd", "step", "step_recompute")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

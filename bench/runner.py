@@ -64,7 +64,7 @@ class Runner:
         return variant, verdict
 
     def _time(self, case, mode, judged):
-        calls = {impl: variant.calls[mode] for impl, (variant, _) in judged.items()}
+        calls = {impl: variant.calls[mode] for impl, (variant, _) in judged.items() if mode in variant.calls}
         found = timing.measure(calls, self.device, self.settings)
         for impl, timings in found.items():
             variant, verdict = judged[impl]

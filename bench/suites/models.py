@@ -18,7 +18,7 @@ from bench.roofline import Pass
 from bench.selection import Selection
 from models import RiR
 
-MODES = {False: ("eval",), True: ("step",)}
+MODES = {False: ("eval",), True: ("step", "step_recompute")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _passes(network, batch):
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     eval_flops, step_flops = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
-    return {"eval": [Pass(batch * eval_flops, 0)], "step": [Pass(batch * step_flops, 0)]}
+    return {"eval": [Pass(batch * eval_flops, 0)]} | {mode: [Pass(batch * step_flops, 0)] for mode in MODES[True]}
 
 
 def _set_up(network, batch, dtype, device):
@@ -136,4 +136,9 @@ def _training(module, x, y):
         F.cross_entropy(module(x).float(), labels).backward()
         optimizer.step()
 
-    return {"step": step}
+    def step_recompute():
+        with rir.recompute():
+            step()
+
+    ours = any(isinstance(part, (rir.RiRLayer, rir.ConvBNAct)) for part in module.modules())
+    return {"step": step} | ({"step_recompute": step_recompute} if ours else {})
