@@ -29,7 +29,8 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path):
             mine = [row for row in rows if (row["shape"], row["dtype"]) == (shape.name, dtype)]
             convolutions = [row for row in mine if row["kernel"].startswith("_conv")]
             assert {row["op"] for row in convolutions} == OPS
-            assert len({row["kernel"] for row in mine}) == 9
+            # strides of two have a data gradient of their own
+            assert len({row["kernel"] for row in mine}) == (9 if shape.stride == 1 else 10)
             for row in mine:
                 assert row["spills"] == 0 and not row["warnings"] and not row["faults"], row
                 assert row["shared_kb"] <= 227 and 0 < row["registers"] <= 255
