@@ -13,9 +13,9 @@ an axis with stride s and padding P,
     data gradient  s * i + p + P - k = s * (i + d)        the same taps k                 d = (p + P - k) / s
 
 so the offsets are each other's negatives, and SIGN alone tells the two apart. The forward pass sums over the planes
-of its input; the data gradient is launched once per plane of its output. At stride 1 there is one plane, and the data
-gradient is the forward kernel again, with the ORIGINAL weight read transposed. (With few channels blocks of 2x2 pixels
-are computed at stride 2: `taps.sum_folded`.)
+of its input; the data gradient has a sum for each plane of its output (`dgrad`). At stride 1 there is one plane, and
+the data gradient is the forward kernel again, with the ORIGINAL weight read transposed. (With few channels blocks of
+2x2 pixels are computed at stride 2: `taps.sum_folded`.)
 
 Epilogue, in this order, each part optional:
 
@@ -32,7 +32,7 @@ from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_fir
 
 
 @triton.jit
-def _load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     return desc.load([n, h, w, c]).reshape([P, BLOCK_C]).T.to(tl.float32)
@@ -44,14 +44,14 @@ def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BO
     if branch_scale is not None:
         acc *= branch_scale
     if addend0_desc is not None:
-        acc += _load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
+        acc += load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
     if addend1_desc is not None:
-        acc += _load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+        acc += load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
     return acc
 
 
 @triton.jit
-def _pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
+def pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
     """(whether a tile's pixels lie in the image, their offsets), [P] each."""
     pixel = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
     pixel_n = n + pixel // (BOX[1] * BOX[2])
@@ -66,19 +66,19 @@ def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr):
     """Mean and M2 [BLOCK_C] over the valid pixels of tiles [BLOCK_C, P] that stand below each other."""
     total = tl.zeros([tiles[0].shape[0]], dtype=tl.float32)
     for row in tl.static_range(len(tiles)):
-        is_pixel, _ = _pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+        is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
         total += tl.sum(tl.where(is_pixel[None, :], tiles[row], 0.0), 1)
     mean = total / tl.maximum(count, 1.0)
     m2 = tl.zeros_like(mean)
     for row in tl.static_range(len(tiles)):
-        is_pixel, _ = _pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+        is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
         deviation = tl.where(is_pixel[None, :], tiles[row] - mean[:, None], 0.0)
         m2 += tl.sum(deviation * deviation, 1)
     return mean, m2
 
 
 @triton.jit
-def _store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+def store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the rows are not 16-byte aligned."""
     if isinstance(out, tl.tensor_descriptor):
         out.store([n, h, w, c], tile.to(out.dtype).T.reshape([BOX[0], BOX[1], BOX[2], BLOCK_C]))
@@ -122,7 +122,7 @@ def _conv_fwd_kernel(
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
-    OUT_PLANE: tl.constexpr,  # the data gradient's parity plane, or None: forward
+    SIGN: tl.constexpr,  # 1: forward; -1: the data gradient at stride 1
     WEIGHT_T: tl.constexpr,
     POST_NORM: tl.constexpr,
     RELU: tl.constexpr,
@@ -158,31 +158,26 @@ def _conv_fwd_kernel(
     planes = (x00_desc, x01_desc, x10_desc, x11_desc)
     if FOLD:
         sums = sum_folded(
-            planes, w_desc, n, h, w, first_c, C, K, 1 if OUT_PLANE is None else -1,
+            planes, w_desc, n, h, w, first_c, C, K, SIGN,
             WEIGHT_STRIDES, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
         accs = (sums,)
     elif SKIPS:
         accs = add_inside(
-            accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, 1 if OUT_PLANE is None else -1,
+            accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, SIGN,
             WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     elif ROWS > 1:
         accs = add_rows(
-            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, 1 if OUT_PLANE is None else -1,
+            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, SIGN,
             WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    elif OUT_PLANE is not None:
-        accs = add_plane(
-            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, OUT_PLANE[0], OUT_PLANE[1],
-            -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         for plane in tl.static_range(4):
             if planes[plane] is not None:
                 accs = add_plane(
                     accs, planes[plane], w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
-                    1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                    SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
     # a row's count of pixels is zero, or less, beneath the image
@@ -209,13 +204,13 @@ def _conv_fwd_kernel(
 
         for row in tl.static_range(ROWS):
             acc = tiles[row]
-            is_pixel, pixel_offset = _pixels(n, h + row, w, N, H, W, stride_n, stride_h, stride_w, BOX)  # [P]
+            is_pixel, pixel_offset = pixels(n, h + row, w, N, H, W, stride_n, stride_h, stride_w, BOX)  # [P]
             mask = is_channel[:, None] & is_pixel[None, :]
             if mean_ptr is not None:
                 if z_out is not None:
                     # backward recomputes the mask from the stored z, so y must come from the same rounded value
                     acc = acc.to(x00_desc.dtype).to(tl.float32)
-                    _store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+                    store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
                 mean = load_channels(mean_ptr, channel, C, 0.0)
                 invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
                 gamma = load_channels(gamma_ptr, channel, C, 1.0)
@@ -225,4 +220,4 @@ def _conv_fwd_kernel(
                     acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
                 if RELU:
                     acc = relu(acc)
-            _store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+            store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)

@@ -44,6 +44,7 @@ class Problem:
     """One launch: an output of n x h x w pixels and c channels, k input channels, taps (rows, columns).
 
     padding: at stride 1 the convolution's; None where the taps of neighbouring pixels do not overlap.
+    planes: of so many outputs of that size, which have the taps between them: the data gradient's at stride 2.
     """
 
     n: int
@@ -54,6 +55,7 @@ class Problem:
     taps: tuple[int, int]
     itemsize: int
     padding: tuple[int, int] | None = None
+    planes: int = 1
 
     @property
     def shares_rows(self) -> bool:
@@ -86,7 +88,7 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     elif tile.rows > 1:
         products, steps_a_block = tile.rows * weights, p.taps[1]
     else:
-        products, steps_a_block = 1, p.taps[0] * p.taps[1]
+        products, steps_a_block = 1, p.taps[0] * p.taps[1] / p.planes
 
     # a product of 64 rows is split along its pixels where there are two warp groups
     split = tile.num_warps // 4 if tile.block_c == 64 else 1
@@ -112,7 +114,7 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     stored = min(channels, p.c) * pixels * tile.rows * p.itemsize
     rest = START + stored / STORE_BYTES
     programs = cdiv(p.n, tile.box[0]) * cdiv(p.h, tile.box[1] * tile.rows) * cdiv(p.w, tile.box[2])
-    programs *= cdiv(p.c, channels)
+    programs *= cdiv(p.c, channels) * p.planes
     turns = cdiv(programs, gpu.sms)
     if tile.skips:
         # programs of 9, 6 and 4 taps, longest first: as even as it gets, but for a last one

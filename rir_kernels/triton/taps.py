@@ -34,7 +34,7 @@ def add_plane(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + the taps that meet parity plane (PLANE_H, PLANE_W)."""
+    """accs + the taps that meet parity plane (PLANE_H, PLANE_W), if any do."""
     FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
     FIRST_W: tl.constexpr = (PLANE_W + PAD[1]) % STRIDE[1]
     TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
@@ -42,16 +42,17 @@ def add_plane(
     OFFSET_H: tl.constexpr = (FIRST_H - PAD[0] - PLANE_H) // STRIDE[0]
     OFFSET_W: tl.constexpr = (FIRST_W - PAD[1] - PLANE_W) // STRIDE[1]
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
-    for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
-        k = step % K_BLOCKS * BLOCK_K
-        j = step // K_BLOCKS % TAPS_W
-        i = step // (K_BLOCKS * TAPS_W)
-        tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
-        accs = _add_tap(
-            accs, x_desc, w_desc, n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), c, k, tap,
-            WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
-        )  # fmt: skip
+    if TAPS_H * TAPS_W > 0:
+        # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
+        for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
+            k = step % K_BLOCKS * BLOCK_K
+            j = step // K_BLOCKS % TAPS_W
+            i = step // (K_BLOCKS * TAPS_W)
+            tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
+            accs = _add_tap(
+                accs, x_desc, w_desc, n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), c, k, tap,
+                WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            )  # fmt: skip
     return accs
 
 

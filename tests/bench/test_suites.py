@@ -180,7 +180,9 @@ def test_the_kernels_pass_their_gate(op, dtype):
         variant = kernels.set_up(op, shape, dtype, CPU)("triton", True)
         verdict = variant.check()
         assert verdict.passed, (shape, verdict)
-        assert KERNELS[op] <= {launch["kernel"] for launch in variant.config["launches"]}
+        strided = op == "data_grad" and shape.stride == 2
+        expected = {"_conv_bwd_data_kernel"} if strided else KERNELS[op]
+        assert expected <= {launch["kernel"] for launch in variant.config["launches"]}
         assert all(launch["programs"] >= 1 for launch in variant.config["launches"])
         tiles = [launch for launch in variant.config["launches"] if launch["kernel"] == "_conv_fwd_kernel"]
         assert all({"BOX", "BLOCK_C", "BLOCK_K", "GROUPS", "ROWS", "SKIPS", "FOLD"} <= tile.keys() for tile in tiles)

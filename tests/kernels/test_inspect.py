@@ -29,8 +29,9 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path):
             mine = [row for row in rows if (row["shape"], row["dtype"]) == (shape.name, dtype)]
             convolutions = [row for row in mine if row["kernel"].startswith("_conv")]
             assert {row["op"] for row in convolutions} == OPS
-            # a weight that cannot be read in place is packed
-            assert len({row["kernel"] for row in mine} - {"_pack_weight_kernel"}) == 10
+            # strides of two have a data gradient of their own; a weight that cannot be read in place is packed
+            kernels = {row["kernel"] for row in mine} - {"_pack_weight_kernel"}
+            assert len(kernels) == (10 if shape.stride == 1 else 11)
             for row in mine:
                 assert row["spills"] == 0 and not row["warnings"] and not row["faults"], row
                 assert row["shared_kb"] <= 227 and 0 < row["registers"] <= 255

@@ -1,6 +1,7 @@
 """Every kind of tile of the weight gradient, bit for bit on integers, and the rule that chooses among them."""
 
 import dataclasses
+from itertools import product
 from math import prod
 
 import pytest
@@ -15,6 +16,17 @@ from rir_kernels.triton.wgrad_config import Split, WgradProblem, WgradTile, use_
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
 targets = pytest.mark.parametrize("target", TARGETS)
+
+
+def crossed(share, **axes):
+    """Each target with each combination of the axes' named values: one in `share`, diagonally, and the others long."""
+    params = []
+    for (number, target), *values in product(enumerate(TARGETS), *(enumerate(axis.items()) for axis in axes.values())):
+        is_long = (number + sum(index for index, _ in values)) % share != 0
+        marks = [*target.marks, *[pytest.mark.long] * is_long]
+        name = "-".join([target.id, *(name for _, (name, _) in values)])
+        params.append(pytest.param(*target.values, *(value for _, (_, value) in values), marks=marks, id=name))
+    return pytest.mark.parametrize(["target", *axes], params)
 
 
 def _tile(walk, box, rows=1, steps=2, block_co=16, block_ci=16, pack=1, skips=False):
@@ -35,7 +47,7 @@ TILES = {
 # (N, C_in, C_out, H, W, kernel, stride, padding)
 SHAPES = {
     "3x3": (2, 8, 16, 3, 4, (3, 3), (1, 1), (1, 1)),
-    "odd sizes, several blocks": (1, 24, 24, 3, 5, (3, 3), (1, 1), (1, 1)),
+    "odd sizes, several blocks": (1, 24, 24, 3, 3, (3, 3), (1, 1), (1, 1)),
     "valid": (1, 8, 8, 5, 6, (3, 3), (1, 1), (0, 0)),
     "wide padding": (1, 8, 8, 2, 4, (3, 3), (1, 1), (2, 2)),
     "many images": (18, 8, 8, 2, 4, (3, 3), (1, 1), (1, 1)),
@@ -53,19 +65,6 @@ SHAPES = {
 }
 
 
-def _operands(shape, target):
-    n, c_in, c_out, h, w, kernel, stride, padding = shape
-    spec = ConvBNActSpec(stride=stride, padding=padding)
-    x = small_integers((n, c_in, h, w), target, seed=1)
-    weight = torch.empty((c_out, c_in, *kernel), device="meta")
-    dz = small_integers(spec.output_shape(x, weight), target, seed=2)
-    return spec, dz, x, tuple(weight.shape)
-
-
-def _golden(dz, x, shape, spec):
-    return torch.nn.grad.conv2d_weight(x.double(), shape, dz.double(), spec.stride, spec.padding)
-
-
 @pytest.fixture
 def few_places(monkeypatch):
     """A GPU so small that programs have several units, of one position or of more."""
@@ -79,18 +78,14 @@ def few_places(monkeypatch):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
+@crossed(5, shape=SHAPES, tile=TILES)
 def test_every_tile_computes_the_same(target, shape, tile, few_places):
     few_places(5)
     _check(target, shape, tile)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("places", [1, 4, None])
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
-@targets
+@crossed(2, tile=TILES, places={"one": 1, "four": 4, "all": None})
 def test_every_tile_in_every_split(target, tile, places, few_places):
     """One program, programs that end within a position, a program for every unit."""
     if places:

@@ -3,12 +3,15 @@
 Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arguments are taken as validated.
 """
 
+from math import prod
+
 import torch
 
 from rir_kernels.layout import empty_channels_last
 from rir_kernels.triton.config import conv_config
 from rir_kernels.triton.conv import _conv_fwd_kernel
 from rir_kernels.triton.cost import Problem, cdiv
+from rir_kernels.triton.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.launch.runtime import (
@@ -43,32 +46,24 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
 def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
     """dx of the given shape: the transposed convolution of dz, plus dz itself on the shortcut's channels."""
     dx = empty_channels_last(shape, dz)
+    if dx.numel() == 0:
+        return dx
     dz = describable(dz)
     # 16-bit operands can be read transposed from shared memory; fp32 ones cannot
     weight_t = dz.element_size() == 2
+    gradient = {
+        "c": shape[1],
+        "k": weight.shape[0],
+        "kernel": tuple(weight.shape[2:]),
+        "addends": [dz[:, : spec.shortcut_channels]] if spec.shortcut_channels else [],
+        "spec": spec,
+        "weight_t": weight_t,
+    }
     packed = pack_weight(weight, transposed=not weight_t)
-    for plane_h in range(spec.stride[0]):
-        for plane_w in range(spec.stride[1]):
-            plane = dx if spec.stride == (1, 1) else dx[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
-            if plane.numel() == 0:
-                continue
-            shortcut = spec.shortcut_channels if plane_h == plane_w == 0 else 0
-            addends = [dz[:, :shortcut]] if shortcut else []
-            if not addends and not _meets(tuple(weight.shape[2:]), spec, plane_h, plane_w):
-                plane.zero_()  # a 1x1 at stride 2 never reads these pixels
-                continue
-            _launch_tiles(
-                [dz, None, None, None],
-                packed,
-                plane,
-                c=shape[1],
-                k=weight.shape[0],
-                kernel=tuple(weight.shape[2:]),
-                addends=addends,
-                spec=spec,
-                out_plane=(plane_h, plane_w),
-                weight_t=weight_t,
-            )
+    if spec.stride == (1, 1):
+        _launch_tiles([dz, None, None, None], packed, dx, gradient=True, **gradient)
+    else:
+        _launch_planes(dz, packed, dx, **gradient)
     return dx
 
 
@@ -109,13 +104,12 @@ def _launch_tiles(
     bias=None,
     norm=(None, None, None, None),
     statistics=False,
-    out_plane=None,
+    gradient=False,
     weight_t=False,
 ) -> TileMoments | None:
     n, _, h, w = out.shape
-    stride_1 = spec.stride == (1, 1)
-    taps = kernel if out_plane is None else _taps_of_plane(kernel, spec, out_plane)
-    problem = Problem(n, h, w, c, k, taps, out.element_size(), _padding(kernel, spec, out_plane) if stride_1 else None)
+    padding = _padding(kernel, spec, gradient) if spec.stride == (1, 1) else None
+    problem = Problem(n, h, w, c, k, kernel, out.element_size(), padding)
     config = conv_config(problem, uses_tensor_cores(out), gpu_of(out))
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
@@ -134,20 +128,18 @@ def _launch_tiles(
         planes = [planes[0][:, :, plane // 2 :: 2, plane % 2 :: 2] for plane in range(4)]
     # a plane that no tap meets need not be read
     met = [
-        plane if _meets(kernel, spec, index // 2, index % 2) or index == 0 else None
+        plane if prod(_taps_of_plane(kernel, spec, (index // 2, index % 2))) or index == 0 else None
         for index, plane in enumerate(planes)
     ]
-    # the leading one keeps the left operand of the product in shared memory
-    weight_box = [1, config.block_k, config.block_c] if weight_t else [1, config.block_c, config.block_k]
     weight = packed_weight.mT if weight_t else packed_weight
-    scale = spec.branch_scale if out_plane is None else spec.conv_scale
+    scale = spec.conv_scale if gradient else spec.branch_scale
     addends = [described(addend, config.block_c) for addend in addends]
     with device_guard(out):
         launch(
             _conv_fwd_kernel,
             tiles * cdiv(c, config.groups * config.block_c),
             *[described(plane, config.block_k, in_box) for plane in met],
-            weight if config.fold else describe(packed_weight, weight_box),
+            weight if config.fold else _described_weight(packed_weight, config, weight_t),
             *addends,
             *[None] * (2 - len(addends)),
             stored(out),
@@ -170,9 +162,9 @@ def _launch_tiles(
             KERNEL=kernel,
             STRIDE=spec.stride,
             PAD=spec.padding,
-            OUT_PLANE=out_plane,
+            SIGN=-1 if gradient else 1,
             WEIGHT_T=weight_t,
-            POST_NORM=spec.post_norm and out_plane is None,
+            POST_NORM=spec.post_norm and not gradient,
             RELU=spec.relu,
             BOX=config.box,
             BLOCK_C=config.block_c,
@@ -189,21 +181,68 @@ def _launch_tiles(
     return moments
 
 
+def _launch_planes(dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight_t) -> None:
+    """The data gradient at strides of two."""
+    parities = [(p, q) for p in range(spec.stride[0]) for q in range(spec.stride[1])]
+    planes = {(p, q): dx[:, :, p :: spec.stride[0], q :: spec.stride[1]] for p, q in parities}
+    # an image of one row has no odd rows; programs of most taps start first
+    parities = [parity for parity in parities if planes[parity].numel()]
+    parities.sort(key=lambda parity: -prod(_taps_of_plane(kernel, spec, parity)))
+    n, _, h, w = planes[0, 0].shape
+    problem = Problem(n, h, w, c, k, kernel, dx.element_size(), planes=len(parities))
+    config = conv_config(problem, uses_tensor_cores(dx), gpu_of(dx))
+    tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
+    tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(c, config.groups * config.block_c)
+    outs = [planes[parity] for parity in parities]
+    if has_aligned_rows(c, dx.element_size()):
+        outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
+    with device_guard(dx):
+        launch(
+            _conv_bwd_data_kernel,
+            tiles * len(parities),
+            describe_pixels(dz, config.box, config.block_k),
+            _described_weight(packed_weight, config, weight_t),
+            describe_pixels(addends[0], config.box, config.block_c) if addends else None,
+            *outs,
+            *[None] * (4 - len(outs)),
+            n,
+            dx.shape[2],
+            dx.shape[3],
+            tiles_h,
+            tiles_w,
+            *[planes[0, 0].stride(d) for d in (0, 2, 3)],
+            float(spec.conv_scale) if spec.conv_scale != 1 else None,
+            C=c,
+            K=k,
+            KERNEL=kernel,
+            STRIDE=spec.stride,
+            PAD=spec.padding,
+            PLANES=tuple(parities),
+            WEIGHT_T=weight_t,
+            BOX=config.box,
+            BLOCK_C=config.block_c,
+            GROUPS=config.groups,
+            BLOCK_K=config.block_k,
+            PRECISION=dot_precision(dx),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def _described_weight(packed_weight, config, weight_t):
+    block = (config.block_k, config.block_c) if weight_t else (config.block_c, config.block_k)
+    # the leading one keeps the left operand of the product in shared memory
+    return describe(packed_weight, [1, *block])
+
+
 def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
-    """How many taps a parity plane of the data gradient meets along each axis, at least one."""
+    """How many taps meet a parity plane along each axis: none of a 1x1 the odd ones."""
     first = [(p + pad) % stride for p, pad, stride in zip(plane, spec.padding, spec.stride, strict=True)]
-    return tuple(max(1, cdiv(size - f, s)) for size, f, s in zip(kernel, first, spec.stride, strict=True))
+    return tuple(cdiv(size - f, stride) for size, f, stride in zip(kernel, first, spec.stride, strict=True))
 
 
-def _padding(kernel, spec, out_plane) -> tuple[int, int]:
+def _padding(kernel, spec, gradient) -> tuple[int, int]:
     """Of the convolution that is launched: the data gradient is one with the padding that is left."""
-    if out_plane is None:
+    if not gradient:
         return spec.padding
     return tuple(size - 1 - pad for size, pad in zip(kernel, spec.padding, strict=True))
-
-
-def _meets(kernel, spec, plane_h, plane_w) -> bool:
-    """Whether any tap reads that parity plane of the input (a 1x1 at stride 2 reads one of four)."""
-    first_h = (plane_h + spec.padding[0]) % spec.stride[0]
-    first_w = (plane_w + spec.padding[1]) % spec.stride[1]
-    return first_h < kernel[0] and first_w < kernel[1]
