@@ -71,7 +71,7 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
 
 def _kind(tensors) -> tuple | None:
     """What of the tensors, and of torch's switches, a plan depends on; None where nothing may be planned."""
-    if not {type(t) for t in tensors} <= _PLAIN or not dispatch.plainly_eager():
+    if tensors[0] is None or not {type(t) for t in tensors} <= _PLAIN or not dispatch.plainly_eager():
         return None
     try:
         metadata = [
