@@ -1,4 +1,4 @@
-"""Which tile of the convolution is fastest, measured: writes what `rir_kernels.triton.measured` reads.
+"""Which tiles are fastest, of convolution and weight gradient: writes what `rir_kernels.triton.measured` reads.
 
 The analytic rule's best candidates take turns, in every use of the kernel that the shape has; each first passes the
 gate. All times are kept beside the rule's predictions, so that its constants can be mended by them.
@@ -7,21 +7,78 @@ gate. All times are kept beside the rule's predictions, so that its constants ca
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 
 from rir_kernels.device_files import slug
+from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import ranked_tiles, use_tile
 from rir_kernels.triton.cost import Problem
 from rir_kernels.triton.launch.runtime import gpu_of
+from rir_kernels.triton.launch.wgrad import weight_grad_problem
 from rir_kernels.triton.measured import SCHEMA
 from rir_kernels.triton.shapes import Shape
+from rir_kernels.triton.wgrad_config import ranked_wgrad_tiles, use_wgrad_tile
 
 from . import console, provenance, timing
 from .results import DTYPES, save_json
 from .suites import kernels
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is tuned: its problem in a layer of some shape, the tiles that it may take, and where it is used."""
+
+    name: str
+    field: str  # of the file
+    problem: Callable  # (shape, dtype, device)
+    ranked: Callable  # (problem, gpu) -> [(clocks, tile)]
+    use: Callable  # tile -> context
+    kind: Callable  # tile -> what sets it apart
+    ops: Callable  # shape -> ops of the kernels suite that are this problem
+
+
+def _conv_problem(shape, dtype, _device):
+    size = -(-shape.size // shape.stride)
+    return Problem(
+        shape.batch, size, size, shape.c_out, shape.c_in, (shape.kernel,) * 2, dtype.itemsize,
+        padding=(shape.kernel // 2,) * 2 if shape.stride == 1 else None,
+    )  # fmt: skip
+
+
+def _conv_kind(tile):
+    return tile.rows, tile.skips, tile.fold, tile.groups, tile.block_c, tile.num_warps, prod(tile.box)
+
+
+def _conv_ops(shape):
+    """The data gradient is the same problem where nothing changes shape."""
+    return ("conv_eval", "conv_train", *(("data_grad",) if (shape.c_in, shape.stride) == (shape.c_out, 1) else ()))
+
+
+def _wgrad_problem(shape, dtype, device):
+    spec = ConvBNActSpec((shape.stride,) * 2, (shape.kernel // 2,) * 2)
+    size = -(-shape.size // shape.stride)
+    element = torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
+    x = element.expand(shape.batch, shape.c_in, shape.size, shape.size)
+    dz = element.expand(shape.batch, shape.c_out, size, size)
+    return weight_grad_problem(dz, x, (shape.kernel,) * 2, spec)
+
+
+def _wgrad_kind(tile):
+    """Of tiles that differ in what padding they leave out the rule's constants tell the better one."""
+    return tile.walk, tile.rows, tile.pack, tile.block_co, tile.block_ci, tile.num_warps, prod(tile.box)
+
+
+CONVOLUTION = Kernel("convolution", "tiles", _conv_problem, ranked_tiles, use_tile, _conv_kind, _conv_ops)
+WEIGHT_GRADIENT = Kernel(
+    "weight gradient", "wgrad_tiles", _wgrad_problem, ranked_wgrad_tiles, use_wgrad_tile, _wgrad_kind,
+    lambda _shape: ("weight_grad",),
+)  # fmt: skip
+KERNELS = (CONVOLUTION, WEIGHT_GRADIENT)
 
 
 def tune(
@@ -44,39 +101,35 @@ def tune(
         "device": name,
         "versions": provenance.versions(),
         "sources_hash": provenance.sources_hash(),
-        "tiles": [],
+        **{kernel.field: [] for kernel in KERNELS},
     }
-    jobs = [(shape, dtype) for dtype in dtypes for shape in shapes]
+    jobs = [(kernel, shape, dtype) for dtype in dtypes for shape in shapes for kernel in KERNELS]
     with console.progress("tune", len(jobs)) as advance:
-        for shape, dtype in jobs:
+        for kernel, shape, dtype in jobs:
             if minutes is not None and time.monotonic() - started > 60 * minutes:
-                console.say(f"no time left for {shape.name} {dtype} and what follows")
+                console.say(f"no time left for {shape.name} {dtype}, {kernel.name}, and what follows")
                 break
-            advance(f"{shape.name} {dtype}", step=0)
-            if entry := _tune(shape, dtype, device, gpu, candidates, settings):
-                found["tiles"].append(entry)
+            advance(f"{shape.name} {dtype}, {kernel.name}", step=0)
+            if entry := _tune(kernel, shape, dtype, device, gpu, candidates, settings):
+                found[kernel.field].append(entry)
                 save_json(path, found)
             advance()
     return path
 
 
-def _tune(shape, dtype, device, gpu, candidates, settings):
-    """The entry of one shape; None where no candidate works."""
+def _tune(kernel, shape, dtype, device, gpu, candidates, settings):
+    """The kernel's entry of one shape; None where no candidate works."""
     torch_dtype = getattr(torch, DTYPES[dtype])
-    size = -(-shape.size // shape.stride)
-    problem = Problem(
-        shape.batch, size, size, shape.c_out, shape.c_in, (shape.kernel,) * 2, torch_dtype.itemsize,
-        padding=(shape.kernel // 2,) * 2 if shape.stride == 1 else None,
-    )  # fmt: skip
-    ranked = _different(ranked_tiles(problem, gpu))[:candidates]
+    problem = kernel.problem(shape, torch_dtype, device)
+    ranked = different(kernel, problem, gpu)[:candidates]
     milliseconds = {index: 0.0 for index in range(len(ranked))}
-    for op in _ops(shape):
+    for op in kernel.ops(shape):
         call, check = _calls(op, shape, torch_dtype, device)
         calls = {}
         for index in list(milliseconds):
             tile = ranked[index][1]
             try:
-                with use_tile(tile):
+                with kernel.use(tile):
                     verdict = check()
             except Exception as error:  # it may need more than the GPU has
                 timing.check_device(device, error)
@@ -84,19 +137,20 @@ def _tune(shape, dtype, device, gpu, candidates, settings):
             if verdict is None or not verdict.passed:
                 del milliseconds[index]
                 continue
-            calls[index] = _with_tile(call, tile)
+            calls[index] = _within(kernel.use, tile, call)
         for index, timed in timing.measure_steady(calls, device, settings).items():
             if timed.error:
                 del milliseconds[index]
             else:
                 milliseconds[index] += statistics.median(timed.samples)
+    name = f"{shape.name} x{shape.batch} {dtype}, {kernel.name}"
     if not milliseconds:
-        console.say(f"{shape.name} x{shape.batch} {dtype}: none of {len(ranked)} tiles works")
+        console.say(f"{name}: none of {len(ranked)} tiles works")
         return None
     best = min(milliseconds, key=milliseconds.get)
     by_rule = milliseconds.get(0)
     gain = f", {by_rule / milliseconds[best]:.2f} times as fast as the rule's" if by_rule else ""
-    console.say(f"{shape.name} x{shape.batch} {dtype}: {milliseconds[best]:.4g} ms{gain}: {ranked[best][1]}")
+    console.say(f"{name}: {milliseconds[best]:.4g} ms{gain}: {ranked[best][1]}")
     return {
         "problem": dataclasses.asdict(problem),
         "tile": dataclasses.asdict(ranked[best][1]),
@@ -108,19 +162,12 @@ def _tune(shape, dtype, device, gpu, candidates, settings):
     }
 
 
-def _different(ranked):
+def different(kernel: Kernel, problem, gpu) -> list:
     """The best of every kind: the rule's constants may be wrong, and its first dozen tiles are much alike."""
     best = {}
-    for clocks, tile in ranked:
-        pixels = tile.box[0] * tile.box[1] * tile.box[2]
-        kind = (tile.rows, tile.skips, tile.fold, tile.groups, tile.block_c, tile.num_warps, pixels)
-        best.setdefault(kind, (clocks, tile))
+    for clocks, tile in kernel.ranked(problem, gpu):
+        best.setdefault(kernel.kind(tile), (clocks, tile))
     return list(best.values())
-
-
-def _ops(shape):
-    """The uses of the kernel that are this problem: the data gradient is where nothing changes shape."""
-    return ("conv_eval", "conv_train", *(("data_grad",) if (shape.c_in, shape.stride) == (shape.c_out, 1) else ()))
 
 
 def _calls(op, shape, dtype, device):
@@ -129,9 +176,9 @@ def _calls(op, shape, dtype, device):
     return call, variant.check
 
 
-def _with_tile(call, tile):
+def _within(use, tile, call):
     def forced():
-        with use_tile(tile):
+        with use(tile):
             call()
 
     return forced

@@ -14,7 +14,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from rir_kernels.dispatch import watched
-from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks
+from rir_kernels.triton.cost import (
+    H200,
+    Gpu,
+    Problem,
+    accumulators,
+    cdiv,
+    clocks,
+    power_of_two_at_least,
+    power_of_two_dividing,
+)
 from rir_kernels.triton.measured import measured_tile
 from rir_kernels.triton.tile import ConvConfig
 
@@ -29,14 +38,6 @@ class RowsConfig:
     block_c: int
     steps: int
     num_warps: int
-
-
-def power_of_two_at_least(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
-def power_of_two_dividing(n: int) -> int:
-    return n & -n
 
 
 def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
@@ -77,15 +78,20 @@ MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
 
 
-@contextlib.contextmanager
-def use_tile(tile: ConvConfig) -> Iterator[None]:
+def use_tile(tile: ConvConfig) -> contextlib.AbstractContextManager[None]:
     """Within it every convolution of this thread takes that tile: to measure it, and to test it."""
-    token = _forced.set(tile)
+    return forced(_forced, tile)
+
+
+@contextlib.contextmanager
+def forced(variable: ContextVar, tile) -> Iterator[None]:
+    """Within it the variable holds the tile, and every launch is made anew."""
+    token = variable.set(tile)
     try:
         with watched():
             yield
     finally:
-        _forced.reset(token)
+        variable.reset(token)
 
 
 def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvConfig:

@@ -160,3 +160,11 @@ def residents(tile: ConvConfig, problem: Problem, gpu: Gpu) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def power_of_two_at_least(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def power_of_two_dividing(n: int) -> int:
+    return n & -n

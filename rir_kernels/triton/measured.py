@@ -7,37 +7,43 @@ import functools
 from pathlib import Path
 
 from rir_kernels.device_files import read_entries, slug
-from rir_kernels.triton.cost import Gpu, Problem, accumulators, stage_bytes
+from rir_kernels.triton import cost, wgrad_cost
+from rir_kernels.triton.cost import Gpu, Problem, stage_bytes
 from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.wgrad_cost import WgradProblem, WgradTile, can_skip, shared_bytes, walks
 
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("tiles")
 
 
 def measured_tile(problem: Problem, gpu: Gpu) -> ConvConfig | None:
-    """The fastest tile that was found for this problem on this GPU, None where nobody looked."""
-    return _load(FOLDER / f"{slug(gpu.name)}.json", gpu).get(problem) if gpu.name else None
+    """The convolution's fastest tile that was found for this problem on this GPU, None where nobody looked."""
+    return _measured("tiles", _entry, problem, gpu)
+
+
+def measured_wgrad_tile(problem: WgradProblem, gpu: Gpu) -> WgradTile | None:
+    """The weight gradient's, likewise."""
+    return _measured("wgrad_tiles", _wgrad_entry, problem, gpu)
+
+
+def _measured(field, parse, problem, gpu):
+    return _load(FOLDER / f"{slug(gpu.name)}.json", field, parse, gpu).get(problem) if gpu.name else None
 
 
 @functools.cache
-def _load(path, gpu):
+def _load(path, field, parse, gpu):
     return read_entries(
-        path, SCHEMA, "tiles", lambda entry: _entry(entry, gpu),
+        path, SCHEMA, field, lambda entry: parse(entry, gpu),
         instead="tiles are chosen by rule", command="bench tune",
     )  # fmt: skip
 
 
 def _entry(entry, gpu):
     """(problem, tile); ValueError for what no launcher should be handed."""
-    problem = Problem(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry["problem"].items()})
-    tile = ConvConfig(**{**entry["tile"], "box": tuple(entry["tile"]["box"])})
-    sizes = (*tile.box, tile.block_c, tile.block_k, tile.num_warps)
-    if not all(isinstance(size, int) and 1 <= size <= 256 and size & (size - 1) == 0 for size in sizes):
-        raise ValueError(f"expected powers of two up to 256, got {tile}")
-    if len(tile.box) != 3 or tile.block_c * (4 if tile.fold else 1) < 64 or tile.num_warps not in (4, 8):
+    problem, tile = Problem(**_hashable(entry["problem"])), ConvConfig(**_hashable(entry["tile"]))
+    _check_sizes(tile, (*tile.box, tile.block_c, tile.block_k, tile.num_warps), (tile.groups, tile.rows))
+    if tile.block_c * (4 if tile.fold else 1) < 64:
         raise ValueError(f"not a tile: {tile}")
-    if not all(isinstance(number, int) and 1 <= number <= 8 for number in (tile.num_stages, tile.groups, tile.rows)):
-        raise ValueError(f"expected 1 to 8 stages, groups and rows, got {tile}")
     if tile.rows > 1 and (tile.box[1] > 1 or not problem.shares_rows):
         raise ValueError(f"rows are shared by boxes of one row, at stride 1: {tile}")
     if tile.skips is not False and (tile.skips is not True or tile.box[1:] != (1, 1) or not problem.has_border):
@@ -45,6 +51,41 @@ def _entry(entry, gpu):
     folds = problem.folds and min(tile.box[1:]) > 1 and tile.groups == tile.rows == 1 and not tile.skips
     if tile.fold is not False and (tile.fold is not True or not folds):
         raise ValueError(f"blocks of 2x2 pixels are of a 3x3 at stride 1, in even boxes, and of nothing else: {tile}")
-    if tile.num_stages * stage_bytes(tile, problem) > gpu.shared_bytes or accumulators(tile) > 255:
+    if tile.num_stages * stage_bytes(tile, problem) > gpu.shared_bytes or cost.accumulators(tile) > 255:
         raise ValueError(f"too large for {gpu}: {tile}")
     return problem, tile
+
+
+def _wgrad_entry(entry, gpu):
+    problem, tile = WgradProblem(**_hashable(entry["problem"])), WgradTile(**_hashable(entry["tile"]))
+    blocks = tile.block_co, tile.block_ci
+    _check_sizes(tile, (*tile.box, *blocks, tile.num_warps, tile.pack), (tile.rows,))
+    pixels = tile.box[0] * tile.box[1] * tile.box[2]
+    if min(pixels, *blocks) < 16 or type(tile.steps) is not int or not 1 <= tile.steps <= 256:
+        raise ValueError(f"not a tile: {tile}")
+    if tile.pack > 1 and (not problem.packs or problem.w % tile.pack):
+        raise ValueError(f"pixels that stand side by side are no channels there: {tile}")
+    if (tile.walk, tile.box) not in walks(problem, tile.pack, pixels):
+        raise ValueError(f"that walk has no such box: {tile}")
+    if tile.rows > 1 and (tile.walk == "rows" or not problem.shares_rows):
+        raise ValueError(f"rows are shared by boxes of one row, at stride 1: {tile}")
+    skips = can_skip(problem, tile.walk, tile.pack)
+    if tile.skips is not False and (tile.skips is not True or not skips):
+        raise ValueError(f"padding is skipped by boxes of one pixel, by a 3x3 at stride 1: {tile}")
+    if shared_bytes(problem, tile) > gpu.shared_bytes or wgrad_cost.accumulators(problem, tile) > 255:
+        raise ValueError(f"too large for {gpu}: {tile}")
+    return problem, tile
+
+
+def _hashable(fields):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _check_sizes(tile, sizes, counts):
+    """What all tiles have in common; `sizes` are powers of two, `counts` are of what is not unrolled far."""
+    if not all(isinstance(size, int) and 1 <= size <= 256 and size & (size - 1) == 0 for size in sizes):
+        raise ValueError(f"expected powers of two up to 256, got {tile}")
+    if len(tile.box) != 3 or tile.num_warps not in (4, 8):
+        raise ValueError(f"not a tile: {tile}")
+    if not all(isinstance(count, int) and 1 <= count <= 8 for count in (tile.num_stages, *counts)):
+        raise ValueError(f"expected 1 to 8 stages, groups and rows, got {tile}")

@@ -1,122 +1,45 @@
-"""The weight gradient's tile and how its pixels are split: by an analytic cost, as in `cost`, in clocks.
+"""The weight gradient's tile: the one that `wgrad_cost` finds fastest, unless one was measured.
 
 A function of shape, dtype and GPU alone, so every process and rank chooses, and rounds, the same. The candidates are
-the tiles that compile for sm_90 without spills; each is as fast as the slowest of
-
-    tensor cores     a wgmma of 64 x N takes N / 2 clocks
-    shared memory    its operands take 16 + N / 4 clocks, and what TMA writes passes there too
-    L2, memory       what the tiles load, and the two tensors once
-    its own chain    rows that share their input add to the same sums: the compiler waits for a product before the next
-
-lets it be. One program for each place on the GPU, all of equal length: what is uneven is the length of a unit. At the
-end every program writes its sums, and a second launch reads them all: that is the price of large tiles, and of many.
+the tiles that compile for sm_90 without spills.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from math import prod
 
-from rir_kernels.triton.config import power_of_two_at_least, power_of_two_dividing
-from rir_kernels.triton.cost import DRAIN, H200, L2_BYTES, SLICE, START, STEP, STORE_BYTES, Gpu, cdiv
+from rir_kernels.triton.config import forced
+from rir_kernels.triton.cost import H200, Gpu, power_of_two_at_least
+from rir_kernels.triton.measured import measured_wgrad_tile
+from rir_kernels.triton.wgrad_cost import (
+    WgradProblem,
+    WgradTile,
+    accumulators,
+    can_skip,
+    launches_clocks,
+    shared_bytes,
+    step_clocks,
+    tiles,
+    walks,
+)
 
-LAUNCH = 1600  # clocks until a further launch has begun
-LATENCY = 1000  # of a load
-RESTART = 800  # clocks until the pipeline of a further unit is full
 MAX_SUMS = 192  # a thread's, without spills
 MAX_ROWS, MAX_STAGES = 2, 3  # beside the most sums, or operands of tf32
-OTHER_REGISTERS = 72  # at most, beside the sums: as compiled
-OTHER_REGISTERS_OF_ROWS = 80  # where there are seven of them
-
-
-@dataclass(frozen=True)
-class WgradProblem:
-    """dz of n x h x w pixels and c_out channels; x of c_in channels.
-
-    shares_rows: whether neighbouring rows of dz meet the same rows of x.
-    has_border: whether the outer columns of the kernel meet padding alone in one column of pixels each.
-    packs: whether pixels that stand side by side may be taken as channels of one.
-    """
-
-    n: int
-    h: int
-    w: int
-    c_out: int
-    c_in: int
-    kernel: tuple[int, int]
-    padding_w: int
-    itemsize: int
-    tensor_cores: bool
-    shares_rows: bool
-    has_border: bool
-    packs: bool
-
-
-@dataclass(frozen=True)
-class WgradTile:
-    """Tile of the weight-gradient kernel, in pixels of `pack` pixels; the rest is explained in `wgrad`."""
-
-    walk: str
-    box: tuple[int, int, int]
-    rows: int
-    steps: int
-    block_co: int
-    block_ci: int
-    num_warps: int
-    num_stages: int
-    pack: int = 1
-    skips: bool = False
-
-
-@dataclass(frozen=True)
-class Split:
-    """How the units of all positions are dealt to the programs."""
-
-    positions: int
-    units: int  # of a position in the middle column of the kernel
-    edge_units: int  # of any other
-    total: int  # units
-    share: int  # of a program
-
-    @property
-    def programs(self) -> int:
-        return cdiv(self.total, self.share)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether no program has units of two positions."""
-        return self.units % self.share == 0 == self.edge_units % self.share
-
-    @property
-    def slots(self) -> int:
-        """Programs that a position has, at most."""
-        return self.units // self.share if self.is_even else cdiv(self.share - 1 + self.units, self.share)
-
-    @property
-    def parts(self) -> int:
-        """Programs of every position, summed: a program counts twice where it has units of two."""
-        return self.programs if self.is_even else self.programs + self.positions - 1
-
 
 _forced: ContextVar[WgradTile | None] = ContextVar("forced", default=None)
 
 
-@contextlib.contextmanager
-def use_wgrad_tile(tile: WgradTile) -> Iterator[None]:
+def use_wgrad_tile(tile: WgradTile) -> contextlib.AbstractContextManager[None]:
     """Within it every weight gradient of this thread takes that tile: to measure it, and to test it."""
-    token = _forced.set(tile)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return forced(_forced, tile)
 
 
 def wgrad_tile(problem: WgradProblem, gpu: Gpu = H200) -> WgradTile:
-    """The tile: the one that is forced, or that the rule finds."""
-    return _fitted(problem, _forced.get()) if _forced.get() else _cheapest(problem, gpu)
+    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds."""
+    tile = _forced.get()
+    return _chosen(problem, gpu) if tile is None else _fitted(problem, tile)
 
 
 def _fitted(problem, tile):
@@ -127,8 +50,8 @@ def _fitted(problem, tile):
 
 
 @functools.cache
-def _cheapest(problem, gpu):
-    return ranked_wgrad_tiles(problem, gpu)[0][1]
+def _chosen(problem, gpu):
+    return measured_wgrad_tile(problem, gpu) or ranked_wgrad_tiles(problem, gpu)[0][1]
 
 
 def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[float, WgradTile]]:
@@ -138,115 +61,13 @@ def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[flo
 
 
 def _in_best_steps(problem, tile, gpu):
-    step = _step(problem, tile)
+    step = step_clocks(problem, tile)
     same = (dataclasses.replace(tile, steps=steps) for steps in STEPS)
-    return min(((_launches(problem, tile, gpu, *step), tile) for tile in same), key=_first)
+    return min(((launches_clocks(problem, tile, gpu, *step), tile) for tile in same), key=_first)
 
 
 def _first(pair):
     return pair[0]
-
-
-def split(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> Split:
-    """Into one program for each place at most."""
-    blocks = cdiv(problem.c_out * tile.pack, tile.block_co) * cdiv(problem.c_in * tile.pack, tile.block_ci)
-    columns = packed_columns(problem, tile.pack)
-    n, h, w = tiles(problem, tile)
-    units = cdiv(n * h * w, tile.steps)
-    edge_units = cdiv(n * h * (w - tile.skips), tile.steps)
-    total = blocks * (units + (columns - 1) * edge_units)
-    places = gpu.sms * residents(problem, tile, gpu)
-    return Split(blocks * columns, units, edge_units, total, cdiv(total, places))
-
-
-def can_skip(problem: WgradProblem, walk: str, pack: int) -> bool:
-    """Whether pixels that meet padding alone can be left out: a tile is one column of pixels then."""
-    return problem.has_border and walk == "images" and problem.w > pack
-
-
-def packed_columns(problem: WgradProblem, pack: int) -> int:
-    """Columns of the kernel between packs of pixels: tap j of pixel a is floor((a + j - padding) / pack) packs off."""
-    last = (pack - 1 + problem.kernel[1] - 1 - problem.padding_w) // pack
-    return last + packed_padding(problem, pack) + 1
-
-
-def packed_padding(problem: WgradProblem, pack: int) -> int:
-    return cdiv(problem.padding_w, pack)
-
-
-def tiles(problem: WgradProblem, tile: WgradTile) -> tuple[int, int, int]:
-    """Along N, H and W."""
-    n, h, w = tile.box
-    return cdiv(problem.n, n), cdiv(problem.h, h * tile.rows), cdiv(problem.w // tile.pack, w)
-
-
-def clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> float:
-    """Both launches' time."""
-    return _launches(problem, tile, gpu, *_step(problem, tile))
-
-
-def _step(problem, tile):
-    """Clocks of a step of the loop: (where several programs take turns, where one is alone)."""
-    pixels = tile.box[0] * tile.box[1] * tile.box[2]
-    boxes = _x_boxes(problem, tile)
-    slices = pixels * problem.itemsize / SLICE
-    halves = problem.kernel[0] * tile.rows * tile.block_co / 64  # matrix products of 64 rows
-    tensor = halves * tile.block_ci / 2 * slices
-    written = tile.rows * tile.block_co + boxes * tile.block_ci  # channels
-    shared = (halves * (16 + tile.block_ci / 4) + written * SLICE / 128) * slices
-    c_out, c_in = _real_blocks(problem, tile)
-    l2 = (tile.rows * c_out + boxes * c_in) * problem.itemsize * pixels / L2_BYTES
-    busy = max(tensor, shared, l2)
-
-    waits = problem.kernel[0] * (tile.rows - 1)
-    alone = max(busy, tensor / (tile.num_warps // 4) + waits * DRAIN) + STEP
-    # a load is issued when all but the last row's products are done, and is needed num_stages - 1 steps later
-    late = LATENCY + l2 - tensor / tile.rows
-    if tile.num_stages == 2:
-        return busy, alone + max(0, late)
-    return busy, max(alone, late / (tile.num_stages - 2))
-
-
-def _launches(problem, tile, gpu, busy, alone):
-    together, cut = residents(problem, tile, gpu), split(problem, tile, gpu)
-    unit = max(together * tile.steps * busy, tile.steps * alone + RESTART)
-    tensors = problem.n * problem.h * problem.w * (problem.c_out + problem.c_in) * problem.itemsize
-    loop = max(cut.share * unit, tensors / (STORE_BYTES * gpu.sms))
-    c_out, c_in = _real_blocks(problem, tile)
-    sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
-    ends = 1 if cut.is_even else 1 + cdiv(cut.share, cut.units)
-    first = START + loop + together * ends * sums / STORE_BYTES
-    return first + LAUNCH + START + cut.parts * sums / (STORE_BYTES * gpu.sms)
-
-
-def _real_blocks(problem, tile):
-    """Channels of a block that there are, on average: (of dz, of x)."""
-    c_out, c_in = problem.c_out * tile.pack, problem.c_in * tile.pack
-    return c_out / cdiv(c_out, tile.block_co), c_in / cdiv(c_in, tile.block_ci)
-
-
-def _x_boxes(problem, tile):
-    return tile.rows + problem.kernel[0] - 1 if problem.shares_rows else problem.kernel[0]
-
-
-def accumulators(problem: WgradProblem, tile: WgradTile) -> int:
-    """Registers of a thread that hold sums."""
-    return problem.kernel[0] * tile.block_co * tile.block_ci // (32 * tile.num_warps)
-
-
-def shared_bytes(problem: WgradProblem, tile: WgradTile) -> int:
-    """Shared memory of a program: the pipeline's stages, and a few barriers."""
-    pixels = tile.box[0] * tile.box[1] * tile.box[2]
-    channels = tile.rows * tile.block_co + _x_boxes(problem, tile) * tile.block_ci
-    return tile.num_stages * pixels * channels * problem.itemsize + 1024
-
-
-def residents(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> int:
-    """Programs that one SM holds at a time."""
-    other = OTHER_REGISTERS if tile.rows <= 4 else OTHER_REGISTERS_OF_ROWS
-    registers = min(255, accumulators(problem, tile) + other)
-    by_registers = 65536 // (32 * tile.num_warps * registers)
-    return max(1, min(by_registers, gpu.shared_bytes // shared_bytes(problem, tile)))
 
 
 # of a unit: few, for each is a kernel of its own
@@ -289,20 +110,5 @@ def _blocks(problem, pack, rows):
 
 def _best_walk(problem, pack, pixels, rows):
     """The way to cut dz into tiles that wastes the fewest pixels: (walk, box), None where all are too large."""
-    ways = [way for way in _walks(problem, pack, pixels) if rows == 1 or way[0] != "rows"]
+    ways = [way for way in walks(problem, pack, pixels) if rows == 1 or way[0] != "rows"]
     return min(ways, key=lambda way: prod(tiles(problem, WgradTile(*way, rows, 0, 0, 0, 0, 0, pack))), default=None)
-
-
-def _walks(problem, pack, pixels):
-    """The ways to cut dz into tiles of that many pixels that a box with leading ones can read: (walk, box)."""
-    n, h, w = problem.n, problem.h, problem.w // pack
-    if w == power_of_two_dividing(w) and w <= pixels:
-        box_h = min(pixels // w, power_of_two_dividing(h))
-        box_n = pixels // (w * box_h)
-        # more images than one only where whole images are consecutive rows
-        if box_n == 1 or box_h == h:
-            yield "rows", (box_n, box_h, w)
-    if pixels <= max(16, power_of_two_at_least(n)):
-        yield "images", (pixels, 1, 1)
-    if pixels <= max(16, power_of_two_at_least(w)):
-        yield "row", (1, 1, pixels)

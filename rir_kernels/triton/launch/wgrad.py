@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.triton import wgrad_config
-from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE, power_of_two_at_least
-from rir_kernels.triton.cost import cdiv
+from rir_kernels.triton import wgrad_cost
+from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE
+from rir_kernels.triton.cost import cdiv, power_of_two_at_least
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
@@ -18,6 +18,7 @@ from rir_kernels.triton.launch.runtime import (
     uses_tensor_cores,
 )
 from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_kernel
+from rir_kernels.triton.wgrad_config import wgrad_tile
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
@@ -26,10 +27,10 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     dw = torch.empty((c_out, c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if dz.numel() == 0:
         return dw.zero_()
-    problem, gpu = _problem(dz, x, kernel, spec), gpu_of(x)
-    tile = wgrad_config.wgrad_tile(problem, gpu)
-    cut = wgrad_config.split(problem, tile, gpu)
-    columns = wgrad_config.packed_columns(problem, tile.pack)
+    problem, gpu = weight_grad_problem(dz, x, kernel, spec), gpu_of(x)
+    tile = wgrad_tile(problem, gpu)
+    cut = wgrad_cost.split(problem, tile, gpu)
+    columns = wgrad_cost.packed_columns(problem, tile.pack)
     packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
     partial = torch.empty(
         (cut.slots, packed["C_OUT"], kernel[0] * columns, packed["C_IN"]), dtype=torch.float32, device=x.device
@@ -50,7 +51,7 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
             **packed,
             KERNEL=(kernel[0], columns),
             STRIDE=spec.stride,
-            PAD=(spec.padding[0], wgrad_config.packed_padding(problem, tile.pack)),
+            PAD=(spec.padding[0], wgrad_cost.packed_padding(problem, tile.pack)),
             WALK=tile.walk,
             BOX=tile.box,
             ROWS=tile.rows,
@@ -85,11 +86,11 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     return dw
 
 
-def _problem(dz, x, kernel, spec):
+def weight_grad_problem(dz, x, kernel, spec) -> wgrad_cost.WgradProblem:
     n, c_out, h, w = dz.shape
     c_in, item = x.shape[1], x.element_size()
     packs = spec.stride[1] == 1 and x.shape[3] == w
-    return wgrad_config.WgradProblem(
+    return wgrad_cost.WgradProblem(
         n, h, w, c_out, c_in, tuple(kernel), spec.padding[1], item, uses_tensor_cores(x),
         shares_rows=spec.stride[0] == 1 and kernel[0] > 1 and h > 1,
         has_border=packs and kernel[1] == 3 and spec.padding[1] == 1,
