@@ -35,22 +35,27 @@ class Planned:
     written: bool  # the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
 
-    def gradients(self, tensors, needs) -> tuple | None:
+    def gradients(self, tensors, needs, sums=None, upstream=None) -> tuple | None:
         """The gradients of such a call, by a plan of their own; None where there can be none.
 
-        tensors: dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, as the registered op has them.
+        tensors: dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, as the registered op has them. sums: those of
+        the norm's backward, where they are known. upstream: z, mean, invstd, weight, bias and ReLU of the norm whose
+        output x is: where that can be, its sums follow the six gradients.
         """
+        *norm, relu = upstream or (None,) * 6
+        tensors = (*tensors, *(sums or (None, None)), *norm)
         metadata = _kind(tensors)
         if metadata is None:
             return None
-        kind = (*metadata, *needs)
+        kind = (*metadata, *needs, relu)
         if kind not in self._backward:
-            backward = functools.partial(
-                fused.backward, spec=self.spec, training=self.training, needs=needs, impl="triton"
-            )
-            self._backward[kind] = _recorded(backward, tensors)
+            self._backward[kind] = _recorded(functools.partial(self._gradients, needs, relu), tensors)
         plan = self._backward[kind]
         return None if plan is None else plan(tensors)
+
+    def _gradients(self, needs, relu, *tensors):
+        *tensors, dbeta, dgamma = tensors[:11]
+        return fused.backward(*tensors, self.spec, training=self.training, needs=needs, impl="triton")
 
 
 _planned: dict[tuple, Planned | None] = {}

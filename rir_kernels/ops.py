@@ -9,6 +9,7 @@ import dataclasses
 import torch
 
 from . import fused, recomputing
+from .chaining import Link
 from .layout import empty_channels_last
 from .spec import ConvBNActSpec
 
@@ -58,13 +59,18 @@ class ConvBNActFunction(torch.autograd.Function):
             )
         else:
             y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
-        if not (spec.post_norm and residuals):
-            recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         # after the norm the ReLU's mask is that of the sum, which z alone does not tell
-        mask = y if spec.relu and spec.post_norm and residuals else None
+        told_by_z = not (spec.post_norm and residuals)
+        if told_by_z:
+            recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
+        mask = None if told_by_z or not spec.relu else y
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
+        ctx.link = None
         ctx.call = planned, spec, training, impl, [residual.shape[1] for residual in residuals]
         if planned is not None:
+            ctx.ahead = _links((x, *residuals))
+            chained = training and told_by_z and spec.norm_scale == 1 and recomputing.saves_in_place()
+            ctx.link = Link((z, mean, invstd, bn_weight, bn_bias, spec.relu) if chained else None)
             return y
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -85,10 +91,15 @@ class ConvBNActFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 5], any(needed[_RESIDUALS:])]
         tensors = (dy, x, weight, z, mask, mean, invstd, bn_weight, bn_bias)
-        found = None if planned is None else planned.gradients(tensors, needs)
+        found = None
+        if planned is not None:
+            upstream = ctx.ahead.norm if ctx.ahead is not None and ctx.ahead.offers_sums() and needs[0] else None
+            found = planned.gradients(tensors, needs, ctx.link.take(dy), upstream)
         if found is None:
             found = torch.ops.rir_kernels.conv_bn_act_backward(*tensors, *_flat(spec), training, needs, impl)
-        *grads, dresidual = found
+        *grads, dresidual = found[:6]
+        if planned is not None and len(found) > 6:
+            ctx.ahead.leave(grads[0], found[6:])
         alike = (x, weight, x, bn_weight, bn_bias)  # in dtype; a bias has x's
         grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
         if grads[1] is not None and weight.is_contiguous():
@@ -98,6 +109,15 @@ class ConvBNActFunction(torch.autograd.Function):
             for channels, need in zip(residual_channels, needed[_RESIDUALS:], strict=True)
         ]
         return (*[None] * _X, *grads, *dresiduals)
+
+
+def _links(tensors):
+    """The link of the layer whose output the first tensor is, None where it is none's; each such layer is told."""
+    links = [t.grad_fn.link if isinstance(t.grad_fn, ConvBNActFunction._backward_cls) else None for t in tensors]
+    for link in links:
+        if link is not None:
+            link.consumers += 1
+    return links[0]
 
 
 class _FirstOrder(torch.autograd.Function):

@@ -44,6 +44,12 @@ def remember(y, z, mean, invstd, bn_weight, bn_bias, spec) -> None:
         outputs.add(y, _Recipe(z, mean, invstd, bn_weight, bn_bias, spec, y))
 
 
+def saves_in_place() -> bool:
+    """Whether what is saved for backward stays where it is: other hooks may move it, to a CPU's memory say."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None or hooks == (_pack, _unpack)
+
+
 class _Outputs:
     """The recipes of the outputs that are still alive, by their memory: autograd may save an alias of them."""
 
