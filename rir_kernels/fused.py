@@ -49,11 +49,18 @@ def forward(
     return y, z, statistics.mean, None, statistics.invstd
 
 
-def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec, *, training, needs, impl):
+def backward(
+    dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec,
+    *, training, needs, impl, upstream=None, sums=None,
+):  # fmt: skip
     """(dx, dweight, dbias, dgamma, dbeta, dresidual) as `needs` asks in that order, None elsewhere.
 
     y is given where the ReLU's mask is that of a sum after the norm. dresidual has all C_out channels. The gradients
     of the per-channel parameters are fp32.
+
+    upstream (`launch.batchnorm.Upstream`): the layer whose dy is this dx. There is a seventh result then: sum dy' and
+    sum dy' * xhat of that layer, if they came with dx, or None. Times its `norm_scale` they are its `sums`, which
+    spare it the reduction.
     """
     conv, wgrad, norm = _kernels(impl)
     need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
@@ -62,8 +69,8 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
     need_dz = need_x or need_weight or residual_is_dz
 
     dy = norm.evenly_spaced(dy)
-    sums = dx = dweight = dbias = dz = dresidual = None
-    if need_gamma or need_beta or need_bias or (training and need_dz):
+    dx = dweight = dbias = dz = dresidual = upstream_sums = None
+    if sums is None and (need_gamma or need_beta or need_bias or (training and need_dz)):
         sums = norm.bn_reduce(dy, z, y, **per_channel)
     if need_dz or need_residual:
         dz, dresidual = norm.bn_apply_grad(
@@ -71,7 +78,8 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
             need_dz=need_dz, need_dres=need_residual and spec.post_norm,
         )  # fmt: skip
     if need_x:
-        dx = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec)
+        dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
+        upstream_sums = None if partial is None else norm.bn_sum(partial, 1.0)
     if need_weight:
         dweight = wgrad.conv_weight_grad(dz, x, kernel=tuple(weight.shape[2:]), spec=spec)
     if need_bias:
@@ -81,7 +89,7 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
         else:
             dbias = (invstd if gamma is None else invstd * gamma.float()) * sums[0] * spec.conv_scale
     dbeta, dgamma = sums or (None, None)
-    return (
+    gradients = (
         dx,
         dweight,
         dbias,
@@ -89,3 +97,4 @@ def backward(dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec
         dbeta if need_beta else None,
         dz if residual_is_dz else dresidual,
     )
+    return gradients if upstream is None else (*gradients, upstream_sums)

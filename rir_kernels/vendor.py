@@ -25,15 +25,15 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
     return bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec), z if save_z else None
 
 
-def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
-    """dx of the given shape."""
+def conv_data_grad(dz, weight, *, shape, spec, upstream=None) -> tuple[torch.Tensor, None]:
+    """dx of the given shape; no sums of the layer upstream."""
     dx = torch.nn.grad.conv2d_input(shape, weight, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
     dx = dense_channels_last(dx)
     if spec.conv_scale != 1.0:
         dx *= spec.conv_scale
     if spec.shortcut_channels:
         spec.shortcut(dx).add_(dz[:, : spec.shortcut_channels])
-    return dx
+    return dx, None
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:

@@ -137,7 +137,7 @@ def _launcher(impl, op, t):
         ),
         "data_grad": (
             lambda: convolution.conv_data_grad(t.dz, t.weight, shape=t.x.shape, spec=spec),
-            lambda dx: {"dx": dx},
+            lambda found: {"dx": found[0]},
         ),
         "weight_grad": (
             lambda: gradient.conv_weight_grad(t.dz, t.x, kernel=tuple(t.weight.shape[2:]), spec=spec),

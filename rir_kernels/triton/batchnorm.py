@@ -9,13 +9,22 @@ the gradients are, with s1 = branch_scale * sum(dy') and s2 = branch_scale * sum
 
     dbeta = s1,   dgamma = s2,   dz = gamma * invstd * (branch_scale * dy' - s1 / n - xhat * s2 / n)
 
-(Ioffe and Szegedy 2015, section 3). Where the running statistics were used the two means drop out of dz.
+(Ioffe and Szegedy 2015, section 3). Where the running statistics were used the two means drop out of dz. Where the
+layer behind computes dy, its data gradient can compute both sums beside it (`conv`); the reduction is not needed then.
 """
 
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.pointwise import load_channels, merge_moments, normalize, relu, tile_moments, wait_ahead
+from rir_kernels.triton.pointwise import (
+    load_channels,
+    merge_moments,
+    normalize,
+    relu,
+    relu_grad,
+    tile_moments,
+    wait_ahead,
+)
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -203,8 +212,7 @@ def _masked_grad(
             u = _load_rows(y_ptr, row, channel, C, C, is_row)
         else:
             u = normalize(z, mean, invstd, gamma, beta)
-        # not (u <= 0): where u is NaN the gradient passes, as in torch
-        dy = tl.where(u <= 0, 0.0, dy)
+        dy = relu_grad(dy, u)
     return dy
 
 

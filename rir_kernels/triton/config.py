@@ -73,6 +73,8 @@ def channel_block(c: int) -> int:
 
 # sums that a thread's registers hold without spills, in every epilogue: as compiled
 MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
+# by bytes an element: likewise where the data gradient reads the z of the layer upstream
+MAX_SUMS_UPSTREAM = {2: 192, 4: 128}
 
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)

@@ -22,12 +22,13 @@ Epilogue, in this order, each part optional:
     z = branch_scale * (acc + bias) + addends             ("pre_norm"; the addends carry the identity)
     per-tile mean, M2 and count of z                      (training)
     y = act(norm(z))  or  act(branch_scale * norm(acc + bias) + addends)    (inference; the latter under "post_norm")
+    per-tile sum of dy' and of dy' * xhat, if dx = dy of the layer upstream  (data gradient; as defined in `batchnorm`)
 """
 
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.pointwise import load_channels, normalize, relu, wait_ahead
+from rir_kernels.triton.pointwise import load_channels, normalize, relu, relu_grad, wait_ahead
 from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first, sum_folded
 
 
@@ -78,6 +79,28 @@ def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr):
 
 
 @triton.jit
+def _zero_beyond(accs, n, h, w, N, H, W, BOX: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """accs, zero at pixels beyond the image."""
+    masked = ()
+    for group in tl.static_range(GROUPS):
+        for row in tl.static_range(ROWS):
+            is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+            masked += (tl.where(is_pixel[None, :], accs[group * ROWS + row], 0.0),)
+    return masked
+
+
+@triton.jit
+def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
+    """Sum dy' and sum dy' * xhat [BLOCK_C] of a tile [BLOCK_C, P], as `batchnorm` reduces them.
+
+    dy is zero beyond the image. invstd is left for the sums: xhat may be infinite there, and z - mean is not.
+    """
+    if RELU:
+        dy = relu_grad(dy, normalize(z, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None]))
+    return tl.sum(dy, 1), tl.sum(dy * (z - mean[:, None]), 1) * invstd
+
+
+@triton.jit
 def store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the rows are not 16-byte aligned."""
     if isinstance(out, tl.tensor_descriptor):
@@ -107,6 +130,12 @@ def _conv_fwd_kernel(
     tile_mean_ptr,  # [tiles, C] fp32, or None: no statistics
     tile_m2_ptr,
     tile_count_ptr,  # [tiles] fp32
+    upstream_desc,  # data gradient: z [N, H, W, C] of the layer whose y is this one's x; or None, as are the next four
+    upstream_mean_ptr,  # [C]
+    upstream_invstd_ptr,
+    upstream_gamma_ptr,
+    upstream_beta_ptr,
+    partial_ptr,  # [tiles, 2, C] fp32: its sum dy', sum dy' * xhat; or None
     N,
     H,
     W,
@@ -125,7 +154,7 @@ def _conv_fwd_kernel(
     SIGN: tl.constexpr,  # 1: forward; -1: the data gradient at stride 1
     WEIGHT_T: tl.constexpr,
     POST_NORM: tl.constexpr,
-    RELU: tl.constexpr,
+    RELU: tl.constexpr,  # of y; with partial sums, of the layer upstream
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
@@ -182,6 +211,10 @@ def _conv_fwd_kernel(
 
     # a row's count of pixels is zero, or less, beneath the image
     count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
+    if partial_ptr is not None:
+        # here, before addends that are zero there, and not in the sums, where the masks would take too many registers
+        if count < P * ROWS:
+            accs = _zero_beyond(accs, n, h, w, N, H, W, BOX, GROUPS, ROWS)
     for group in tl.static_range(GROUPS):
         c = first_c + group * BLOCK_C
         channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -202,6 +235,9 @@ def _conv_fwd_kernel(
             tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)
             tl.store(tile_count_ptr + tile, count.to(tl.float32), mask=c == 0)
 
+        if partial_ptr is not None:
+            sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
+            sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
         for row in tl.static_range(ROWS):
             acc = tiles[row]
             is_pixel, pixel_offset = pixels(n, h + row, w, N, H, W, stride_n, stride_h, stride_w, BOX)  # [P]
@@ -220,4 +256,19 @@ def _conv_fwd_kernel(
                     acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
                 if RELU:
                     acc = relu(acc)
+            if partial_ptr is not None:
+                acc = acc.to(x00_desc.dtype).to(tl.float32)  # the sums are those of the numbers that are stored
             store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+            if partial_ptr is not None:
+                z = load_addend(upstream_desc, n, h + row, w, c, BOX, BLOCK_C)
+                mean = load_channels(upstream_mean_ptr, channel, C, 0.0)
+                invstd = load_channels(upstream_invstd_ptr, channel, C, 1.0)
+                gamma = load_channels(upstream_gamma_ptr, channel, C, 1.0)
+                beta = load_channels(upstream_beta_ptr, channel, C, 0.0)
+                row_dy, row_dy_xhat = _upstream_sums(acc, z, mean, invstd, gamma, beta, RELU)
+                sum_dy += row_dy
+                sum_dy_xhat += row_dy_xhat
+        if partial_ptr is not None:
+            sums = partial_ptr + tile.to(tl.int64) * (2 * C) + channel
+            tl.store(sums, sum_dy, mask=is_channel)
+            tl.store(sums + C, sum_dy_xhat, mask=is_channel)

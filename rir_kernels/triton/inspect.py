@@ -111,6 +111,13 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
         conv.conv_infer(x, weight, bias=None, residuals=(), spec=spec, var=channels, save_z=False, **norm)
         op = "data gradient"
         conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
+        op = "data gradient, sums"
+        upstream = batchnorm.Upstream(x, *[torch.empty(shape.c_in, device="meta")] * 4, relu=True)
+        _, partial = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
+        if partial is None:  # there are none: it was the kernel of before
+            compiled = [entry for entry in compiled if entry[0] != op]
+        else:
+            batchnorm.bn_sum(partial, 1.0)
         op = "weight gradient"
         wgrad.conv_weight_grad(z, x, kernel=(shape.kernel,) * 2, spec=spec)
         op = "norm, forward"

@@ -43,6 +43,12 @@ def relu(v):
 
 
 @triton.jit
+def relu_grad(dy, u):
+    """dy where relu(u) let u pass. Not (u <= 0): where u is NaN the gradient passes, as in torch."""
+    return tl.where(u <= 0, 0.0, dy)
+
+
+@triton.jit
 def merge_moments(count, mean, m2, count_b, mean_b, m2_b):
     """Chan et al.'s pairwise update of (count, mean, sum of squared deviations); either side may be empty."""
     total = count + count_b

@@ -28,7 +28,10 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path):
         for dtype in inspect.GATED:
             mine = [row for row in rows if (row["shape"], row["dtype"]) == (shape.name, dtype)]
             convolutions = [row for row in mine if row["kernel"].startswith("_conv")]
-            assert {row["op"] for row in convolutions} == OPS
+            # not with rows that are not aligned, nor where 192 fp32 sums leave no registers for z
+            large = dtype == "tf32" and shape.name in ("192@16", "384@8")
+            sums = {"data gradient, sums"} if shape.stride == 1 and shape.c_in > 3 and not large else set()
+            assert {row["op"] for row in convolutions} == OPS | sums
             # strides of two have a data gradient of their own; a weight that cannot be read in place is packed
             kernels = {row["kernel"] for row in mine} - {"_pack_weight_kernel"}
             assert len(kernels) == (10 if shape.stride == 1 else 11)
@@ -75,7 +78,7 @@ for shape, tile in (
     rows = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
     print(len(rows), *(fault for row in rows for fault in row.faults))
 """)  # fmt: skip
-    assert done.stdout.split() == ["4"] * 5, done.stdout + done.stderr
+    assert done.stdout.split() == ["5"] * 5, done.stdout + done.stderr
 
 
 FOUND = {

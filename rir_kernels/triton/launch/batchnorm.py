@@ -42,6 +42,21 @@ class Statistics:
     invstd: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """The layer whose output alone was this one's input: y = act(norm(z)), nothing added after the norm.
+
+    So the gradient of this layer's input is that layer's dy, and its mask is told by z.
+    """
+
+    z: torch.Tensor
+    mean: torch.Tensor
+    invstd: torch.Tensor
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    relu: bool
+
+
 def bn_stats(z) -> TileMoments:
     """Statistics of a tensor that no kernel of ours wrote."""
     c = z.shape[1]
@@ -119,16 +134,23 @@ def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tenso
     config = rows_config(rows, c)
     splits = cdiv(rows, config.block_m * config.steps)
     partial = torch.empty((splits, 2, c), dtype=torch.float32, device=z.device)
-    dbeta, dgamma = (torch.empty(c, dtype=torch.float32, device=z.device) for _ in range(2))
-    block_c = 8
     with device_guard(z):
         launch(
             _bn_reduce_bwd_kernel, splits * cdiv(c, config.block_c),
             dy, z, y, mean, invstd, gamma, beta, partial, rows, config.steps, _pitch(dy),
             C=c, RELU=spec.relu, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
+    return bn_sum(partial, spec.norm_scale)
+
+
+def bn_sum(partial, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dbeta, dgamma), fp32: `scale` times the sums over partial [splits, 2, C], in a fixed order."""
+    splits, _, c = partial.shape
+    dbeta, dgamma = (torch.empty(c, dtype=torch.float32, device=partial.device) for _ in range(2))
+    block_c = 8
+    with device_guard(partial):
         launch(
-            _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, splits, float(spec.norm_scale),
+            _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, splits, float(scale),
             C=c, BLOCK_S=min(512, power_of_two_at_least(splits)), BLOCK_C=block_c,
         )  # fmt: skip
     return dbeta, dgamma

@@ -8,11 +8,11 @@ from math import prod
 import torch
 
 from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.config import conv_config
+from rir_kernels.triton.config import MAX_SUMS_UPSTREAM, conv_config
 from rir_kernels.triton.conv import _conv_fwd_kernel
-from rir_kernels.triton.cost import Problem, cdiv
+from rir_kernels.triton.cost import Problem, accumulators, cdiv
 from rir_kernels.triton.dgrad import _conv_bwd_data_kernel
-from rir_kernels.triton.launch.batchnorm import TileMoments
+from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.launch.runtime import (
     describable,
@@ -22,6 +22,7 @@ from rir_kernels.triton.launch.runtime import (
     dot_precision,
     gpu_of,
     has_aligned_rows,
+    is_describable,
     launch,
     uses_tensor_cores,
 )
@@ -43,11 +44,17 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
     return y, z
 
 
-def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
-    """dx of the given shape: the transposed convolution of dz, plus dz itself on the shortcut's channels."""
+def conv_data_grad(
+    dz, weight, *, shape, spec, upstream: Upstream | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dx of the given shape: the transposed convolution of dz, plus dz itself on the shortcut's channels.
+
+    With the layer upstream, whose dy it is, also the partial sums of that layer's reduction, for `bn_sum`; None where
+    they are not computed: at strides of two, where z is not aligned, and where the tile leaves no registers for it.
+    """
     dx = empty_channels_last(shape, dz)
     if dx.numel() == 0:
-        return dx
+        return dx, None
     dz = describable(dz)
     # 16-bit operands can be read transposed from shared memory; fp32 ones cannot
     weight_t = dz.element_size() == 2
@@ -60,11 +67,12 @@ def conv_data_grad(dz, weight, *, shape, spec) -> torch.Tensor:
         "weight_t": weight_t,
     }
     packed = pack_weight(weight, transposed=not weight_t)
-    if spec.stride == (1, 1):
-        _launch_tiles([dz, None, None, None], packed, dx, gradient=True, **gradient)
-    else:
+    if spec.stride != (1, 1):
         _launch_planes(dz, packed, dx, **gradient)
-    return dx
+        return dx, None
+    if upstream is not None and not is_describable(upstream.z):
+        upstream = None
+    return dx, _launch_tiles([dz, None, None, None], packed, dx, gradient=True, upstream=upstream, **gradient)
 
 
 def _launch(x, weight, out, *, residuals, spec, **epilogue):
@@ -105,8 +113,10 @@ def _launch_tiles(
     norm=(None, None, None, None),
     statistics=False,
     gradient=False,
+    upstream=None,
     weight_t=False,
-) -> TileMoments | None:
+) -> TileMoments | torch.Tensor | None:
+    """Returns what the epilogue gathers tile by tile: the statistics of z, or the sums of the layer upstream."""
     n, _, h, w = out.shape
     padding = _padding(kernel, spec, gradient) if spec.stride == (1, 1) else None
     problem = Problem(n, h, w, c, k, kernel, out.element_size(), padding)
@@ -114,6 +124,7 @@ def _launch_tiles(
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
+    upstream_args, partial, relu = [None] * 5, None, spec.relu
 
     def described(tensor, block, box=config.box):
         return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
@@ -134,6 +145,11 @@ def _launch_tiles(
     weight = packed_weight.mT if weight_t else packed_weight
     scale = spec.conv_scale if gradient else spec.branch_scale
     addends = [described(addend, config.block_c) for addend in addends]
+    if upstream is not None and accumulators(config) <= MAX_SUMS_UPSTREAM[out.element_size()]:
+        z = described(upstream.z, config.block_c)
+        upstream_args = [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta]
+        partial = torch.empty((tiles, 2, c), dtype=torch.float32, device=out.device)
+        relu = upstream.relu
     with device_guard(out):
         launch(
             _conv_fwd_kernel,
@@ -149,6 +165,8 @@ def _launch_tiles(
             moments.mean if statistics else None,
             moments.m2 if statistics else None,
             moments.count if statistics else None,
+            *upstream_args,
+            partial,
             n,
             h,
             w,
@@ -165,7 +183,7 @@ def _launch_tiles(
             SIGN=-1 if gradient else 1,
             WEIGHT_T=weight_t,
             POST_NORM=spec.post_norm and not gradient,
-            RELU=spec.relu,
+            RELU=relu,
             BOX=config.box,
             BLOCK_C=config.block_c,
             GROUPS=config.groups,
@@ -178,7 +196,7 @@ def _launch_tiles(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return moments
+    return moments if statistics else partial
 
 
 def _launch_planes(dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight_t) -> None:

@@ -90,15 +90,21 @@ def describable(x: torch.Tensor) -> torch.Tensor:
     In place: channels innermost, base and pixel strides multiples of 16 bytes; a slice of channels of a larger
     tensor qualifies. Strides of dimensions of size one mean nothing and are ignored.
     """
+    if is_describable(x):
+        return x
+    n, c, h, w = x.shape
+    pitch = aligned_channels(c, x.element_size())
+    copy = torch.empty_strided((n, c, h, w), (h * w * pitch, 1, w * pitch, pitch), dtype=x.dtype, device=x.device)
+    return copy.copy_(x)
+
+
+def is_describable(x: torch.Tensor) -> bool:
+    """Whether a descriptor can read x (N, C, H, W) in place."""
     item = x.element_size()
     innermost = x.shape[1] == 1 or x.stride(1) == 1
     pixel_strides = [x.stride(dim) for dim in (0, 2, 3) if x.shape[dim] > 1]
-    if innermost and x.data_ptr() % ALIGNMENT == 0 and all(s > 0 and s * item % ALIGNMENT == 0 for s in pixel_strides):
-        return x
-    n, c, h, w = x.shape
-    pitch = aligned_channels(c, item)
-    copy = torch.empty_strided((n, c, h, w), (h * w * pitch, 1, w * pitch, pitch), dtype=x.dtype, device=x.device)
-    return copy.copy_(x)
+    aligned = all(stride > 0 and stride * item % ALIGNMENT == 0 for stride in pixel_strides)
+    return innermost and aligned and x.data_ptr() % ALIGNMENT == 0
 
 
 def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor:
