@@ -40,22 +40,36 @@ class Planned:
 
         tensors: dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, as the registered op has them. sums: those of
         the norm's backward, where they are known. upstream: z, mean, invstd, weight, bias and ReLU of the norm whose
-        output x is: where that can be, its sums follow the six gradients.
+        output x is: its sums follow the six gradients, or None twice where they were not computed.
         """
         *norm, relu = upstream or (None,) * 6
-        tensors = (*tensors, *(sums or (None, None)), *norm)
-        metadata = _kind(tensors)
+        every = (*tensors, *(sums or (None, None)), *norm)
+        metadata = _kind(every)
         if metadata is None:
             return None
         kind = (*metadata, *needs, relu)
         if kind not in self._backward:
-            self._backward[kind] = _recorded(functools.partial(self._gradients, needs, relu), tensors)
+            backward = functools.partial(self._gradients, needs, upstream is not None, relu)
+            self._backward[kind] = _recorded(backward, every)
         plan = self._backward[kind]
-        return None if plan is None else plan(tensors)
+        if plan is None:
+            return None
+        dx, dweight, dbias, dgamma, dbeta, *rest = plan(every)
+        if sums is not None:  # which a plan does not hand out: they were handed in
+            dbeta, dgamma = sums
+        return dx, dweight, dbias, dgamma, dbeta, *rest
 
-    def _gradients(self, needs, relu, *tensors):
-        *tensors, dbeta, dgamma = tensors[:11]
-        return fused.backward(*tensors, self.spec, training=self.training, needs=needs, impl="triton")
+    def _gradients(self, needs, has_upstream, relu, *tensors):
+        norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
+        sums, upstream = tensors[9:11], norm.Upstream(*tensors[11:], relu) if has_upstream else None
+        given = sums[0] is not None
+        if given:
+            needs = [*needs[:3], False, False, needs[5]]
+        gradients = fused.backward(
+            *tensors[:9], self.spec, training=self.training, needs=needs, impl="triton",
+            upstream=upstream, sums=sums if given else None,
+        )  # fmt: skip
+        return (*gradients[:6], *(gradients[6] or (None, None))) if has_upstream else gradients
 
 
 _planned: dict[tuple, Planned | None] = {}

@@ -98,7 +98,7 @@ class ConvBNActFunction(torch.autograd.Function):
         if found is None:
             found = torch.ops.rir_kernels.conv_bn_act_backward(*tensors, *_flat(spec), training, needs, impl)
         *grads, dresidual = found[:6]
-        if planned is not None and len(found) > 6:
+        if len(found) > 6 and found[6] is not None:
             ctx.ahead.leave(grads[0], found[6:])
         alike = (x, weight, x, bn_weight, bn_bias)  # in dtype; a bias has x's
         grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
