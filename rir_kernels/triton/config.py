@@ -73,8 +73,6 @@ def channel_block(c: int) -> int:
 
 # sums that a thread's registers hold without spills, in every epilogue: as compiled
 MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
-# by bytes an element: likewise where the data gradient reads the z of the layer upstream
-MAX_SUMS_UPSTREAM = {2: 192, 4: 128}
 
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
@@ -114,6 +112,11 @@ def _chosen(problem, tensor_cores, gpu):
         box = pixel_box(problem.n, problem.h, problem.w, pixels)
         return ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
     return measured_tile(problem, gpu) or ranked_tiles(problem, gpu)[0][1]
+
+
+def holds_upstream(tile: ConvConfig, itemsize: int) -> bool:
+    """Whether a thread's registers hold the z of the layer upstream beside the tile's sums: as compiled."""
+    return accumulators(tile) <= (MAX_SUMS_FOLDED if tile.fold else MAX_SUMS if itemsize == 2 else MAX_SUMS_OF_ROWS)
 
 
 def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:

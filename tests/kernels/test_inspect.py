@@ -60,7 +60,10 @@ print(all(row.spills and not row.passed for row in spilled), len(spilled))
 
 
 def test_the_kinds_of_tiles_that_the_rule_may_not_choose_compile_clean():
-    """Tuning may choose them: taps of padding skipped, twice 128 channels, three times 64, blocks of 2x2 pixels."""
+    """Tuning may choose them: taps of padding skipped, twice 128 channels, three times 64, blocks of 2x2 pixels.
+
+    Of the larger ones of the last kind the data gradient leaves the sums of the layer upstream alone.
+    """
     done = _python("-c", """
 from rir_kernels.triton import config, inspect
 from rir_kernels.triton.shapes import Shape
@@ -78,7 +81,7 @@ for shape, tile in (
     rows = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
     print(len(rows), *(fault for row in rows for fault in row.faults))
 """)  # fmt: skip
-    assert done.stdout.split() == ["5"] * 5, done.stdout + done.stderr
+    assert done.stdout.split() == ["5", "5", "5", "4", "5"], done.stdout + done.stderr
 
 
 FOUND = {

@@ -1,11 +1,14 @@
 """The sums of the layer upstream, which the data gradient computes beside dx, against its own reduction and fp64."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from rir_kernels import fused
 from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import use_tile
+from rir_kernels.triton.config import holds_upstream, use_tile
+from rir_kernels.triton.tile import ConvConfig
 
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 from .test_tiles import TILES
@@ -137,7 +140,7 @@ def test_the_mask_of_a_nan_and_what_lies_beyond_the_image(target):
 
 @targets
 def test_where_they_are_not_computed(target):
-    """Rows that no descriptor can read, strides of two, and no pixels: the reduction is left to the layer upstream."""
+    """Rows that no descriptor reads, strides of two, no pixels, large tiles: reducing is left to the layer upstream."""
     from rir_kernels.triton.launch import batchnorm, conv
 
     for c_in, stride, n in ((5, 1, 2), (8, 2, 2), (8, 1, 0)):
@@ -148,6 +151,15 @@ def test_where_they_are_not_computed(target):
         dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)
         assert partial is None
         assert torch.equal(dx, conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec)[0])
+    large = ConvConfig((4, 8, 8), 64, 32, num_warps=8, num_stages=2, groups=3)  # 192 sums: 16 bits leave room for z
+    assert holds_upstream(large, 2) and not holds_upstream(large, 4)
+    folded = ConvConfig((2, 16, 16), 32, 32, num_warps=8, num_stages=2, fold=True)
+    assert holds_upstream(folded, 2) and not holds_upstream(dataclasses.replace(folded, num_warps=4), 2)
+    spec = ConvBNActSpec(padding=(1, 1))
+    z, weight = rand((1, 8, 4, 4), target, seed=1), rand((8, 8, 3, 3), target, seed=2)
+    upstream = batchnorm.Upstream(z, *_channels(z, seed=4), relu=True)
+    with use_tile(dataclasses.replace(large, num_warps=4)):
+        assert conv.conv_data_grad(z, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)[1] is None
 
 
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])

@@ -8,9 +8,9 @@ from math import prod
 import torch
 
 from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.config import MAX_SUMS_UPSTREAM, conv_config
+from rir_kernels.triton.config import conv_config, holds_upstream
 from rir_kernels.triton.conv import _conv_fwd_kernel
-from rir_kernels.triton.cost import Problem, accumulators, cdiv
+from rir_kernels.triton.cost import Problem, cdiv
 from rir_kernels.triton.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
 from rir_kernels.triton.launch.packing import pack_weight
@@ -145,7 +145,7 @@ def _launch_tiles(
     weight = packed_weight.mT if weight_t else packed_weight
     scale = spec.conv_scale if gradient else spec.branch_scale
     addends = [described(addend, config.block_c) for addend in addends]
-    if upstream is not None and accumulators(config) <= MAX_SUMS_UPSTREAM[out.element_size()]:
+    if upstream is not None and holds_upstream(config, out.element_size()):
         z = described(upstream.z, config.block_c)
         upstream_args = [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta]
         partial = torch.empty((tiles, 2, c), dtype=torch.float32, device=out.device)
