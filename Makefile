@@ -20,8 +20,12 @@ endif
 # test processes: one a core, but a GPU is not shared
 WORKERS ?= $(if $(filter cuda,$(TORCH)),0,auto)
 
+# where `make gpu` leaves its results
+OUT ?= bench/results/h200
+PIECE = --minutes 9 --out $(OUT)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-long lint format inspect clean
+.PHONY: help demo bench gpu test test-long lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -32,6 +36,19 @@ demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
 
 bench: $(READY) ## the benchmark: every layer beside its peers; ARGS="layers --quick" for a first look
 	$(PY) -m bench $(ARGS)
+
+gpu: $(READY) ## on a GPU, an hour and a half: its tests, tiles tuned, everything measured into OUT
+	$(PY) -m pytest -q -m gpu tests
+	$(PY) -m bench tune --dtype bf16 --minutes 9 --out rir_kernels/triton/tiles
+	$(PY) -m bench kernels --dtype bf16 $(PIECE)
+	$(PY) -m bench layers --ops rir_layer --dtype bf16 $(PIECE)
+	$(PY) -m bench models --dtype bf16 $(PIECE)
+	$(PY) -m bench layers --ops basic_block rir_block --dtype bf16 --name blocks $(PIECE)
+	$(PY) -m bench layers --ops rir_layer --dtype fp16 fp32 --name layers-fp16-fp32 $(PIECE)
+	RIR_KERNELS_OVERLAP=1 $(PY) -m bench layers --ops rir_layer --dtype bf16 --minutes 9 --out $(OUT)-overlap
+	$(PY) -m bench choose $(OUT)
+	$(PY) -m bench report $(OUT)
+	$(PY) -m bench headline
 
 test: $(READY) ## the tests, without those marked long
 	$(PY) -m pytest -q -n $(WORKERS) -m "not long" $(or $(ARGS),tests)

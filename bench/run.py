@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.dispatch import tf32_allowed
+from rir_kernels.dispatch import overlap_asked, tf32_allowed
 
 from . import console, peers, provenance, timing
 from .case import Case
@@ -106,6 +106,7 @@ def _results(device, settings, selection, command, absent):
             "quick": selection.quick,
             "tf32": tf32_allowed(),
             "cudnn_benchmark": True,
+            "overlap": overlap_asked(),
         },
         ceilings={},
         absent=absent,

@@ -152,6 +152,11 @@ def _require_kernels(impl, x):
         )
 
 
+def overlap_asked() -> bool:
+    """Whether launches are to overlap the one ahead of them (programmatic dependent launch)."""
+    return os.environ.get("RIR_KERNELS_OVERLAP") == "1"
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

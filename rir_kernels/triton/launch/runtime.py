@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -10,7 +9,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch import interpreting, tf32_allowed, watched
+from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watched
 from rir_kernels.triton.cost import H200, Gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
@@ -36,9 +35,7 @@ def overlaps() -> bool:
 
     A kernel waits by itself before it touches memory (`pointwise.wait_ahead`), so results are the same.
     """
-    if os.environ.get("RIR_KERNELS_OVERLAP") != "1" or interpreting():
-        return False
-    return driver.active.get_current_target().arch >= 90
+    return overlap_asked() and not interpreting() and driver.active.get_current_target().arch >= 90
 
 
 @contextlib.contextmanager
