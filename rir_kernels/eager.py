@@ -81,11 +81,14 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
     tensors: x, weight, bias, bn_weight, bn_bias and residuals, which are differentiated; buffers: running_mean,
     running_var, num_batches_tracked.
     """
-    metadata = _kind(tensors + buffers) if type(momentum) is float else None
+    impl = dispatch.meant_by(impl)
+    # "auto" never means our kernels off the GPU: nothing to look up there
+    may_launch = impl == "triton" or (impl == "auto" and getattr(tensors[0], "is_cuda", False))
+    metadata = _kind(tensors + buffers) if may_launch and type(momentum) is float else None
     if metadata is None:
         return None
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    return (*metadata, spec, training, save, dispatch.meant_by(impl))
+    return (*metadata, spec, training, save, impl)
 
 
 def _kind(tensors) -> tuple | None:
@@ -118,7 +121,9 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
 
 
 def prepare(kind, tensors, buffers, spec, training) -> None:
-    """Leaves the plan for calls of this kind, where there can be one; this one has been checked."""
+    """Leaves the plan for calls of this kind, or that there can be none; this one has been checked."""
+    if kind in _planned:
+        return
     if len(_planned) >= _KEPT:
         _planned.clear()
     _planned[kind] = _plan(tensors, buffers, spec, training, save=kind[-2])

@@ -97,10 +97,8 @@ def apply(
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
-    tensors, buffers = (
-        (x, weight, bias, bn_weight, bn_bias, *residuals),
-        (running_mean, running_var, num_batches_tracked),
-    )
+    tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
+    buffers = (running_mean, running_var, num_batches_tracked)
     kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
         return y

@@ -66,11 +66,6 @@ def row_box(n: int, w: int, pixels: int) -> tuple[int, int, int]:
     return pixels // width, 1, width
 
 
-def channel_block(c: int) -> int:
-    """Output channels are the rows of the matrix product, which wgmma takes 64 at a time."""
-    return min((128, 64), key=lambda block: cdiv(c, block) * block)
-
-
 # sums that a thread's registers hold without spills, in every epilogue: as compiled
 MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
 

@@ -60,7 +60,7 @@ def add_plane(
 def add_rows(
     accs,  # GROUPS times ROWS times [BLOCK_C, P]
     x_desc,  # [N, H, W, K], box [BOX_N, 1, BOX_W, BLOCK_K]
-    w_desc,  # as in _add_plane
+    w_desc,  # as in add_plane
     n,
     h,
     w,
@@ -198,7 +198,7 @@ def _add_taps(
     first_i,
     first_j,
     columns,  # 2 or 3
-    FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in _add_plane
+    FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in add_plane
     LAST: tl.constexpr,
     K: tl.constexpr,
     SIGN: tl.constexpr,

@@ -136,6 +136,20 @@ def test_unaligned_memory_goes_the_long_way(target, taken):
 
 
 @targets
+def test_what_cannot_be_planned_is_recorded_once(target, taken, monkeypatch):
+    """Later calls of the kind go the long way at once."""
+    recorded = []
+    record = plan.record
+    monkeypatch.setattr(plan, "record", lambda *args: recorded.append(1) or record(*args))
+    monkeypatch.setattr(plan, "_ALLOCATIONS", frozenset())
+    layer, x = _layer(target).eval(), rand((2, 8, 4, 4), target, seed=1)
+    with torch.no_grad():
+        results = [layer(x) for _ in range(3)]
+    assert len(recorded) == 1 and taken == []
+    assert torch.equal(results[0], results[2])
+
+
+@targets
 def test_autograd_notices_that_the_statistics_change(target, taken):
     """Who saved the buffers for backward is told, as torch's own batch norm tells them."""
     layer = _layer(target)
