@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..dispatch import check_impl
-from .patterns import FAMILIES, PATTERNS, Refusal
+from .patterns import FAMILIES, PATTERNS, Match, Refusal
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, is_covered, is_fused, swap_back, swap_in
+from .swap import Recipe, class_of, is_covered, is_fused, swap_back, swap_in
 
 
 def fuse_(
@@ -58,9 +58,10 @@ def fuse_(
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
         report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
         if matches:
-            swaps.append((module, Recipe(family.target(), family.mixin, impl, enabled)))
-        bypassed = found if is_fused(module) else matches  # fused before, or now
-        return {part for one in bypassed for part in one.parts}
+            program = family.program(module, matches, impl)
+            swaps.append((module, Recipe(type(module), family.mixin, impl, enabled, program)))
+        done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
+        return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 
     _walk(model, fuse)
     if not dry_run:
@@ -89,33 +90,31 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def _walk(model, visit):
-    """visit(module, family, all its names) once for every module of a family's class, the outer ones first.
+    """visit(module, family, all its names) once for every module of a family's kind, the outer ones first.
 
-    It returns the names of children that are not to be looked at any more.
+    It returns modules within that are not to be visited any more.
     """
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)
-    seen = set()
+    seen, bypassed = set(), set()
 
     def walk(module):
-        if module is None or id(module) in seen:
+        if module is None or module in seen:
             return
-        seen.add(id(module))
-        bypassed = set()
-        for family in FAMILIES:
-            if (target := family.target()) is not None and isinstance(module, target):
-                bypassed = visit(module, family, names[id(module)])
-        for name, child in module._modules.items():
-            if name not in bypassed:
-                walk(child)
+        seen.add(module)
+        family = next((family for family in FAMILIES if family.knows(class_of(module))), None)
+        if family is not None and module not in bypassed:
+            bypassed.update(visit(module, family, names[id(module)]))
+        for child in module._modules.values():
+            walk(child)
 
     walk(model)
 
 
 def _select(module, family, found, enabled, filter_fn, names):
     """(the matches to be fused, the reasons of what is left alone)"""
-    if found and (reason := _unit_obstacle(module, family.target())):
+    if found and (reason := _unit_obstacle(module, family)):
         return [], [reason]
     matches, reasons = [], []
     for one in found:
@@ -130,11 +129,14 @@ def _select(module, family, found, enabled, filter_fn, names):
     return matches, reasons
 
 
-def _unit_obstacle(module, target):
+def _unit_obstacle(module, family):
     if is_fused(module):
-        return f"already fused with impl={module._rir_fusion.impl!r} (unfuse_ first to change it)"
-    if type(module) is not target:
-        return f"{type(module).__name__} is a subclass of {target.__name__}: only the exact class is known"
+        program = module._rir_fusion.program
+        changed = program and program.obstacle(module)
+        state = f", but runs its own forward, since {changed}" if changed else ""
+        return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
+    if reason := family.obstacle(type(module)):
+        return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""

@@ -10,6 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .registry import activation_within
+
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -27,6 +29,46 @@ def bypass_obstacle(module, kind: type) -> str:
     """Why `module` may not be bypassed as if it were an untouched `kind`."""
     if type(module) is not kind:
         return _not_exactly(module, kind)
+    return _touched(module)
+
+
+def conv_obstacle(conv) -> str:
+    """Why the convolution may not be bypassed, or is none that is fused."""
+    if reason := bypass_obstacle(conv, nn.Conv2d):
+        return reason
+    if conv.groups != 1:
+        return f"groups={conv.groups}: only ungrouped convolutions are fused"
+    if pair(conv.dilation) != (1, 1):
+        return f"dilation={conv.dilation}: only undilated convolutions are fused"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}: only 'zeros' is supported"
+    if padding_of(conv) is None:
+        return f"padding={conv.padding!r} with an even kernel pads one side more than the other"
+    return ""
+
+
+def norm_obstacle(norm) -> str:
+    """Why the norm may not be bypassed, nor the activation within, where its kind has one."""
+    if type(norm) is nn.BatchNorm2d or (within := activation_within(norm)) is None:
+        return bypass_obstacle(norm, nn.BatchNorm2d)
+    activation, nothing = within
+    kind = nn.ReLU if isinstance(activation, nn.ReLU) else nn.Identity
+    return _touched(norm) or bypass_obstacle(activation, kind) or bypass_obstacle(nothing, nn.Identity)
+
+
+def norm_has_relu(norm) -> bool:
+    """Whether the norm's own forward ends with a ReLU."""
+    within = None if type(norm) is nn.BatchNorm2d else activation_within(norm)
+    return within is not None and isinstance(within[0], nn.ReLU)
+
+
+def relu_obstacle(relu) -> str:
+    """Why the activation may not be bypassed."""
+    return bypass_obstacle(relu, nn.ReLU)
+
+
+def _touched(module) -> str:
+    """Why a module of a known kind may not be bypassed after all."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook is registered on it"
     attributes = module.__dict__

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .swap import class_of
+
 _SHOWN = 4  # names of a group, before the rest is counted
 
 
@@ -47,7 +49,7 @@ class FusionReport:
     def to_dict(self) -> dict:
         """Plain dicts, lists and strings, ready for JSON; the model as its class name."""
         return {
-            "model": type(self.model).__name__,
+            "model": class_of(self.model).__name__,
             "dry_run": self.dry_run,
             "replaced": [_plain(item) for item in self.replaced],
             "skipped": [_plain(item) for item in self.skipped],
@@ -76,7 +78,7 @@ class FusionReport:
 
     def _title(self):
         done = "would fuse" if self.dry_run else "fused"
-        kind = type(self.model).__name__
+        kind = class_of(self.model).__name__
         return f"{kind}: {done} {len(self.replaced)} operations, skipped {len(self.skipped)}"
 
     def _sections(self):

@@ -6,6 +6,7 @@ original's), `super().forward` is the original one, and swapping back leaves not
 """
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 
@@ -17,6 +18,7 @@ class Recipe:
     mixin: type  # a Fused, with the forward
     impl: str
     patterns: tuple[str, ...]  # those that forward may use, sorted
+    program: Hashable = None  # of a forward that is generated
 
 
 class Fused:
@@ -50,6 +52,11 @@ def is_fused(module) -> bool:
     return isinstance(module, Fused)
 
 
+def class_of(module) -> type:
+    """The module's class, of a fused one that which was swapped."""
+    return module._rir_fusion.original if is_fused(module) else type(module)
+
+
 def is_covered(module) -> bool:
     """Whether something else has swapped the class of a fused module once more (FSDP, a parametrization)."""
     return is_fused(module) and "_rir_fusion" not in type(module).__dict__
@@ -60,6 +67,8 @@ def _fused_class(recipe):
     name = f"Fused{recipe.original.__name__}"
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": recipe.original.__doc__, "_rir_fusion": recipe}
+    if recipe.program is not None:
+        namespace["forward"] = recipe.program.forward(recipe.original)
     return type(name, (recipe.mixin, recipe.original), namespace)
 
 

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PATTERNS = ("P1", "P2", "P3", "P4", "P5", "P6")
 
 
 class Match(NamedTuple):
-    """One fused operation: its pattern, and the names of the children that are bypassed."""
+    """One fused operation: its pattern, and the paths of the children that are bypassed.
+
+    inlined: paths of further children whose own forward is not called. detail: the family's own.
+    """
 
     pattern: str
     parts: tuple[str, ...]
+    inlined: tuple[str, ...] = ()
+    detail: Any = None
 
 
 class Refusal(NamedTuple):
@@ -21,15 +26,38 @@ class Refusal(NamedTuple):
     parts: tuple[str, ...] = ()
 
 
+def no_program(module, matches, impl) -> None:
+    """The program of families whose mixin knows what to do."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """A class whose instances can be fused.
+    """A kind of module whose instances can be fused.
 
-    target: the class, or None where its library has not been imported (which is never done here).
+    knows: whether a module's class is of that kind, and so no other family is asked; obstacle: why this class is not
+    exactly one that can be fused, or an empty string.
     find: what one instance has to offer, several operations where it is a container.
     mixin: the Fused whose forward runs them; at every call it looks again, by what `find` looks by.
+    program: what that forward is told, for the matches that are to be fused: hashable, part of the fused class.
     """
 
-    target: Callable[[], type | None]
+    knows: Callable[[type], bool]
+    obstacle: Callable[[type], str]
     find: Callable[..., list[Match | Refusal]]
     mixin: type
+    program: Callable[..., Any] = no_program
+
+
+def exactly(target: Callable[[], type | None]) -> dict:
+    """knows and obstacle for one class; target: None where its library has not been imported (never done here)."""
+
+    def knows(kind):
+        known = target()
+        return known is not None and issubclass(kind, known)
+
+    def obstacle(kind):
+        known = target()
+        same = kind is known
+        return "" if same else f"{kind.__name__} is a subclass of {known.__name__}: only the exact class is known"
+
+    return {"knows": knows, "obstacle": obstacle}

@@ -7,7 +7,7 @@ from ...streams import PACKED, as_streams, check_image
 from ..guards import call_obstacle
 from ..swap import Fused
 from . import four_convs
-from .base import Family, Match, Refusal
+from .base import Family, Match, Refusal, exactly
 from .four_convs import Layer
 
 _CONVS = ("conv_rr", "conv_rt", "conv_tr", "conv_tt")
@@ -60,4 +60,4 @@ def _layer(module):
     )
 
 
-FAMILY = Family(target=lambda: reference.RiRLayer, find=_find, mixin=FusedRiRLayer)
+FAMILY = Family(**exactly(lambda: reference.RiRLayer), find=_find, mixin=FusedRiRLayer)

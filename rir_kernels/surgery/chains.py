@@ -1,0 +1,236 @@
+"""Conv, BN, (+), ReLU in the graph of a forward: which nodes make one fused operation.
+
+A chain is read outwards from its norm, back to the convolution and on to the ReLU. What lies inside is used by nobody
+else, so it may disappear; the fused operation takes the place of the last node.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
+from .patterns.base import Refusal
+from .tracing import Path
+
+_RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
+_ADD = {operator.add, operator.iadd, torch.add}
+_MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply}
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+
+
+@dataclass
+class Chain:
+    """y = relu(norm(scale * conv(x) + residuals)) or, post_norm, relu(scale * norm(conv(x)) + residuals)."""
+
+    norm: fx.Node
+    conv: fx.Node | None = None
+    scale: float = 1.0
+    residuals: list[fx.Node] = field(default_factory=list)
+    post_norm: bool = True
+    relu: fx.Node | None = None
+    norm_has_relu: bool = False
+    nodes: list[fx.Node] = field(default_factory=list)  # all that it replaces, in the order of the graph
+
+    @property
+    def pattern(self) -> str:
+        if self.conv is None:
+            return "P5"
+        if self.residuals:
+            return "P4" if not self.post_norm else "P3" if self.scale == 1 else "P6"
+        return "P1" if self.relu or self.norm_has_relu else "P2"
+
+    @property
+    def identities(self) -> list[fx.Node]:
+        """The nodes of nn.Identity."""
+        called = [node for node in self.nodes if node.op == "call_module"]
+        return [node for node in called if node not in (self.conv, self.norm, self.relu)]
+
+    @property
+    def input(self) -> fx.Node:
+        return (self.conv or self.norm).args[0]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the children that are bypassed."""
+        return tuple(dict.fromkeys(node.target for node in self.nodes if node.op == "call_module"))
+
+    @property
+    def home(self) -> Path:
+        """The innermost module in whose forward all of it lies."""
+        scopes = [node.meta["scope"] for node in self.nodes]
+        same = 0
+        while all(scope[: same + 1] == scopes[0][: same + 1] and len(scope) > same for scope in scopes):
+            same += 1
+        return scopes[0][:same]
+
+
+def find_chains(module: nn.Module, graph: fx.Graph) -> list[Chain | Refusal]:
+    """In the order of the graph; a Refusal where something looks like a chain and is none."""
+    return list(_Finder(module, graph).found())
+
+
+class _Finder:
+    def __init__(self, module, graph):
+        self.module, self.nodes = module, list(graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.depth: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            self.depth[node] = 1 + max((self.depth[source] for source in node.all_input_nodes), default=0)
+        self.called = Counter(node.target for node in self.nodes if node.op == "call_module")
+        self.taken: set[fx.Node] = set()
+
+    def found(self) -> Iterator[Chain | Refusal]:
+        chains = []
+        # of two that are added, the one with more behind it takes the other for its residual
+        norms = [node for node in reversed(self.nodes) if isinstance(self.child(node), _NormBase)]
+        for norm in sorted(norms, key=self.depth.get, reverse=True):
+            chain = self.grow(norm)
+            if chain is not None:
+                chain.nodes.sort(key=self.place.get)
+                self.taken.update(chain.nodes)
+                chains.append(chain)
+        for chain in sorted(chains, key=lambda chain: self.place[chain.norm]):
+            reason = self.obstacle(chain)
+            yield Refusal(reason, chain.parts) if reason else chain
+
+    def grow(self, norm):
+        chain = Chain(norm, nodes=[norm])
+        back = self.back(norm.args[0]) if norm.args else None
+        if back is not None:
+            chain.conv, chain.residuals, chain.scale, before = back
+            chain.nodes += before
+            chain.post_norm = not chain.residuals
+        chain.norm_has_relu = norm_has_relu(self.child(norm))
+        if not chain.norm_has_relu:
+            self.forth(chain)
+        return None if chain.pattern == "P5" and not (chain.relu or chain.norm_has_relu) else chain
+
+    def back(self, node, residuals=0, scaled=False):
+        """(conv, residuals, scale, nodes) of what ends in `node`; residuals, scaled: what has been passed."""
+        if not isinstance(node, fx.Node) or len(node.users) != 1 or node in self.taken:
+            return None
+        if isinstance(self.child(node), _ConvNd):
+            return (node, [], 1.0, [node]) if residuals or not scaled else None
+        if scaled:
+            return None
+        if self.is_identity(node):
+            steps = [(node.args[0], [], 1.0)]
+        elif (factor := _factor(node)) is not None and residuals:
+            steps = [(node.args[factor[0]], [], factor[1])]
+        elif (pair := _summands(node)) is not None and residuals < 2:
+            steps = [(pair[0], [pair[1]], 1.0)]
+            if not _in_place(node):
+                steps.append((pair[1], [pair[0]], 1.0))
+        else:
+            return None
+        for inner, residual, factor in steps:
+            found = self.back(inner, residuals + len(residual), factor != 1.0)
+            if found is not None:
+                conv, others, scale, nodes = found
+                return conv, others + residual, scale * factor, [*nodes, node]
+        return None
+
+    def forth(self, chain):
+        """Adds what follows the norm, up to the ReLU."""
+        node, passed, scale = chain.norm, [], 1.0
+        while len(node.users) == 1:
+            before, node = node, next(iter(node.users))
+            if node in self.taken:
+                return
+            passed.append(node)
+            pair = _summands(node)
+            if self.is_relu(node):
+                if scale == 1.0:
+                    chain.relu = node
+                    chain.nodes += passed
+                return
+            if self.is_identity(node):
+                continue
+            if (factor := _factor(node)) is not None and scale == 1.0 and not chain.residuals:
+                scale = factor[1]
+            elif pair is not None and chain.conv is not None and not chain.residuals and before in pair:
+                other = pair[1] if pair[0] is before else pair[0]
+                # in place on something else: whoever else holds that would miss the sum
+                if other is before or (_in_place(node) and pair[0] is not before):
+                    return
+                chain.residuals, chain.scale, scale = [other], scale, 1.0
+                chain.nodes += passed
+                passed = []
+            else:
+                return
+
+    def obstacle(self, chain):
+        """Why it may not become one operation."""
+        norm, conv = self.child(chain.norm), chain.conv and self.child(chain.conv)
+        if conv is not None and (reason := conv_obstacle(conv)):
+            return reason
+        if reason := norm_obstacle(norm):
+            return reason
+        if (
+            chain.relu is not None
+            and chain.relu.op == "call_module"
+            and (reason := relu_obstacle(self.child(chain.relu)))
+        ):
+            return reason
+        if self.called[chain.norm.target] > 1:
+            return "its norm is called more than once in a forward"
+        if any(len(node.args) != 1 or node.kwargs for node in (chain.norm, conv and chain.conv) if node):
+            return "it is called with more than one argument"
+        first, last = (self.place[node] for node in (chain.nodes[0], chain.nodes[-1]))
+        for node in self.nodes[first:last]:
+            if node not in chain.nodes and self.may_write(node):
+                return f"{node.name}, between its parts, may change a tensor in place"
+        return ""
+
+    def may_write(self, node):
+        child = self.child(node)
+        return _in_place(node) if child is None else any(getattr(m, "inplace", False) for m in child.modules())
+
+    def child(self, node):
+        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+
+    def is_identity(self, node):
+        return type(self.child(node)) is nn.Identity and len(node.args) == 1 and not node.kwargs
+
+    def is_relu(self, node):
+        if node.op == "call_module":
+            return isinstance(self.child(node), nn.ReLU)
+        return node.target in _RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+
+
+def _operands(node, functions, methods):
+    """The two operands where node is one of these, without further options."""
+    known = (node.op == "call_function" and node.target in functions) or (
+        node.op == "call_method" and node.target in methods
+    )
+    return node.args if known and len(node.args) == 2 and not node.kwargs else None
+
+
+def _summands(node):
+    pair = _operands(node, _ADD, ("add", "add_"))
+    return pair if pair is not None and all(isinstance(a, fx.Node) for a in pair) else None
+
+
+def _factor(node):
+    """(which operand is the tensor, the number it is multiplied by)"""
+    pair = _operands(node, _MULTIPLY, ("mul", "mul_"))
+    if pair is not None:
+        for i in (0, 1):
+            if isinstance(pair[i], fx.Node) and type(pair[1 - i]) in (int, float):
+                return i, float(pair[1 - i])
+    return None
+
+
+def _in_place(node):
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    named = name.endswith("_") and not name.endswith("__")
+    return named or node.target in _IN_PLACE or "out" in node.kwargs or True in (*node.args, *node.kwargs.values())

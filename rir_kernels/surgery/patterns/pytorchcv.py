@@ -1,0 +1,19 @@
+"""pytorchcv (as of 0.0.74): its blocks keep conv, norm and activation in modules of their own, and chains cross them.
+
+Post-activation units add the identity behind their body's last ConvBlock; pre-activation bodies have the next block's
+norm behind a block's convolution.
+"""
+
+from ..registry import inline
+
+inline(
+    "pytorchcv.models.common.conv.ConvBlock",
+    "pytorchcv.models.common.conv.PreConvBlock",
+    "pytorchcv.models.resnet.ResBlock",
+    "pytorchcv.models.resnet.ResBottleneck",
+    "pytorchcv.models.resnext.ResNeXtBottleneck",
+    "pytorchcv.models.preresnet.PreResBlock",
+    "pytorchcv.models.preresnet.PreResBottleneck",
+    "pytorchcv.models.wrn.WRNConv",
+    "pytorchcv.models.wrn.WRNBottleneck",
+)

@@ -1,0 +1,63 @@
+"""Any module whose forward torch.fx can trace: conv, BN, (+), ReLU in a row, in whatever way forward calls them."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..chains import Chain, find_chains
+from ..program import write_program
+from ..registry import is_inlined
+from ..swap import Fused
+from ..tracing import Trace, Untraceable, trace
+from .base import Family, Match, Refusal
+
+
+class FusedForward(Fused):
+    """Its forward is generated, see `program`."""
+
+
+def _knows(kind):
+    # torch's own modules are leaves, but for what calls one child after the other
+    return kind.forward is nn.Sequential.forward or not kind.__module__.startswith("torch.")
+
+
+def _find(module):
+    within = dict(_within_reach(module))
+    if not any(isinstance(found, _NormBase) for found in within.values()):
+        return []
+    inlined = frozenset(name for name, found in within.items() if is_inlined(found))
+    try:
+        found = find_chains(module, trace(module, inlined).graph)
+        # of the children, only those whose border a chain of this very forward crosses
+        crossed = {
+            ".".join(scope[:depth])
+            for chain in found
+            if isinstance(chain, Chain) and chain.home == ()
+            for scope in (node.meta["scope"] for node in chain.nodes)
+            for depth in range(1, len(scope) + 1)
+        }
+        traced = trace(module, frozenset(crossed))
+    except Untraceable as reason:
+        return [Refusal(str(reason))]
+    return [
+        one
+        if isinstance(one, Refusal)
+        else Match(one.pattern, one.parts, tuple(sorted(crossed)), (traced, one))
+        for one in find_chains(module, traced.graph)
+    ]  # fmt: skip
+
+
+def _within_reach(module, prefix=""):
+    """(path, module) of the children, and of the children of those that may be inlined."""
+    for name, child in module._modules.items():
+        if child is not None:
+            yield prefix + name, child
+            if is_inlined(child):
+                yield from _within_reach(child, f"{prefix}{name}.")
+
+
+def _program(module, matches, impl):
+    traced: Trace = matches[0].detail[0]
+    return write_program(module, traced, [match.detail[1] for match in matches], frozenset(matches[0].inlined), impl)
+
+
+FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=_find, mixin=FusedForward, program=_program)

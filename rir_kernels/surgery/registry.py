@@ -1,0 +1,37 @@
+"""What is known of other people's classes. They are named, not imported: no instance is there without its library."""
+
+from torch import nn
+
+from .swap import is_fused
+
+# classes whose forward is looked into where a chain crosses its border
+_inlined: set[str] = set()
+# norms with an activation inside: the names of the children (activation, something that must be nn.Identity)
+_norm_acts: dict[str, tuple[str, str]] = {}
+
+
+def inline(*classes: str) -> None:
+    """Classes by their full names."""
+    _inlined.update(classes)
+
+
+def norm_act(name: str, *, activation: str, nothing: str) -> None:
+    """A subclass of BatchNorm2d that calls these children after the norm."""
+    _norm_acts[name] = activation, nothing
+
+
+def is_inlined(module: nn.Module) -> bool:
+    """Whether its forward is looked into, as part of that of the module around it."""
+    kind = type(module)
+    return not is_fused(module) and (kind.forward is nn.Sequential.forward or full_name(kind) in _inlined)
+
+
+def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:
+    """The activation and what must be nothing, of a norm of such a kind; None for all others."""
+    names = _norm_acts.get(full_name(type(norm)))
+    return names and tuple(norm._modules.get(name) for name in names)
+
+
+def full_name(kind: type) -> str:
+    """As it is imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"

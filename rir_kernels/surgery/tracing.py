@@ -1,0 +1,259 @@
+"""The graph of one module's forward, its children opaque, and everything that graph was decided by.
+
+torch.fx runs forward once with placeholders. What forward decides in Python on the way is baked into the graph, so it
+is written down (`Read`), to be asked again at every call. What a graph cannot show stops the trace: a forward that goes
+another way in evaluation or without gradients, draws random numbers, makes tensors, sets attributes, asks what type a
+value is, or runs a part of itself under another mode (no_grad, autocast, checkpointing).
+"""
+
+import contextlib
+import enum
+import inspect
+import itertools
+import random
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from .swap import class_of
+
+Path = tuple[str, ...]  # of names of children; () is the module itself
+
+
+class Untraceable(Exception):
+    """Why a forward has no graph that stands for it."""
+
+
+class Read(NamedTuple):
+    """`name` of the module at `path`, as forward found it: see `holds`."""
+
+    path: Path
+    name: str
+    found: Any
+
+
+class Trace(NamedTuple):
+    """inputs: the names of forward's arguments without a default; the others had their defaults."""
+
+    graph: fx.Graph
+    reads: tuple[Read, ...]
+    inputs: tuple[str, ...]
+
+
+class _Found(enum.Enum):
+    NONE = "a child, parameter or buffer that is None"
+    PRESENT = "a child, parameter or buffer that is not"
+    OF_THE_CLASS = "a method or property that the instance does not override"
+
+
+class _Children(NamedTuple):
+    names: tuple[str, ...]
+
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
+
+
+def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
+    """The graph of type(module).forward. `inlined`: paths ("a.b") of children that are looked into.
+
+    Nodes know in whose forward they stand: node.meta["scope"], a Path. Raises Untraceable; the module is as before.
+    Other threads should not run models meanwhile: torch.fx puts itself in the place of nn.Module's methods.
+    """
+    traces = []
+    for training, gradients in itertools.product((True, False), repeat=2):
+        with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
+            traces.append(_trace(module, inlined))
+    first = traces[0]
+    if len({_code(trace.graph) for trace in traces}) > 1:
+        raise Untraceable("its forward is another one in evaluation, or without gradients")
+    return first._replace(reads=tuple(dict.fromkeys(read for trace in traces for read in trace.reads)))
+
+
+def holds(module: nn.Module, read: Read) -> bool:
+    """Whether the attribute still is what the trace found: cheap, since it is asked at every call."""
+    found, name = read.found, read.name
+    if found is _Found.OF_THE_CLASS:
+        return name not in module.__dict__
+    if found is _Found.PRESENT or found is _Found.NONE:
+        return (getattr(module, name, None) is None) == (found is _Found.NONE)
+    if type(found) is _Children:
+        return tuple(module._modules) == found.names
+    value = getattr(module, name, _Found.PRESENT)  # which equals no constant
+    return (tuple(value) if type(value) is list else value) == found
+
+
+def child(module: nn.Module, path: Path) -> nn.Module | None:
+    """The module at `path`, None where there is none any more."""
+    for name in path:
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def _trace(module, inlined):
+    tracer = _Tracer(module, inlined)
+    numbers = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    try:
+        with _recording(tracer):
+            graph = tracer.trace(module)
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(f"its forward cannot be traced: {_first_line(error)}") from None
+    if numbers[:2] != (random.getstate(), np.random.get_state()[1].tobytes()):
+        random.setstate(numbers[0])
+        raise Untraceable("its forward draws random numbers")
+    if not torch.equal(numbers[2], torch.get_rng_state()):
+        torch.set_rng_state(numbers[2])
+        raise Untraceable("its forward draws random numbers")
+    return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, module, inlined):
+        super().__init__(autowrap_modules=())
+        self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
+        self.inlined, self.inside = inlined, [()]
+        self.reads: list[Read] = []
+        self.inputs: tuple[str, ...] = ()
+        self.running = False  # forward is, rather than what fx does before
+        self.around = _surroundings()
+
+    def is_leaf_module(self, m, module_qualified_name):
+        return module_qualified_name not in self.inlined
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        root_fn = class_of(self.root).forward  # not that of a fused one
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if any(p.kind is p.KEYWORD_ONLY for p in required):
+            raise Untraceable("its forward has keyword-only arguments without a default")
+        self.inputs = tuple(p.name for p in required)
+        self.running = True
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
+
+    def call_module(self, m, forward, args, kwargs):
+        self.inside.append(self.paths.get(id(m), ()))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self.inside.pop()
+
+    def create_node(self, kind, *args, **kwargs):
+        if _surroundings() != self.around:
+            raise Untraceable("its forward runs a part of itself under no_grad, autocast, checkpointing or the like")
+        node = super().create_node(kind, *args, **kwargs)
+        # a leaf stands in the forward that calls it
+        node.meta["scope"] = self.inside[-2] if kind == "call_module" else self.inside[-1]
+        return node
+
+    def create_arg(self, a):
+        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
+            raise Untraceable("its forward makes a tensor that does not come from its inputs")
+        return super().create_arg(a)
+
+    def proxy(self, node):
+        return _Value(node, self)
+
+
+class _Value(fx.Proxy):
+    @property
+    def __class__(self):  # where isinstance looks second
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
+            return _Value
+        raise Untraceable("its forward asks what type a value is")
+
+
+def _surroundings():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+    )
+
+
+@contextlib.contextmanager
+def _mode(module, inlined, training):
+    """The modules whose forward is looked into, in one mode."""
+    modules = [module, *(module.get_submodule(path) for path in inlined)]
+    modes = [m.training for m in modules]
+    try:
+        for m in modules:
+            m.training = training
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+
+
+# of torch's own code, the parts that run on every call and so read what no forward asked for
+_MACHINERY = {"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"}
+
+
+@contextlib.contextmanager
+def _recording(tracer):
+    """Within it every attribute that a forward reads from a module is written down, and none is set."""
+    traced = {(), *(tuple(path.split(".")) for path in tracer.inlined)}
+
+    def read(module, name):
+        caller = sys._getframe(1)
+        where = caller.f_globals.get("__name__", "")
+        machinery = where.startswith(("torch.fx", __name__)) or (
+            where == nn.Module.__module__ and caller.f_code.co_name in _MACHINERY
+        )
+        path = None if machinery or not tracer.running or name.startswith("__") else tracer.paths.get(id(module))
+        if path is None or (name == "training" and path in traced):
+            return object.__getattribute__(module, name)
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:  # nn.Module.__getattr__ comes next
+            attributes = object.__getattribute__(module, "__dict__")
+            for kind in ("_modules", "_parameters", "_buffers"):
+                if name in attributes.get(kind, ()):
+                    absent = attributes[kind][name] is None
+                    tracer.reads.append(Read(path, name, _Found.NONE if absent else _Found.PRESENT))
+            raise
+        tracer.reads.append(Read(path, name, _found(module, name, value)))
+        return value
+
+    def refuse(module, name, value):
+        raise Untraceable(f"its forward sets the attribute {name!r}")
+
+    setattr_of_torch = nn.Module.__setattr__
+    nn.Module.__getattribute__, nn.Module.__setattr__ = read, refuse
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = setattr_of_torch
+        del nn.Module.__getattribute__
+
+
+def _found(module, name, value):
+    if name == "_modules":
+        return _Children(tuple(value))
+    own = object.__getattribute__(module, "__dict__")
+    if name not in own and (inspect.ismethod(value) or isinstance(getattr(type(module), name, None), property)):
+        return _Found.OF_THE_CLASS
+    if type(value) in (list, tuple, torch.Size) and all(isinstance(item, _CONSTANTS) for item in value):
+        return tuple(value)
+    if isinstance(value, _CONSTANTS):
+        return value
+    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):  # found again by its name
+        return value
+    raise Untraceable(f"its forward reads the attribute {name!r}, a {type(value).__name__}")
+
+
+def _code(graph):
+    return graph.python_code("self").src
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
