@@ -32,6 +32,7 @@ class Planned:
     training: bool
     save: bool  # for backward
     channels_last: bool  # the format of input and output
+    in_place: bool  # whether the kernels can read the tensors where they are
     written: bool  # the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
 
@@ -111,7 +112,7 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
         return None
     if planned.written:
         torch.autograd.graph.increment_version([t for t in buffers if t is not None])
-    if not planned.channels_last:
+    if not planned.in_place:
         tensors = _in_channels_last(tensors)
     if planned.save:
         y = ops.ConvBNActFunction.apply(planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors)
@@ -140,9 +141,11 @@ def _plan(tensors, buffers, spec, training, save):
         )  # fmt: skip
         return (y, z, mean, invstd) if save else (y,)
 
-    plan = _recorded(forward, _in_channels_last(tensors) + buffers)
+    read = _in_channels_last(tensors)
+    plan = _recorded(forward, read + buffers)
+    in_place = all(a is b for a, b in zip(tensors, read, strict=True))
     written = training and any(t is not None for t in buffers)
-    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), written)
+    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), in_place, written)
 
 
 def _recorded(function, tensors):
