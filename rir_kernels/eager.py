@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from . import dispatch, fused, ops
-from .layout import as_channels_last, is_channels_last, to_format
+from .layout import as_channels_last, as_rows, is_channels_last, to_format
 from .spec import ConvBNActSpec
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
@@ -162,5 +162,6 @@ def _recorded(function, tensors):
 
 
 def _in_channels_last(tensors):
-    x, *parameters = tensors[:5]
-    return (as_channels_last(x), *parameters, *map(as_channels_last, tensors[5:]))
+    x, weight, *vectors = tensors[:5]
+    x = as_rows(x) if weight is None else as_channels_last(x)
+    return (x, weight, *vectors, *map(as_channels_last, tensors[5:]))
