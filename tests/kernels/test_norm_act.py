@@ -57,7 +57,7 @@ def test_within_the_budget(case, target, training, poisoned):
     tensors, options, dy = _call(case, target, training)
     golden = run(norm_formula, tensors, options, dy, torch.float64)
     torchs = run(_torchs, tensors, options, dy)
-    for impl in ("triton", "hybrid"):
+    for impl in ("triton", "hybrid") if case is CASES["P5 BN, ReLU"] else ("triton",):
         assert_within_budget(
             run(functools.partial(norm_act, impl=impl), tensors, options, dy), torchs, golden, target[1]
         )
