@@ -10,21 +10,28 @@ import torch.nn.functional as F
 def conv_bn_act(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
 ) -> torch.Tensor:
-    """y; the running statistics are updated in place when training."""
-    z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
-    if spec.conv_scale != 1.0:
-        z = z * spec.conv_scale
-    before = [] if spec.post_norm else list(residuals)
+    """y; the running statistics are updated in place when training. Without a weight z is x."""
+    z = x
+    if weight is not None:
+        z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
+    z = joined(z, residuals, spec)
     if spec.shortcut_channels:
-        before.append(spec.shortcut(x))
-    for residual in before:
-        z = _add(z, residual)
+        z = _add(z, spec.shortcut(x))
     y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
     if spec.norm_scale != 1.0:
         y = y * spec.norm_scale
     for residual in residuals if spec.post_norm else ():
         y = _add(y, residual)
     return F.relu(y) if spec.relu else y
+
+
+def joined(z, residuals, spec):
+    """z with what comes before the norm: its factor and the residuals."""
+    if spec.conv_scale != 1.0:
+        z = z * spec.conv_scale
+    for residual in () if spec.post_norm else residuals:
+        z = _add(z, residual)
+    return z
 
 
 def _add(z, residual):

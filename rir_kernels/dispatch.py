@@ -3,7 +3,7 @@
     "reference"  naive PyTorch          "hybrid"  the vendor's convolution, our norm kernels
     "torch"      ATen ops, packed       "triton"  our kernels throughout
 
-On a CPU "auto" is "torch".
+On a CPU "auto" is "torch". Where there is no convolution (weight None) "hybrid" is "triton", and so is "auto" on a GPU.
 """
 
 import contextlib
@@ -83,7 +83,9 @@ def plainly_eager() -> bool:
     )
 
 
-def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpec, training: bool = False) -> str:
+def resolve(
+    impl: str, x: torch.Tensor, weight: torch.Tensor | None, spec: ConvBNActSpec, training: bool = False
+) -> str:
     """The implementation for these tensors: a name of IMPLS other than "auto"."""
     impl = meant_by(impl)
     if impl == "auto":
@@ -92,11 +94,13 @@ def resolve(impl: str, x: torch.Tensor, weight: torch.Tensor, spec: ConvBNActSpe
         _require_kernels(impl, x)
     if impl == "triton" and (missing := unsupported(weight, spec)):
         raise NotImplementedError(f'impl="triton" has no kernel for {missing}: use "hybrid", "torch" or "auto"')
-    return impl
+    return "triton" if impl == "hybrid" and weight is None else impl
 
 
-def unsupported(weight: torch.Tensor, spec: ConvBNActSpec) -> str:
+def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
     """What of this convolution our kernels do not do, or an empty string."""
+    if weight is None:
+        return ""
     if spec.groups != 1:
         return f"groups={spec.groups}"
     if spec.dilation != (1, 1):
@@ -114,6 +118,8 @@ def _choose(x, weight, spec, training):
     if missing := _missing_on(x.device.index):
         _warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch"
+    if weight is None:
+        return "triton"
     # fp32 without TF32 has no tensor cores: nothing of what our convolution is made for
     plain_fp32 = x.dtype == torch.float32 and not tf32_allowed()
     if plain_fp32 or unsupported(weight, spec):

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from . import dispatch, fused, ops
-from .layout import as_channels_last, is_channels_last, to_format
+from .layout import as_channels_last, as_rows, is_channels_last, to_format
 from .spec import ConvBNActSpec
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
@@ -32,6 +32,7 @@ class Planned:
     training: bool
     save: bool  # for backward
     channels_last: bool  # the format of input and output
+    in_place: bool  # whether the kernels can read the tensors where they are
     written: bool  # the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
 
@@ -111,7 +112,7 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
         return None
     if planned.written:
         torch.autograd.graph.increment_version([t for t in buffers if t is not None])
-    if not planned.channels_last:
+    if not planned.in_place:
         tensors = _in_channels_last(tensors)
     if planned.save:
         y = ops.ConvBNActFunction.apply(planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors)
@@ -140,9 +141,11 @@ def _plan(tensors, buffers, spec, training, save):
         )  # fmt: skip
         return (y, z, mean, invstd) if save else (y,)
 
-    plan = _recorded(forward, _in_channels_last(tensors) + buffers)
+    read = _in_channels_last(tensors)
+    plan = _recorded(forward, read + buffers)
+    in_place = all(a is b for a, b in zip(tensors, read, strict=True))
     written = training and any(t is not None for t in buffers)
-    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), written)
+    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), in_place, written)
 
 
 def _recorded(function, tensors):
@@ -159,5 +162,6 @@ def _recorded(function, tensors):
 
 
 def _in_channels_last(tensors):
-    x, *parameters = tensors[:5]
-    return (as_channels_last(x), *parameters, *map(as_channels_last, tensors[5:]))
+    x, weight, *vectors = tensors[:5]
+    x = as_rows(x) if weight is None else as_channels_last(x)
+    return (x, weight, *vectors, *map(as_channels_last, tensors[5:]))

@@ -5,17 +5,19 @@
 
     y = act(branch_scale * norm(conv(x, W) + bias) + [residual | 0])     residual_at="post_norm": an ordinary ResNet
 
-The norm uses the batch's statistics in training and the running ones otherwise.
+The norm uses the batch's statistics in training and the running ones otherwise. `norm_act` leaves the convolution out.
 """
+
+import dataclasses
 
 import torch
 
 from . import aten, eager, ops
 from .dispatch import check_impl, resolve
-from .layout import as_channels_last, is_channels_last, to_format
+from .layout import as_channels_last, as_rows, is_channels_last, to_format
 from .reference import functional as reference
 from .spec import ConvBNActSpec
-from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors
+from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors, check_weight
 
 
 def conv_bn_act(
@@ -69,9 +71,61 @@ def conv_bn_act(
         eps=eps,
         activation=activation,
     )
+    check_weight(weight)
     return apply(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
         bias=bias, residuals=as_residuals(residual), spec=spec, training=training, momentum=momentum, impl=impl,
+    )  # fmt: skip
+
+
+def norm_act(
+    x: torch.Tensor,
+    bn_weight: torch.Tensor | None = None,
+    bn_bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    residual: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    residual_at: str = "post_norm",
+    branch_scale: float = 1.0,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Batch norm, residual and activation: `conv_bn_act` without its convolution, as pre-activation blocks begin.
+
+        y = act(norm(branch_scale * x + [residual | 0]))    "pre_norm"
+        y = act(branch_scale * norm(x) + [residual | 0])    "post_norm"
+
+    Our kernels read x twice in training and once in evaluation, and keep nothing but x for backward. A slice of
+    another tensor's channels is copied first, and what joins before the norm is added to x by torch's operators.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last (the kernels' own format; the other one is converted).
+        bn_weight, bn_bias, running_mean, running_var: (C,) or None; x's dtype, or fp32 beside half activations.
+            The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
+        residual: (N, C_res, H, W) with C_res <= C, or a tuple of two such, added to the first C_res channels.
+        residual_at: "pre_norm" or "post_norm".
+        branch_scale: multiplies what the residual is added to, never the residual.
+        activation: "relu" or None.
+        impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back. "hybrid"
+            and "triton" are the same here.
+
+    Returns: (N, C, H, W) in x's dtype and memory format. Autocast does not cast x, as it does not for torch's own
+    batch_norm; a residual takes x's dtype within it.
+
+    Raises, before any work: TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and
+    missing statistics, ImportError and NotImplementedError where the implementation asked for cannot run.
+    """
+    spec = build_spec(
+        residual_at=residual_at, branch_scale=branch_scale, stride=1, padding=0, dilation=1, groups=1, eps=eps,
+        activation=activation,
+    )  # fmt: skip
+    return apply(
+        x, None, bn_weight, bn_bias, running_mean, running_var,
+        residuals=as_residuals(residual), spec=spec, training=training, momentum=momentum, impl=impl,
     )  # fmt: skip
 
 
@@ -93,6 +147,7 @@ def apply(
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
+    weight None leaves the convolution out, as `norm_act` does: the spec has none of its options then, nor a shortcut.
     `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded.
     """
     check_impl(impl)
@@ -108,14 +163,20 @@ def apply(
     )  # fmt: skip
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
+    channels_last = is_channels_last(x)
+    if impl == "triton" and weight is None and not spec.post_norm and (residuals or spec.branch_scale != 1.0):
+        y = apply(
+            aten.joined(x, residuals, spec), None, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
+            spec=dataclasses.replace(spec, branch_scale=1.0), training=training, momentum=momentum, impl=impl,
+        )  # fmt: skip
+        return to_format(y, channels_last)
     if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
         eager.prepare(kind, tensors, buffers, spec, training)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
-    channels_last = is_channels_last(x)
     if impl in ("hybrid", "triton") and x.shape[0] > 0:
         y, mean, var = ops.conv_bn_act(
-            as_channels_last(x), weight, *map(_dense, (bias, bn_weight, bn_bias)),
+            as_rows(x) if weight is None else as_channels_last(x), weight, *map(_dense, (bias, bn_weight, bn_bias)),
             *((None, None) if training else (_dense(running_mean), _dense(running_var))),
             [as_channels_last(residual) for residual in residuals],
             spec, training=training, impl=impl,
@@ -181,10 +242,15 @@ def _update_running(running_mean, running_var, mean, var, momentum, count):
 
 
 def _autocast(x, weight, bias, residuals):
-    """Within autocast the convolution's inputs take its dtype, as torch's conv2d does; the norm's tensors stay."""
+    """Within autocast the convolution's inputs take its dtype, as torch's conv2d does; the norm's tensors stay.
+
+    Without a convolution x is one of the norm's tensors, and its dtype is the residuals'.
+    """
     dtype = autocast_dtype(x.device) if isinstance(x, torch.Tensor) else None
     if dtype is None:
         return x, weight, bias, residuals
+    if weight is None:
+        dtype = x.dtype
 
     def cast(tensor):
         eligible = isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS and tensor.dtype != torch.float64

@@ -1,6 +1,7 @@
 """The fused layer as a sequence of kernels, forward and backward, cut at the batch norm's reduction.
 
 "triton" and "hybrid" differ in who convolves; everything else is shared. Tensors are channels_last and validated.
+Where there is no weight nobody convolves: x, which is dense then, stands for z.
 """
 
 import importlib
@@ -10,9 +11,11 @@ import torch
 from rir_kernels.spec import ConvBNActSpec
 
 
-def _kernels(impl: str):
+def _kernels(impl: str, weight):
     """(convolution, weight gradient, norm) launchers, imported late: triton is optional and its import is slow."""
     norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
+    if weight is None:
+        return importlib.import_module("rir_kernels.unconvolved"), None, norm
     if impl == "hybrid":
         vendor = importlib.import_module("rir_kernels.vendor")
         return vendor, vendor, norm
@@ -24,13 +27,13 @@ def forward(
     x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
     *, training, save, impl, momentum=0.0, batches=None,
 ):  # fmt: skip
-    """(y, z, mean, var, invstd); what is not computed is None.
+    """(y, z, mean, var, invstd); what is not computed is None, and so is z where x stands for it.
 
     training: batch statistics; z, mean, biased var and invstd are always there; running statistics and `batches`, their
     count, are updated where they are given. Otherwise the running statistics are used, and z, mean, invstd are
     kept only if `save`.
     """
-    conv, _, norm = _kernels(impl)
+    conv, _, norm = _kernels(impl, weight)
     if training:
         z, moments = conv.conv_train(x, weight, bias=bias, residuals=residuals, spec=spec)
         statistics = norm.bn_finalize(
@@ -38,7 +41,7 @@ def forward(
         )
         after = residuals if spec.post_norm else ()
         y = norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec)
-        return y, z, statistics.mean, statistics.var, statistics.invstd
+        return y, None if weight is None else z, statistics.mean, statistics.var, statistics.invstd
     y, z = conv.conv_infer(
         x, weight, bias=bias, residuals=residuals, spec=spec,
         mean=running_mean, var=running_var, gamma=gamma, beta=beta, save_z=save,
@@ -46,7 +49,7 @@ def forward(
     if not save:
         return y, None, None, None, None
     statistics = norm.bn_running(running_mean, running_var, spec.eps)
-    return y, z, statistics.mean, None, statistics.invstd
+    return y, None if weight is None else z, statistics.mean, None, statistics.invstd
 
 
 def backward(
@@ -62,7 +65,7 @@ def backward(
     sum dy' * xhat of that layer, if they came with dx, or None. Times its `norm_scale` they are its `sums`, which
     spare it the reduction.
     """
-    conv, wgrad, norm = _kernels(impl)
+    conv, wgrad, norm = _kernels(impl, weight)
     need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
     per_channel = {"mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "spec": spec}
     residual_is_dz = need_residual and not spec.post_norm

@@ -32,6 +32,11 @@ def as_channels_last(x: torch.Tensor) -> torch.Tensor:
     return x if is_channels_last(x) else x.contiguous(memory_format=torch.channels_last)
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its pixels lie densely one behind the other, channels innermost, or a copy where they do."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
     """x, copied only if it must be, with exactly the strides of a fresh channels_last tensor, sizes of one included."""
     n, c, h, w = x.shape

@@ -6,6 +6,11 @@ from torch import nn
 from . import functional
 
 
+def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto") -> torch.Tensor:
+    """functional.norm_act with what nn.BatchNorm2d.forward would use and update, as `conv_bn_act` has it."""
+    return conv_bn_act(bn, x, None, spec=spec, residuals=residuals, impl=impl)
+
+
 def conv_bn_act(bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(), impl="auto") -> torch.Tensor:
     """functional.conv_bn_act with what nn.BatchNorm2d.forward would use and update, counting the batch as it does.
 

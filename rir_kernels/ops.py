@@ -2,6 +2,7 @@
 
 The ops are functional: they return the batch statistics, and whoever owns the running ones updates them. Outputs that
 were not asked for are empty tensors of shape (0,). Everything is channels_last; no output aliases another or an input.
+Without a weight there is no convolution: x, dense and joined by nothing before the norm, is z, whose output is empty.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ _SPEC = (
 )
 _library = torch.library.Library("rir_kernels", "DEF")
 _library.define(
-    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+    "conv_bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
     f"Tensor? running_var, Tensor[] residuals, {_SPEC}, bool training, bool save, str impl) "
     "-> (Tensor y, Tensor z, Tensor mean, Tensor var, Tensor invstd)"
 )
 _library.define(
-    "conv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor z, Tensor? y, Tensor mean, Tensor invstd, "
+    "conv_bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor z, Tensor? y, Tensor mean, Tensor invstd, "
     f"Tensor? bn_weight, Tensor? bn_bias, {_SPEC}, bool training, bool[6] needs, str impl) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dbn_weight, Tensor dbn_bias, Tensor dresidual)"
 )
@@ -59,6 +60,8 @@ class ConvBNActFunction(torch.autograd.Function):
             )
         else:
             y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
+        if weight is None:
+            x, z = None, x.detach()
         # after the norm the ReLU's mask is that of the sum, which z alone does not tell
         told_by_z = not (spec.post_norm and residuals)
         if told_by_z:
@@ -68,8 +71,8 @@ class ConvBNActFunction(torch.autograd.Function):
         ctx.link = None
         ctx.call = planned, spec, training, impl, [residual.shape[1] for residual in residuals]
         if planned is not None:
-            ctx.ahead = _links((x, *residuals))
-            chained = training and told_by_z and spec.norm_scale == 1 and recomputing.saves_in_place()
+            ctx.ahead = _links((tensors[0], *residuals))
+            chained = training and told_by_z and spec.norm_scale == 1 and recomputing.saves_in_place(z)
             ctx.link = Link((z, mean, invstd, bn_weight, bn_bias, spec.relu) if chained else None)
             return y
         ctx.mark_non_differentiable(mean, var)
@@ -87,6 +90,7 @@ class ConvBNActFunction(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy):
         x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
+        x = z if weight is None else x
         planned, spec, training, impl, residual_channels = ctx.call
         needed = ctx.needs_input_grad
         needs = [*needed[_X : _X + 5], any(needed[_RESIDUALS:])]
@@ -162,10 +166,10 @@ def _forward_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var
     shape = _spec(spec).output_shape(x, weight)
     y = empty_channels_last(shape, x)
     keep = training or save
-    statistics = [x.new_empty(weight.shape[0], dtype=torch.float32) if keep else x.new_empty(0) for _ in range(3)]
+    statistics = [x.new_empty(shape[1], dtype=torch.float32) if keep else x.new_empty(0) for _ in range(3)]
     if not training:
         statistics[1] = x.new_empty(0)
-    return y, torch.empty_like(y) if keep else x.new_empty(0), *statistics
+    return y, torch.empty_like(y) if keep and weight is not None else x.new_empty(0), *statistics
 
 
 def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
@@ -179,7 +183,7 @@ def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
 def _backward_fake(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
     needs = rest[-2]
     channels = mean.shape
-    shapes = (x.shape, weight.shape, channels, channels, channels, z.shape)
+    shapes = (x.shape, None if weight is None else weight.shape, channels, channels, channels, z.shape)
     return tuple(
         x.new_empty(0) if not need else mean.new_empty(shape) if shape is channels else empty_channels_last(shape, x)
         for need, shape in zip(needs, shapes, strict=True)

@@ -41,13 +41,13 @@ def remember(y, z, mean, invstd, bn_weight, bn_bias, spec) -> None:
     """Called for an output y = act(norm(z)) with whatever it is made of; does nothing outside `recompute`."""
     outputs = None if torch.compiler.is_compiling() else _current.get()
     if outputs is not None:
-        outputs.add(y, _Recipe(z, mean, invstd, bn_weight, bn_bias, spec, y))
+        outputs.add(y, _Recipe(outputs.kept(z), mean, invstd, bn_weight, bn_bias, spec, y))
 
 
-def saves_in_place() -> bool:
-    """Whether what is saved for backward stays where it is: other hooks may move it, to a CPU's memory say."""
+def saves_in_place(z) -> bool:
+    """Whether z, saved for backward, stays where it is: it may be made again, or moved by other hooks, to a CPU say."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None or hooks == (_pack, _unpack)
+    return hooks is None or (hooks == (_pack, _unpack) and type(_pack(z)) is _Kept)
 
 
 class _Outputs:
@@ -65,10 +65,15 @@ class _Outputs:
         recipe, _ = self._recipes.get(tensor.untyped_storage()._cdata, (None, None))
         return recipe if recipe is not None and recipe.makes(tensor) else None
 
+    def kept(self, tensor):
+        """What makes the tensor again where something does, else the tensor."""
+        return self.find(tensor) or _Kept(tensor)
+
 
 class _Recipe:
     def __init__(self, z, mean, invstd, bn_weight, bn_bias, spec, y):
-        self._kept = _Kept(z), _Kept(mean), _Kept(invstd), *(p if p is None else _Kept(p) for p in (bn_weight, bn_bias))
+        # z is kept already: it is another layer's output where no convolution is in front of the norm
+        self._kept = z, *(t if t is None else _Kept(t) for t in (mean, invstd, bn_weight, bn_bias))
         self._spec = spec
         self._made = _identity(y)
 
@@ -104,8 +109,7 @@ class _Kept:
 
 def _pack(tensor):
     outputs = _current.get()
-    recipe = None if outputs is None or type(tensor) is not torch.Tensor else outputs.find(tensor)
-    return recipe or _Kept(tensor)
+    return _Kept(tensor) if outputs is None or type(tensor) is not torch.Tensor else outputs.kept(tensor)
 
 
 def _unpack(kept):

@@ -23,8 +23,10 @@ class ConvBNActSpec:
     eps: float = 1e-5
     relu: bool = True
 
-    def output_shape(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int]:
-        """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw)."""
+    def output_shape(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[int, int, int, int]:
+        """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw); x's own without one."""
+        if weight is None:
+            return tuple(x.shape)
         h, w = (
             (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
             for size, pad, dilation, k, stride in zip(
@@ -32,6 +34,12 @@ class ConvBNActSpec:
             )
         )
         return x.shape[0], weight.shape[0], h, w
+
+    @property
+    def has_conv_options(self) -> bool:
+        """Whether something is asked of the convolution: not where there is none."""
+        geometry = self.stride, self.padding, self.dilation, self.groups, self.shortcut_channels
+        return geometry != ((1, 1), (0, 0), (1, 1), 1, 0)
 
     @property
     def conv_scale(self) -> float:

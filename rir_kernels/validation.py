@@ -50,10 +50,12 @@ def build_spec(
 def check_tensors(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
 ):
-    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved."""
+    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved.
+
+    weight may be None: no convolution, and a spec without one.
+    """
     convolved = {"x": x, "weight": weight, "bias": bias}
-    if bias is None:
-        del convolved["bias"]
+    convolved = {name: t for name, t in convolved.items() if name == "x" or t is not None}
     convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
     normed = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     normed = {name: t for name, t in normed.items() if t is not None}
@@ -64,13 +66,13 @@ def check_tensors(
     _check_devices(convolved | normed)
     check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
     _check_conv_shapes(x, weight, bias, spec)
-    c_out = weight.shape[0]
+    output = spec.output_shape(x, weight)
+    c_out = output[1]
     for name, tensor in normed.items():
         if tensor.shape != (c_out,):
             raise ValueError(
                 f"{name} must have the shape ({c_out},), one value per output channel, got {_shape(tensor)}"
             )
-    output = spec.output_shape(x, weight)
     if min(output[2:]) < 1:
         raise ValueError(
             f"the output would be {output[2]} x {output[3]} pixels: x {_shape(x)} is smaller than the kernel "
@@ -78,6 +80,11 @@ def check_tensors(
         )
     _check_residuals(residuals, output)
     _check_statistics(running_mean, running_var, output, training, momentum)
+
+
+def check_weight(weight):
+    """The weight of a convolution: what `check_tensors` would say, but None is refused."""
+    _check_types({"weight": weight})
 
 
 def check_packed(x, channels):
@@ -153,14 +160,19 @@ def _check_devices(tensors):
 
 
 def _check_conv_shapes(x, weight, bias, spec):
-    for name, tensor in (("x", x), ("weight", weight)):
+    tensors = {"x": x} if weight is None else {"x": x, "weight": weight}
+    for name, tensor in tensors.items():
         if tensor.dim() != 4:
-            layout = "(N, C_in, H, W)" if name == "x" else "(C_out, C_in/groups, kh, kw)"
+            layout = "(C_out, C_in/groups, kh, kw)" if name == "weight" else "(N, C_in, H, W)"
             raise ValueError(f"{name} must have four dimensions {layout}, got the shape {_shape(tensor)}")
+    for name, tensor in tensors.items():
+        if 0 in (tensor.shape[1:] if name == "x" else tensor.shape):  # an empty batch is fine
+            raise ValueError(f"{name} must have no empty dimension, got {_shape(tensor)}")
+    if weight is None:
+        if bias is not None or spec.has_conv_options:
+            raise ValueError(f"without a weight there is nothing for a bias or a convolution's options, got {spec}")
+        return
     c_out, c_group = weight.shape[:2]
-    for name, sizes in (("x", x.shape[1:]), ("weight", weight.shape)):
-        if 0 in sizes:  # an empty batch is fine
-            raise ValueError(f"{name} must have no empty dimension, got {_shape(x if name == 'x' else weight)}")
     if c_out % spec.groups:
         raise ValueError(f"weight {_shape(weight)}: its {c_out} output channels must divide into groups={spec.groups}")
     if x.shape[1] != c_group * spec.groups:

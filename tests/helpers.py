@@ -74,6 +74,18 @@ def formula(
     return y.clamp(min=0) if activation == "relu" else y
 
 
+def norm_formula(x, *args, **options):
+    """norm_act: the convolution with the identity, each of whose sums has one term."""
+    return formula(x, torch.eye(x.shape[1], dtype=x.dtype)[:, :, None, None].to(x.device), *args, **options)
+
+
+def make_norm_call(channels=8, **case):
+    """`make_call` for norm_act, whose default differs in where the residual joins."""
+    tensors, options = make_call(channels=(channels, channels), kernel=1, **{"residual_at": "post_norm", **case})
+    del tensors["weight"]
+    return tensors, options
+
+
 def make_call(
     *, channels=(4, 6), batch=3, size=(7, 6), kernel=3, residuals=(), bias=False, affine="both", statistics=True,
     dtype=torch.float64, norm_dtype=None, seed=0, **options,
@@ -130,13 +142,13 @@ def run(function, tensors, options, dy=None, dtype=None):
     return results
 
 
-def output_gradient(tensors, options, margin=0.05, seed=9):
+def output_gradient(tensors, options, margin=0.05, seed=9, function=formula):
     """A gradient of y (fp64, few enough bits for every dtype), zero where the ReLU hangs on rounding errors.
 
     An input of the ReLU that is nearer to zero than its error may fall on either side of it: gradients would then
     differ by as much as they are large. `margin` must exceed that error.
     """
-    before = run(formula, tensors, options | {"activation": None}, dtype=torch.float64)["y"]
+    before = run(function, tensors, options | {"activation": None}, dtype=torch.float64)["y"]
     dy = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().double()
     return dy * (before.abs() > margin)
 

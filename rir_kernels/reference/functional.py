@@ -40,7 +40,7 @@ def conv_bn_act(
     x (N, C_in, H, W); weight (C_out, C_in / groups, kh, kw); bias (C_out,), added to the convolution's output;
     bn_weight, bn_bias, running_mean, running_var (C_out,). stride, padding, dilation: int or pair. residual: a tensor
     (N, C_res, H_out, W_out) with C_res <= C_out, or a tuple of two such, each added to the first C_res channels.
-    Returns y (N, C_out, H_out, W_out).
+    Returns y (N, C_out, H_out, W_out). weight None: no convolution, the rest is done to x itself.
 
     x, weight, bias and residual share one float dtype (under autocast they may differ); the norm's tensors may be fp32
     beside half activations. `branch_scale` multiplies every channel of what a residual would be added to, whether one
@@ -54,7 +54,9 @@ def conv_bn_act(
     check_choice("residual_at", residual_at, RESIDUAL_AT)
     check_choice("activation", activation, ACTIVATIONS)
 
-    z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    z = x
+    if weight is not None:
+        z = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     if bias is not None:
         z = z + bias[:, None, None]
     return norm_act(

@@ -82,6 +82,22 @@ def test_one_plan_a_kind(target, taken):
     assert len(eager._planned) == len(calls)
 
 
+@targets
+def test_a_residual_in_another_format_than_x(target, taken):
+    layer = _layer(target)
+    x, outer = rand((2, 8, 4, 4), target, seed=1), rand((2, 8, 4, 4), target, seed=2)
+    for image, residual in ((x, outer.contiguous()), (x.contiguous(), outer)):
+        results = []
+        for tensors in ((image, residual), (x, outer)):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            y = layer(leaves[0], outer=leaves[1])
+            assert y.stride() == tensors[0].stride()
+            results.append([y, *torch.autograd.grad(y.sum(), [*leaves, *layer.parameters()])])
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+    assert len(taken) == 8
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -59,6 +59,17 @@ def test_the_short_way_launches_what_the_long_way_does(launches):
 
 
 @needs_compiler
+def test_a_norm_alone_reads_x_where_it_is(launches):
+    """Two passes and a merge, then the same again: x is the z of every one, and no image is copied."""
+    made = launches["norm alone"]["second"]
+    stats, _, apply, reduce, _, gradient = (arguments for *_, arguments in made)
+    names = ("stats_fwd", "finalize_fwd", "apply_fwd", "reduce_bwd", "sum_bwd", "apply_bwd")
+    assert [launch[0] for launch in made] == [f"_bn_{name}_kernel" for name in names]
+    assert stats[0] == apply[0] == reduce[1] == gradient[1] == "x+0"
+    assert reduce[0] == gradient[0] == "dy+0"
+
+
+@needs_compiler
 def test_addresses_that_come_again_are_not_encoded_again(launches):
     """But for what torch's own operators make first, which lies where they put it."""
     elsewhere = ("contiguous image", "projection")

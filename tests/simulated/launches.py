@@ -20,7 +20,23 @@ from triton.backends.nvidia.driver import CudaLauncher
 from triton.runtime.driver import driver as active
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager
+from rir_kernels import dispatch, eager, norm_state
+from rir_kernels.spec import ConvBNActSpec
+
+
+class NormAct(torch.nn.Module):
+    """The norm kernels alone, with as much of a layer's interface as is used here."""
+
+    stride = 1
+
+    def __init__(self, channels, _, *, impl, dtype):
+        super().__init__()
+        self.bn = torch.nn.BatchNorm2d(channels, dtype=dtype)
+        self.impl = impl
+
+    def forward(self, x, outer=None):
+        return norm_state.norm_act(self.bn, x, spec=ConvBNActSpec(eps=self.bn.eps), impl=self.impl)
+
 
 CASES = {
     "training": {},
@@ -33,6 +49,7 @@ CASES = {
     "evaluation": {"training": False},
     "frozen norm": {"training": False, "grad": True},
     "contiguous image": {"image_format": torch.contiguous_format},
+    "norm alone": {"layer_type": NormAct},
 }
 
 
@@ -128,9 +145,10 @@ def _kinds(signature):
 
 
 def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, grad=None, outer=0,
-        weight_format=torch.channels_last, image_format=torch.channels_last, **options):  # fmt: skip
+        weight_format=torch.channels_last, image_format=torch.channels_last, layer_type=rir.RiRLayer,
+        **options):  # fmt: skip
     torch.backends.cudnn.conv.fp32_precision = "tf32"
-    layer = rir.RiRLayer(channels, channels, impl="triton", dtype=dtype, **options).train(training)
+    layer = layer_type(channels, channels, impl="triton", dtype=dtype, **options).train(training)
     layer.bn.float()
     layer.to(memory_format=weight_format)
     x = torch.zeros(2, channels, 8, 8, dtype=dtype).to(memory_format=image_format)
