@@ -20,6 +20,7 @@ class FoldedNorm(nn.Module):
 
     def __init__(self, channels: int, weight=None, bias=None, *, relu: bool, like: torch.Tensor):
         super().__init__()
+        self.num_features = channels
         self.relu = relu
         for name, value in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
@@ -37,4 +38,4 @@ class FoldedNorm(nn.Module):
         return super().train(False)
 
     def extra_repr(self) -> str:
-        return f"{self.running_mean.shape[0]}, affine={self.weight is not None}, relu={self.relu}"
+        return f"{self.num_features}, affine={self.weight is not None}, relu={self.relu}"

@@ -1,6 +1,6 @@
 """The kinds of module that can be fused, one file each. To add one, write its file and name it here."""
 
-from . import own, pytorchcv, registered, rir_layer, rir_unit, timm, traced
+from . import own, pytorchcv, reference_unit, registered, rir_layer, rir_unit, timm, traced
 from .base import PATTERNS, Family, Fold, Match, Refusal
 from .registered import register_pattern, unregister_pattern
 
@@ -10,7 +10,8 @@ LIBRARIES = (pytorchcv, timm)
 
 def families() -> list[Family]:
     """The first that knows a class has it."""
-    return [*registered.FAMILIES.values(), own.FAMILY, rir_layer.FAMILY, rir_unit.FAMILY, traced.FAMILY]
+    known = (own, reference_unit, rir_layer, rir_unit, traced)
+    return [*registered.FAMILIES.values(), *(module.FAMILY for module in known)]
 
 
 __all__ = [
