@@ -18,13 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 from ..folded_norm import FoldedNorm
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
-from .tracing import Path
+from .tracing import IN_PLACE, Path
 
 NORMS = (_NormBase, FoldedNorm)  # what looks like one
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
 _ADD = {operator.add, operator.iadd, torch.add}
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply}
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 @dataclass
@@ -238,4 +237,4 @@ def _in_place(node):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     named = name.endswith("_") and not name.endswith("__")
-    return named or node.target in _IN_PLACE or "out" in node.kwargs or True in (*node.args, *node.kwargs.values())
+    return named or node.target in IN_PLACE or "out" in node.kwargs or True in (*node.args, *node.kwargs.values())

@@ -10,6 +10,7 @@ import contextlib
 import enum
 import inspect
 import itertools
+import operator
 import random
 import sys
 from typing import Any, NamedTuple
@@ -166,6 +167,20 @@ class _Value(fx.Proxy):
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
             return _Value
         raise Untraceable("its forward asks what type a value is")
+
+
+def _in_place(function):
+    def record(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+# torch.fx records x += y as x + y, and whoever else holds x would miss the sum
+_names = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+IN_PLACE = {getattr(operator, name) for name in _names}
+for _function in IN_PLACE:
+    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
 
 
 def _surroundings():
