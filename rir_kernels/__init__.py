@@ -5,6 +5,7 @@
     rir.RiRLayer, rir.RiRBlock, rir.ConvBNAct          drop-in modules
     rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
     rir.compare(reference, candidate, inputs)          proof of equivalence
+    rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
     with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
 
 Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
@@ -17,6 +18,7 @@ from .equivalence import EquivalenceReport, compare
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .recomputing import recompute
 from .surgery import FusionReport, fuse_, unfuse_
+from .sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "FusionReport",
     "RiRBlock",
     "RiRLayer",
+    "SyncBatchNorm2d",
     "compare",
+    "convert_sync_batchnorm",
     "env_report",
     "functional",
     "fuse_",

@@ -11,6 +11,13 @@ def conv_bn_act(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
 ) -> torch.Tensor:
     """y; the running statistics are updated in place when training."""
+    z = before_norm(x, weight, bias, residuals, spec)
+    y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
+    return after_norm(y, residuals, spec)
+
+
+def before_norm(x, weight, bias, residuals, spec) -> torch.Tensor:
+    """z, what the norm sees."""
     z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
     if spec.conv_scale != 1.0:
         z = z * spec.conv_scale
@@ -19,7 +26,11 @@ def conv_bn_act(
         before.append(spec.shortcut(x))
     for residual in before:
         z = _add(z, residual)
-    y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
+    return z
+
+
+def after_norm(y, residuals, spec) -> torch.Tensor:
+    """y, from the normed z."""
     if spec.norm_scale != 1.0:
         y = y * spec.norm_scale
     for residual in residuals if spec.post_norm else ():

@@ -10,12 +10,12 @@ The norm uses the batch's statistics in training and the running ones otherwise.
 
 import torch
 
-from . import aten, eager, ops
+from . import aten, eager, ops, synchronized
 from .dispatch import check_impl, resolve
 from .layout import as_channels_last, is_channels_last, to_format
 from .reference import functional as reference
 from .spec import ConvBNActSpec
-from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors
+from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_norm, check_tensors
 
 
 def conv_bn_act(
@@ -90,21 +90,24 @@ def apply(
     training: bool,
     momentum: float,
     impl: str,
+    process_group=None,
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
-    `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded.
+    `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded. process_group: whose ranks
+    share the batch's statistics, in training; None is this one alone.
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     buffers = (running_mean, running_var, num_batches_tracked)
-    kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl)
+    kind = None if process_group is not None else eager.kind_of(tensors, buffers, spec, training, momentum, impl)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
         return y
     check_tensors(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+        shared=process_group is not None,
     )  # fmt: skip
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
@@ -113,13 +116,21 @@ def apply(
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
     channels_last = is_channels_last(x)
-    if impl in ("hybrid", "triton") and x.shape[0] > 0:
-        y, mean, var = ops.conv_bn_act(
-            as_channels_last(x), weight, *map(_dense, (bias, bn_weight, bn_bias)),
-            *((None, None) if training else (_dense(running_mean), _dense(running_var))),
-            [as_channels_last(residual) for residual in residuals],
-            spec, training=training, impl=impl,
-        )  # fmt: skip
+    kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
+    if kernels:
+        vectors = map(_dense, (bias, bn_weight, bn_bias))
+        tensors = (as_channels_last(x), weight, *vectors, *map(as_channels_last, residuals))
+    if process_group is not None:
+        ranks = synchronized.Ranks(process_group)
+        if kernels:
+            y = synchronized.fused_conv_bn_act(ranks, tensors, spec, impl)
+        else:
+            y = synchronized.conv_bn_act(ranks, x, weight, bias, bn_weight, bn_bias, residuals, spec)
+        if running_mean is not None:
+            ranks.update_running(running_mean, running_var, momentum)
+    elif kernels:
+        statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
+        y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
         if training and running_mean is not None:
             count = y.shape[0] * y.shape[2] * y.shape[3]
             _update_running(running_mean, running_var, mean, var, momentum, count)
@@ -132,6 +143,23 @@ def apply(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return to_format(y, channels_last)
+
+
+def shared_batch_norm(
+    x, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, *, momentum, eps, process_group
+) -> torch.Tensor:
+    """torch.nn.functional.batch_norm in training, with the statistics of all the group's ranks; buffers as `apply`.
+
+    x (N, C, H, W); output in its dtype and memory format. Errors as `conv_bn_act`, before anything is exchanged.
+    """
+    check_norm(x, bn_weight, bn_bias, running_mean, running_var, momentum=momentum, eps=eps)
+    ranks = synchronized.Ranks(process_group)
+    y = synchronized.batch_norm(ranks, x, bn_weight, bn_bias, eps)
+    if running_mean is not None:
+        ranks.update_running(running_mean, running_var, momentum)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return y
 
 
 def _dense(vector):

@@ -48,15 +48,17 @@ def build_spec(
 
 
 def check_tensors(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum, shared=False
 ):
-    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved."""
+    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved.
+
+    shared: the batch is a part of a larger one, as it is where statistics are synchronized.
+    """
     convolved = {"x": x, "weight": weight, "bias": bias}
     if bias is None:
         del convolved["bias"]
     convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
-    normed = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
-    normed = {name: t for name, t in normed.items() if t is not None}
+    normed = _present(bn_weight, bn_bias, running_mean, running_var)
 
     _check_types(convolved | normed)
     _check_dtypes(convolved, autocast=False)  # whose casts have been made
@@ -64,12 +66,7 @@ def check_tensors(
     _check_devices(convolved | normed)
     check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
     _check_conv_shapes(x, weight, bias, spec)
-    c_out = weight.shape[0]
-    for name, tensor in normed.items():
-        if tensor.shape != (c_out,):
-            raise ValueError(
-                f"{name} must have the shape ({c_out},), one value per output channel, got {_shape(tensor)}"
-            )
+    _check_vectors(normed, weight.shape[0])
     output = spec.output_shape(x, weight)
     if min(output[2:]) < 1:
         raise ValueError(
@@ -77,7 +74,23 @@ def check_tensors(
             f"{tuple(weight.shape[2:])} with padding {spec.padding} and dilation {spec.dilation}"
         )
     _check_residuals(residuals, output)
-    _check_statistics(running_mean, running_var, output, training, momentum)
+    _check_statistics(running_mean, running_var, training, momentum)
+    if training and not shared and output[0] * output[2] * output[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
+
+
+def check_norm(x, bn_weight, bn_bias, running_mean, running_var, *, momentum, eps):
+    """Everything about one call of the norm alone, in training with shared statistics."""
+    normed = _present(bn_weight, bn_bias, running_mean, running_var)
+    _check_types({"x": x} | normed)
+    _check_dtypes({"x": x}, autocast=False)
+    _check_norm_dtypes(x.dtype, normed)
+    _check_devices({"x": x} | normed)
+    check_eps(eps)
+    if x.dim() != 4 or 0 in x.shape[1:]:  # an empty batch is fine
+        raise ValueError(f"x must be (N, C, H, W) without an empty dimension but N, got the shape {_shape(x)}")
+    _check_vectors(normed, x.shape[1])
+    _check_statistics(running_mean, running_var, True, momentum)
 
 
 def check_packed(x, channels):
@@ -186,7 +199,20 @@ def _check_residuals(residuals, output):
             )
 
 
-def _check_statistics(running_mean, running_var, output, training, momentum):
+def _present(bn_weight, bn_bias, running_mean, running_var):
+    named = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _check_vectors(vectors, channels):
+    for name, tensor in vectors.items():
+        if tensor.shape != (channels,):
+            raise ValueError(
+                f"{name} must have the shape ({channels},), one value per output channel, got {_shape(tensor)}"
+            )
+
+
+def _check_statistics(running_mean, running_var, training, momentum):
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
         raise TypeError(
             f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
@@ -197,8 +223,6 @@ def _check_statistics(running_mean, running_var, output, training, momentum):
             raise RuntimeError(f"{name} must be defined in evaluation mode: pass both statistics, or training=True")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training and output[0] * output[2] * output[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
 
 
 def _pair(value) -> tuple[int, int]:

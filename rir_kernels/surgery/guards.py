@@ -10,7 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..sync_batchnorm import SyncBatchNorm2d
+
 _PLAIN = (torch.Tensor, nn.Parameter)
+_AS_GOOD = {nn.BatchNorm2d: SyncBatchNorm2d}  # norm_state reads the group off it
 
 
 def call_obstacle(*inputs) -> str:
@@ -24,8 +27,8 @@ def call_obstacle(*inputs) -> str:
 
 
 def bypass_obstacle(module, kind: type) -> str:
-    """Why `module` may not be bypassed as if it were an untouched `kind`."""
-    if type(module) is not kind:
+    """Why `module` may not be bypassed as if it were an untouched `kind`; a SyncBatchNorm2d is a BatchNorm2d here."""
+    if type(module) not in (kind, _AS_GOOD.get(kind)):
         return _not_exactly(module, kind)
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook is registered on it"
