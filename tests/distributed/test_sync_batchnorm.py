@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import reference
+from rir_kernels import dispatch, reference
 from tests.distributed.ranks import (
     assert_same,
     counted_gathers,
@@ -31,11 +31,11 @@ PARTS = {2: ([1, 4], [5, 0]), 4: ([2, 0, 1, 2],)}  # uneven, and with ranks that
 
 
 class Chain(nn.Module):
-    """Two layers, the second's input the first's output alone: its data gradient brings the sums of the first's norm."""
+    """The second layer's input is the first's output alone: its data gradient brings the sums of the first's norm."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(rir.RiRLayer(4, 8), rir.RiRLayer(8, 6, stride=2))
+        self.layers = nn.Sequential(rir.RiRLayer(4, 8, stride=2), rir.RiRLayer(8, 6))
 
     def forward(self, x):
         return self.layers(x)
@@ -140,7 +140,7 @@ def steps(tmp_path_factory):
 
 @pytest.mark.parametrize(("case", "world"), RUNS)
 def test_parts_of_a_batch_are_the_whole(steps, case, world):
-    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not rir.dispatch.interpreting():
+    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not dispatch.interpreting():
         pytest.skip("kernels run on the GPU here: see test_on_gpus")
     _assert_parts_are_the_whole(case, steps(world))
 
@@ -194,12 +194,17 @@ def _odds_and_ends():
         settled(rir.convert_sync_batchnorm(rir.RiRLayer(4, 6))), [torch.zeros(0, 4, 5, 5).double()], 1
     )
 
-    # frozen weights before the norm: nothing to exchange backward, on no rank
-    layer = rir.convert_sync_batchnorm(settled(rir.ConvBNAct(4, 6, 3)))
-    layer.conv.requires_grad_(False)
-    with counted_gathers() as gathers:
-        layer(torch.randn(rank * 2, 4, 5, 5).double()).sum().backward()
-    results["frozen"] = gathers[0]
+    # what is frozen before the norm decides on the exchange in backward: on a rank without images, which runs other
+    # operators, as on the one that runs kernels
+    results["frozen"] = []
+    for trained in ((), ("weight",), ("bias",)):
+        layer = rir.convert_sync_batchnorm(settled(rir.ConvBNAct(4, 6, 3, bias=True), torch.float32))
+        layer.impl = "triton" if dispatch.interpreting() else "torch"
+        for name, parameter in layer.conv.named_parameters():
+            parameter.requires_grad_(name in trained)
+        with counted_gathers() as gathers:
+            layer(torch.randn(rank * 2, 4, 5, 5)).sum().backward()
+        results["frozen"].append(gathers[0])
 
     # a group of one, evaluation, no gradients
     x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(rank)).double()
@@ -261,7 +266,7 @@ def test_nothing_on_any_rank(odds):
 
 
 def test_nothing_is_exchanged_for_what_is_frozen(odds):
-    assert [rank["frozen"] for rank in odds] == [1, 1]
+    assert [rank["frozen"] for rank in odds] == [[1, 2, 2]] * 2
 
 
 @pytest.mark.parametrize("case", ["alone", "eval"])

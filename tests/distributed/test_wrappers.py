@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,14 +79,14 @@ def _empty_rank():
 
 def _sharded():
     """{what is sharded: parameters and buffers after one step}"""
-    results = {}
+    results, mesh = {}, init_device_mesh("cpu", (dist.get_world_size(),))
     for kind in ("whole", "blocks", "norms", "synchronized"):
         made = model(synchronized=kind == "synchronized")
         blocks = [made.net.stem, *made.net.layers, made.block]
         norms = [m for m in made.net.modules() if isinstance(m, nn.BatchNorm2d)]
         for inner in {"whole": [], "norms": norms}.get(kind, blocks):
-            fully_shard(inner)
-        fully_shard(made)
+            fully_shard(inner, mesh=mesh)
+        fully_shard(made, mesh=mesh)
         optimizer = torch.optim.SGD(made.parameters(), 0.1)
         x = images() if kind != "synchronized" else part(images(), SIZES, dist.get_rank())
         made(x).square().sum().backward()
