@@ -121,13 +121,9 @@ def apply(
         vectors = map(_dense, (bias, bn_weight, bn_bias))
         tensors = (as_channels_last(x), weight, *vectors, *map(as_channels_last, residuals))
     if process_group is not None:
-        ranks = synchronized.Ranks(process_group)
-        if kernels:
-            y = synchronized.fused_conv_bn_act(ranks, tensors, spec, impl)
-        else:
-            y = synchronized.conv_bn_act(ranks, x, weight, bias, bn_weight, bn_bias, residuals, spec)
-        if running_mean is not None:
-            ranks.update_running(running_mean, running_var, momentum)
+        if not kernels:
+            impl, tensors = "torch", (*tensors[:5], *residuals)
+        y = synchronized.conv_bn_act(process_group, tensors, buffers[:2], momentum, spec, impl)
     elif kernels:
         statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
         y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
@@ -153,10 +149,8 @@ def shared_batch_norm(
     x (N, C, H, W); output in its dtype and memory format. Errors as `conv_bn_act`, before anything is exchanged.
     """
     check_norm(x, bn_weight, bn_bias, running_mean, running_var, momentum=momentum, eps=eps)
-    ranks = synchronized.Ranks(process_group)
-    y = synchronized.batch_norm(ranks, x, bn_weight, bn_bias, eps)
-    if running_mean is not None:
-        ranks.update_running(running_mean, running_var, momentum)
+    statistics = running_mean, running_var
+    y = synchronized.batch_norm(process_group, x, bn_weight, bn_bias, statistics, momentum, eps)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y

@@ -30,7 +30,7 @@ def forward(
     count, are updated where they are given. Otherwise the running statistics are used, and z, mean, invstd are
     kept only if `save`.
 
-    ranks (`synchronized.Ranks`): the batch is that of all of them; no running statistics are given then.
+    ranks (of `synchronized`): the batch is that of all of them; no running statistics are given then.
     """
     conv, _, norm = _kernels(impl)
     if training:

@@ -6,7 +6,9 @@ A rank without images takes part in both. The gradients of the norm's weight and
 those of every other parameter do.
 """
 
+import functools
 import importlib
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,54 @@ import torch.nn.functional as F
 from . import aten, fused, ops
 
 
-class Ranks:
+def _untraced(function):
+    """torch.compile calls it and looks no further: collectives are in it, and launches that no op stands around."""
+    untraced = []
+
+    @functools.wraps(function)
+    def call(*args):
+        if "torch._dynamo" not in sys.modules:  # nobody compiles, and to import the compiler would take seconds
+            return function(*args)
+        if not untraced:
+            untraced.append(torch.compiler.disable(function))
+        return untraced[0](*args)
+
+    return call
+
+
+@_untraced
+def conv_bn_act(group, tensors, statistics, momentum, spec, impl) -> torch.Tensor:
+    """y, in training. tensors: x, weight, bias, bn_weight, bn_bias, residuals; statistics: the running ones, or Nones.
+
+    impl: "triton" and "hybrid", with tensors as the registered op has them and images in x; all others are ATen ops.
+    """
+    ranks = _Ranks(group)
+    if impl in ("hybrid", "triton"):
+        y = ops.ConvBNActFunction.apply(_FusedCall(ranks, spec, impl), (), 0.0, spec, True, impl, *tensors)
+    else:
+        x, weight, bias, bn_weight, bn_bias, *residuals = tensors
+        z = aten.before_norm(x, weight, bias, residuals, spec)
+        y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
+    ranks.update_running(*statistics, momentum)
+    return y
+
+
+@_untraced
+def batch_norm(group, x, weight, bias, statistics, momentum, eps) -> torch.Tensor:
+    """The norm alone, in training; x (N, C, H, W), any N."""
+    ranks = _Ranks(group)
+    y = _norm(ranks, x, weight, bias, eps)
+    ranks.update_running(*statistics, momentum)
+    return y
+
+
+def _norm(ranks, z, weight, bias, eps):
+    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm wants its four vectors in one dtype
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return _BatchNorm.apply(ranks, eps, z, weight, bias)
+
+
+class _Ranks:
     """The ranks of a group, during one call and its backward."""
 
     def __init__(self, group):
@@ -48,29 +97,13 @@ class Ranks:
 
     @torch.no_grad()
     def update_running(self, running_mean, running_var, momentum) -> None:
-        """As torch.nn.functional.batch_norm does it; nothing where no rank had a pixel."""
+        """As torch.nn.functional.batch_norm does it, where there are any; nothing where no rank had a pixel."""
+        if running_mean is None:
+            return
         unbiased = self.var * (self.count / (self.count - 1).clamp(min=1))  # torch's SyncBatchNorm: NaN for one pixel
         for buffer, batch in ((running_mean, self.mean), (running_var, unbiased)):
             updated = (1 - momentum) * buffer.to(batch.dtype) + momentum * batch
             buffer.copy_(torch.where(self.count > 0, updated, buffer))
-
-
-def conv_bn_act(ranks: Ranks, x, weight, bias, bn_weight, bn_bias, residuals, spec) -> torch.Tensor:
-    """y in ATen ops, in training."""
-    z = aten.before_norm(x, weight, bias, residuals, spec)
-    return aten.after_norm(batch_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
-
-
-def fused_conv_bn_act(ranks: Ranks, tensors, spec, impl) -> torch.Tensor:
-    """y by the kernels, in training; tensors: x, weight, bias, bn_weight, bn_bias and residuals, as the op has them."""
-    return ops.ConvBNActFunction.apply(_FusedCall(ranks, spec, impl), (), 0.0, spec, True, impl, *tensors)
-
-
-def batch_norm(ranks: Ranks, z, weight, bias, eps) -> torch.Tensor:
-    """The norm alone, in training; z (N, C, H, W), any N."""
-    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm wants its four vectors in one dtype
-    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-    return _BatchNorm.apply(ranks, eps, z, weight, bias)
 
 
 class _FusedCall:

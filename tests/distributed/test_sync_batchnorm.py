@@ -206,6 +206,14 @@ def _odds_and_ends():
             layer(torch.randn(rank * 2, 4, 5, 5)).sum().backward()
         results["frozen"].append(gathers[0])
 
+    # compiled, with a graph break at the norm
+    layer = rir.convert_sync_batchnorm(settled(rir.ConvBNAct(4, 6, 3), torch.float32))
+    layer.impl = "triton" if dispatch.interpreting() else "torch"
+    twin = copy.deepcopy(layer)
+    twin.compile(backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(rank))
+    results["compiled"] = one_step(layer, [x], 1), one_step(twin, [x], 1)
+
     # a group of one, evaluation, no gradients
     x = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(rank)).double()
     alone = [dist.new_group([r]) for r in range(2)][rank]
@@ -275,6 +283,12 @@ def test_a_batch_norm_bit_for_bit(odds, case):
         found, x = rank[case]
         expected = one_step(settled(nn.BatchNorm2d(4)).train(case == "alone"), [x], 1)
         assert_same(found, expected, rtol=0, atol=0)
+
+
+def test_compiled_with_a_graph_break(odds):
+    for rank in odds:
+        eager, compiled = rank["compiled"]
+        assert_same(compiled, eager, rtol=0, atol=0)
 
 
 def test_copies_share_the_group(odds):
