@@ -38,7 +38,7 @@ class Chain(nn.Module):
         self.layers = nn.Sequential(rir.RiRLayer(4, 8, stride=2), rir.RiRLayer(8, 6))
 
     def forward(self, x):
-        return self.layers(x)
+        return self.layers(x.contiguous(memory_format=torch.channels_last))
 
 
 def _fused(model):
@@ -168,6 +168,10 @@ def test_on_gpus(tmp_path):
         _assert_parts_are_the_whole(case, ranks)
 
 
+def _norms_of_single_values():
+    return nn.Sequential(nn.BatchNorm2d(4), rir.ConvBNAct(4, 4, 1))
+
+
 def _odds_and_ends():
     rank = dist.get_rank()
     results = {}
@@ -185,7 +189,7 @@ def _odds_and_ends():
         results[dtype] = one_step(layer, [x], 1)
 
     # one value per channel here, more elsewhere
-    norm = rir.convert_sync_batchnorm(settled(nn.BatchNorm2d(4)))
+    norm = rir.convert_sync_batchnorm(settled(_norms_of_single_values()))
     x = torch.arange(8.0, dtype=torch.float64).view(2, 4, 1, 1).square().split([1, 1])[rank]
     results["one value"] = one_step(norm, [x], 1)
 
@@ -258,7 +262,7 @@ def test_half_precision_beside_fp32_norms(odds, dtype):
 
 def test_one_value_on_a_rank(odds):
     x = torch.arange(8.0, dtype=torch.float64).view(2, 4, 1, 1).square()
-    expected = one_step(settled(nn.BatchNorm2d(4)), [x], 1)
+    expected = one_step(settled(_norms_of_single_values()), [x], 1)
     assert_same(whole_of([rank["one value"] for rank in odds]), expected, **CLOSE[torch.float64])
 
 
