@@ -6,6 +6,7 @@
     rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
     rir.register_pattern(kind), rir.fold_bn_(model)    for blocks of your own, and for inference
     rir.compare(reference, candidate, inputs)          proof of equivalence
+    rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
     with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
 
 Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
@@ -18,6 +19,7 @@ from .equivalence import EquivalenceReport, compare
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .recomputing import recompute
 from .surgery import FusionReport, fold_bn_, fuse_, register_pattern, unfuse_, unregister_pattern
+from .sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "FusionReport",
     "RiRBlock",
     "RiRLayer",
+    "SyncBatchNorm2d",
     "compare",
+    "convert_sync_batchnorm",
     "env_report",
     "fold_bn_",
     "functional",

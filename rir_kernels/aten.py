@@ -11,13 +11,22 @@ def conv_bn_act(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
 ) -> torch.Tensor:
     """y; the running statistics are updated in place when training. Without a weight z is x."""
+    z = before_norm(x, weight, bias, residuals, spec)
+    y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
+    return after_norm(y, residuals, spec)
+
+
+def before_norm(x, weight, bias, residuals, spec) -> torch.Tensor:
+    """What the norm sees."""
     z = x
     if weight is not None:
         z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
     z = joined(z, residuals, spec)
-    if spec.shortcut_channels:
-        z = _add(z, spec.shortcut(x))
-    y = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, spec.eps)
+    return _add(z, spec.shortcut(x)) if spec.shortcut_channels else z
+
+
+def after_norm(y, residuals, spec) -> torch.Tensor:
+    """y, from the normed z."""
     if spec.norm_scale != 1.0:
         y = y * spec.norm_scale
     for residual in residuals if spec.post_norm else ():

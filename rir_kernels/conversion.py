@@ -70,6 +70,7 @@ def merge_norms(norms: list[nn.BatchNorm2d]) -> nn.BatchNorm2d:
     merged = copy.deepcopy(norms[0])
     if len(norms) == 1:
         return merged
+    _agreed("class and process group of the norms", [(type(n), getattr(n, "process_group", None)) for n in norms])
     for name in ("eps", "momentum", "training", "track_running_stats"):
         _agreed(f"{name} of the norms", [getattr(norm, name) for norm in norms])
     counts = [norm.num_batches_tracked for norm in norms]

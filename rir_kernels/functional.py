@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from . import aten, eager, ops
+from . import aten, eager, ops, synchronized
 from .dispatch import check_impl, resolve
 from .layout import as_channels_last, as_rows, is_channels_last, to_format
 from .reference import functional as reference
@@ -144,22 +144,25 @@ def apply(
     training: bool,
     momentum: float,
     impl: str,
+    process_group=None,
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
     weight None leaves the convolution out, as `norm_act` does: the spec has none of its options then, nor a shortcut.
-    `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded.
+    `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded. process_group: whose ranks
+    share the batch's statistics, in training; None is this one alone.
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     buffers = (running_mean, running_var, num_batches_tracked)
-    kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl)
+    kind = None if process_group is not None else eager.kind_of(tensors, buffers, spec, training, momentum, impl)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
         return y
     check_tensors(
         x, weight, bn_weight, bn_bias, running_mean, running_var,
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+        shared=process_group is not None,
     )  # fmt: skip
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
@@ -168,19 +171,25 @@ def apply(
         y = apply(
             aten.joined(x, residuals, spec), None, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
             spec=dataclasses.replace(spec, branch_scale=1.0), training=training, momentum=momentum, impl=impl,
+            process_group=process_group,
         )  # fmt: skip
         return to_format(y, channels_last)
     if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
         eager.prepare(kind, tensors, buffers, spec, training)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
-    if impl in ("hybrid", "triton") and x.shape[0] > 0:
-        y, mean, var = ops.conv_bn_act(
-            as_rows(x) if weight is None else as_channels_last(x), weight, *map(_dense, (bias, bn_weight, bn_bias)),
-            *((None, None) if training else (_dense(running_mean), _dense(running_var))),
-            [as_channels_last(residual) for residual in residuals],
-            spec, training=training, impl=impl,
-        )  # fmt: skip
+    kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
+    if kernels:
+        x = as_rows(x) if weight is None else as_channels_last(x)
+        vectors = map(_dense, (bias, bn_weight, bn_bias))
+        tensors = (x, weight, *vectors, *map(as_channels_last, residuals))
+    if process_group is not None:
+        if not kernels:
+            impl, tensors = "torch", (*tensors[:5], *residuals)
+        y = synchronized.conv_bn_act(process_group, tensors, buffers[:2], momentum, spec, impl)
+    elif kernels:
+        statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
+        y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
         if training and running_mean is not None:
             count = y.shape[0] * y.shape[2] * y.shape[3]
             _update_running(running_mean, running_var, mean, var, momentum, count)

@@ -45,11 +45,18 @@ def conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, 
     return y, mean, var
 
 
+_REFUSAL = (
+    'impl="triton" and impl="hybrid" have no second derivatives: use impl="torch" (or use_impl("torch")) where '
+    "gradients are differentiated again"
+)
 _X, _RESIDUALS = 6, 11  # where x and the residuals stand among the function's arguments
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """(y, batch mean, biased batch var) by the registered op; or y, as `planned`, where the buffers are updated too."""
+    """(y, batch mean, biased batch var) by the registered op; or y, by `planned`.
+
+    planned: an eager.Planned, which updates the buffers too, or whatever else has its `plan` and `gradients`.
+    """
 
     @staticmethod
     def forward(ctx, planned, buffers, momentum, spec, training, impl, *tensors):
@@ -82,10 +89,7 @@ class ConvBNActFunction(torch.autograd.Function):
     def backward(ctx, dy, *_):
         with torch.no_grad():
             grads = ConvBNActFunction._gradients(ctx, dy)
-        if not torch.is_grad_enabled():
-            return grads
-        # create_graph=True: torch's once_differentiable would drop the graph silently where dy itself needs no gradient
-        return _FirstOrder.apply(*[None if grad is None else grad.detach().requires_grad_() for grad in grads])
+        return first_order(grads, _REFUSAL)
 
     @staticmethod
     def _gradients(ctx, dy):
@@ -124,19 +128,25 @@ def _links(tensors):
     return links[0]
 
 
+def first_order(grads, refusal: str):
+    """The gradients, within backward; under create_graph=True they raise `refusal` where they are differentiated."""
+    if not torch.is_grad_enabled():
+        return grads
+    # torch's once_differentiable would drop the graph silently where dy itself needs no gradient
+    return _FirstOrder.apply(refusal, *[None if grad is None else grad.detach().requires_grad_() for grad in grads])
+
+
 class _FirstOrder(torch.autograd.Function):
     """Passes gradients on, and raises where one of them is differentiated in turn."""
 
     @staticmethod
-    def forward(ctx, *grads):
+    def forward(ctx, refusal, *grads):
+        ctx.refusal = refusal
         return tuple(None if grad is None else grad.clone() for grad in grads)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            'impl="triton" and impl="hybrid" have no second derivatives: use impl="torch" (or use_impl("torch")) '
-            "where gradients are differentiated again"
-        )
+        raise RuntimeError(ctx.refusal)
 
 
 def _flat(spec: ConvBNActSpec):

@@ -48,11 +48,12 @@ def build_spec(
 
 
 def check_tensors(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum, shared=False
 ):
     """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved.
 
-    weight may be None: no convolution, and a spec without one.
+    weight may be None: no convolution, and a spec without one. shared: the batch is a part of a larger one, as it is
+    where statistics are synchronized.
     """
     convolved = {"x": x, "weight": weight, "bias": bias}
     convolved = {name: t for name, t in convolved.items() if name == "x" or t is not None}
@@ -67,11 +68,10 @@ def check_tensors(
     check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
     _check_conv_shapes(x, weight, bias, spec)
     output = spec.output_shape(x, weight)
-    c_out = output[1]
     for name, tensor in normed.items():
-        if tensor.shape != (c_out,):
+        if tensor.shape != (output[1],):
             raise ValueError(
-                f"{name} must have the shape ({c_out},), one value per output channel, got {_shape(tensor)}"
+                f"{name} must have the shape ({output[1]},), one value per output channel, got {_shape(tensor)}"
             )
     if min(output[2:]) < 1:
         raise ValueError(
@@ -79,7 +79,9 @@ def check_tensors(
             f"{tuple(weight.shape[2:])} with padding {spec.padding} and dilation {spec.dilation}"
         )
     _check_residuals(residuals, output)
-    _check_statistics(running_mean, running_var, output, training, momentum)
+    _check_statistics(running_mean, running_var, training, momentum)
+    if training and not shared and output[0] * output[2] * output[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
 
 
 def check_weight(weight):
@@ -198,7 +200,7 @@ def _check_residuals(residuals, output):
             )
 
 
-def _check_statistics(running_mean, running_var, output, training, momentum):
+def _check_statistics(running_mean, running_var, training, momentum):
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
         raise TypeError(
             f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
@@ -209,8 +211,6 @@ def _check_statistics(running_mean, running_var, output, training, momentum):
             raise RuntimeError(f"{name} must be defined in evaluation mode: pass both statistics, or training=True")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if training and output[0] * output[2] * output[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
 
 
 def _pair(value) -> tuple[int, int]:

@@ -11,10 +11,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..folded_norm import FoldedNorm
+from ..sync_batchnorm import SyncBatchNorm2d
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-_AS_GOOD = {nn.BatchNorm2d: (FoldedNorm,)}  # norm_state reads from these what it reads from the other
+# norm_state reads from these what it reads from the other, and the group that shares the statistics
+_AS_GOOD = {nn.BatchNorm2d: (SyncBatchNorm2d, FoldedNorm)}
 
 
 def call_obstacle(*inputs) -> str:

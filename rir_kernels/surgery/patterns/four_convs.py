@@ -12,6 +12,7 @@ from torch import nn
 from ... import norm_state
 from ...spec import ConvBNActSpec
 from ...streams import pack_weight
+from ...sync_batchnorm import SyncBatchNorm2d
 from ..guards import bypass_obstacle
 
 
@@ -45,7 +46,7 @@ def obstacle(layer: Layer) -> str:
     if r is t:
         return "both streams share one norm, which updates its statistics twice"
     if _description(r) != _description(t):
-        return "the norms differ in mode, eps, momentum, tracking, affine parameters or dtype"
+        return "the norms differ in mode, eps, momentum, tracking, affine parameters, dtype or process group"
     return ""
 
 
@@ -87,6 +88,10 @@ class _JoinedNorm:
             None if of_r is None else torch.cat([of_r, of_t]) for of_r, of_t in zip(_state(r), _state(t), strict=True)
         )
         self.num_batches_tracked = r.num_batches_tracked  # itself: norm_state counts r's batch
+
+    def active_group(self):
+        r = self.norms[0]
+        return r.active_group() if isinstance(r, SyncBatchNorm2d) else None
 
     def write_back(self):
         """Give both norms their parts of the updated statistics, and count t's batch."""
@@ -138,4 +143,5 @@ def _state(norm):
 def _description(norm):
     """What has to be the same for two norms to be one; a tensor's dtype, or None where it is absent."""
     dtypes = [None if tensor is None else tensor.dtype for tensor in _state(norm)]
-    return norm.training, norm.eps, norm.momentum, norm.track_running_stats, dtypes
+    group = norm.__dict__.get("process_group")
+    return type(norm), norm.training, norm.eps, norm.momentum, norm.track_running_stats, dtypes, group
