@@ -12,7 +12,7 @@ from torch import nn
 from rir_kernels import dispatch
 
 # a collective that not every rank joins ends here: by far longer than any of them takes
-PATIENCE = datetime.timedelta(seconds=60)
+PATIENCE = datetime.timedelta(minutes=5)
 
 
 def run_on_ranks(world, function, *args, folder, device="cpu"):

@@ -1,0 +1,31 @@
+"""The code of the README and of every page under docs/ runs as it stands, block after block; links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("bench/*.md"))]
+
+
+def blocks_of(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_code_blocks_run(page):
+    namespace = {"__name__": page.stem}
+    for block in blocks_of(page):
+        exec(compile(block, str(page), "exec"), namespace)
+    if page == README:
+        assert namespace["report"].passed
+        assert namespace["y"].shape == (2, 192, 16, 16)
+        assert namespace["logits"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
