@@ -37,7 +37,7 @@ def conv_obstacle(conv) -> str:
     if reason := bypass_obstacle(conv, nn.Conv2d):
         return reason
     if conv.groups != 1:
-        return f"groups={conv.groups}: only ungrouped convolutions are fused"
+        return "groups > 1: only ungrouped convolutions are fused"
     if pair(conv.dilation) != (1, 1):
         return f"dilation={conv.dilation}: only undilated convolutions are fused"
     if conv.padding_mode != "zeros":

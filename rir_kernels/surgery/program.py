@@ -110,7 +110,7 @@ def _import(name, value):
         return f"import {value.__name__} as {name}"
     qualified = _get_qualified_name(value) if callable(value) else ""
     module, _, attribute = qualified.rpartition(".")
-    if module == "builtins" and hasattr(builtins, attribute):
+    if module in ("", "builtins") and getattr(builtins, attribute, None) is value:
         return f"{name} = {attribute}"
     if not module or "<" in qualified:
         raise Untraceable(f"its forward calls {value!r}, which cannot be imported by a name")

@@ -7,7 +7,7 @@ from ..chains import Chain, find_chains
 from ..program import write_program
 from ..registry import is_inlined
 from ..swap import Fused
-from ..tracing import Trace, Untraceable, trace
+from ..tracing import Trace, Untraceable, sketch, trace
 from .base import Family, Match, Refusal
 
 
@@ -26,7 +26,10 @@ def _find(module):
         return []
     inlined = frozenset(name for name, found in within.items() if is_inlined(found))
     try:
-        found = find_chains(module, trace(module, inlined).graph)
+        # most modules have nothing: that is seen by a cheap look
+        found = find_chains(module, sketch(module, inlined))
+        if not found:
+            return []
         # of the children, only those whose border a chain of this very forward crosses
         crossed = {
             ".".join(scope[:depth])
