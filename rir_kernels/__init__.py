@@ -4,19 +4,20 @@
     y = rir.functional.conv_bn_act(x, weight, ...)     the one operation
     rir.RiRLayer, rir.RiRBlock, rir.ConvBNAct          drop-in modules
     rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
+    rir.register_pattern(kind), rir.fold_bn_(model)    for blocks of your own, and for inference
     rir.compare(reference, candidate, inputs)          proof of equivalence
     with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
 
 Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
 """
 
-from . import functional, reference
+from . import functional, reference, surgery
 from .dispatch import use_impl
 from .env import env_report
 from .equivalence import EquivalenceReport, compare
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .recomputing import recompute
-from .surgery import FusionReport, fuse_, unfuse_
+from .surgery import FusionReport, fold_bn_, fuse_, register_pattern, unfuse_, unregister_pattern
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,10 +28,14 @@ __all__ = [
     "RiRLayer",
     "compare",
     "env_report",
+    "fold_bn_",
     "functional",
     "fuse_",
     "recompute",
     "reference",
+    "register_pattern",
+    "surgery",
     "unfuse_",
+    "unregister_pattern",
     "use_impl",
 ]

@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import rir_kernels.surgery.fuse
 from rir_kernels import reference
 from rir_kernels.surgery import FusionReport, fuse_, unfuse_
-from rir_kernels.surgery.patterns import FAMILIES, Family, Match, Refusal
+from rir_kernels.surgery.patterns import Family, Match, Refusal, families
 from rir_kernels.surgery.patterns.base import exactly
 from rir_kernels.surgery.swap import Fused
 from tests.surgery_helpers import OPERATIONS, Net, assert_same, fused_calls, net, pair_of, randn, settle
@@ -169,7 +169,7 @@ def test_what_is_bypassed_is_not_offered_again(monkeypatch):
         return [Refusal("odd", ("inside",)) if module.training else Match("P6", ("inside",))]
 
     family = Family(**exactly(lambda: Outer), find=find, mixin=type("FusedOuter", (Fused,), {}))
-    monkeypatch.setattr(rir_kernels.surgery.fuse, "FAMILIES", (family, *FAMILIES))
+    monkeypatch.setattr(rir_kernels.surgery.fuse, "families", lambda: [family, *families()])
     assert [item.name for item in fuse_(Outer().eval(), dry_run=True).replaced] == ["", "beside"]
     assert [item.name for item in fuse_(Outer().train(), dry_run=True).replaced] == ["inside", "beside"]
     fuse_(model := Outer().eval())

@@ -1,6 +1,11 @@
 """Fused forwards for the blocks of an existing model, and back: the modules stay, only how forward runs changes."""
 
+from .fold import fold_bn_
 from .fuse import fuse_, unfuse_
+from .patterns import register_pattern, unregister_pattern
 from .report import FusionReport
+from .units import bn_act, conv_bn_act
 
-__all__ = ["FusionReport", "fuse_", "unfuse_"]
+__all__ = [
+    "FusionReport", "bn_act", "conv_bn_act", "fold_bn_", "fuse_", "register_pattern", "unfuse_", "unregister_pattern",
+]  # fmt: skip

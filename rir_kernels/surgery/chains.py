@@ -15,10 +15,12 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..folded_norm import FoldedNorm
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
 from .tracing import Path
 
+NORMS = (_NormBase, FoldedNorm)  # what looks like one
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
 _ADD = {operator.add, operator.iadd, torch.add}
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply}
@@ -71,14 +73,17 @@ class Chain:
         return scopes[0][:same]
 
 
-def find_chains(module: nn.Module, graph: fx.Graph) -> list[Chain | Refusal]:
-    """In the order of the graph; a Refusal where something looks like a chain and is none."""
-    return list(_Finder(module, graph).found())
+def find_chains(module: nn.Module, graph: fx.Graph, check_conv=conv_obstacle) -> list[Chain | Refusal]:
+    """In the order of the graph; a Refusal where something looks like a chain and is none.
+
+    check_conv: why a convolution cannot be part of one, or an empty string.
+    """
+    return list(_Finder(module, graph, check_conv).found())
 
 
 class _Finder:
-    def __init__(self, module, graph):
-        self.module, self.nodes = module, list(graph.nodes)
+    def __init__(self, module, graph, check_conv):
+        self.module, self.nodes, self.check_conv = module, list(graph.nodes), check_conv
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.depth: dict[fx.Node, int] = {}
         for node in self.nodes:
@@ -89,7 +94,7 @@ class _Finder:
     def found(self) -> Iterator[Chain | Refusal]:
         chains = []
         # of two that are added, the one with more behind it takes the other for its residual
-        norms = [node for node in reversed(self.nodes) if isinstance(self.child(node), _NormBase)]
+        norms = [node for node in reversed(self.nodes) if isinstance(self.child(node), NORMS)]
         for norm in sorted(norms, key=self.depth.get, reverse=True):
             chain = self.grow(norm)
             if chain is not None:
@@ -169,7 +174,7 @@ class _Finder:
     def obstacle(self, chain):
         """Why it may not become one operation."""
         norm, conv = self.child(chain.norm), chain.conv and self.child(chain.conv)
-        if conv is not None and (reason := conv_obstacle(conv)):
+        if conv is not None and (reason := self.check_conv(conv)):
             return reason
         if reason := norm_obstacle(norm):
             return reason

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from ..dispatch import check_impl
-from .patterns import FAMILIES, PATTERNS, Match, Refusal
+from ..folded_norm import FoldedNorm
+from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, class_of, is_covered, is_fused, swap_back, swap_in
 from .tracing import Untraceable
@@ -45,7 +46,7 @@ def fuse_(
 
     Raises ValueError for an unknown `impl` or pattern, TypeError for a model that is no nn.Module.
     """
-    _check_model(model)
+    check_model(model)
     check_impl(impl)
     enabled = _check_patterns(patterns)
     report = FusionReport(model, dry_run=dry_run)
@@ -68,7 +69,7 @@ def fuse_(
         done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 
-    _walk(model, fuse)
+    walk(model, fuse)
     if not dry_run:
         for module, recipe in swaps:
             swap_in(module, recipe)
@@ -79,9 +80,12 @@ def unfuse_(model: nn.Module) -> nn.Module:
     """Undo fuse_: every module gets its class back, and nothing of the fusion remains. Returns `model`.
 
     RuntimeError, with nothing changed, where something else has swapped the class of a fused module since (FSDP's
-    fully_shard, a parametrization): undo that first. TypeError for a model that is no nn.Module.
+    fully_shard, a parametrization): undo that first; and where fold_bn_ has been applied. TypeError for a model that
+    is no nn.Module.
     """
-    _check_model(model)
+    check_model(model)
+    if any(isinstance(module, FoldedNorm) for module in model.modules()):
+        raise RuntimeError("fold_bn_ has folded norms of the model into its weights: there is no way back, use a copy")
     fused = [(name, module) for name, module in model.named_modules() if is_fused(module)]
     for name, module in fused:
         if is_covered(module):
@@ -94,7 +98,13 @@ def unfuse_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _walk(model, visit):
+def check_model(model) -> None:
+    """TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def walk(model, visit) -> None:
     """visit(module, family, all its names) once for every module of a family's kind, the outer ones first.
 
     It returns modules within that are not to be visited any more.
@@ -108,7 +118,7 @@ def _walk(model, visit):
         if module is None or module in seen:
             return
         seen.add(module)
-        family = next((family for family in FAMILIES if family.knows(class_of(module))), None)
+        family = next((family for family in families() if family.knows(class_of(module))), None)
         if family is not None and module not in bypassed:
             bypassed.update(visit(module, family, names[id(module)]))
         for child in module._modules.values():
@@ -145,11 +155,6 @@ def _unit_obstacle(module, family):
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""
-
-
-def _check_model(model):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _check_patterns(patterns):

@@ -10,9 +10,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..folded_norm import FoldedNorm
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+_AS_GOOD = {nn.BatchNorm2d: (FoldedNorm,)}  # norm_state reads from these what it reads from the other
 
 
 def call_obstacle(*inputs) -> str:
@@ -26,8 +28,8 @@ def call_obstacle(*inputs) -> str:
 
 
 def bypass_obstacle(module, kind: type) -> str:
-    """Why `module` may not be bypassed as if it were an untouched `kind`."""
-    if type(module) is not kind:
+    """Why `module` may not be bypassed as if it were an untouched `kind`, or what is as good as one."""
+    if type(module) is not kind and type(module) not in _AS_GOOD.get(kind, ()):
         return _not_exactly(module, kind)
     return _touched(module)
 
@@ -58,6 +60,8 @@ def norm_obstacle(norm) -> str:
 
 def norm_has_relu(norm) -> bool:
     """Whether the norm's own forward ends with a ReLU."""
+    if type(norm) is FoldedNorm:
+        return norm.relu
     within = None if type(norm) is nn.BatchNorm2d else activation_within(norm)
     return within is not None and isinstance(within[0], nn.ReLU)
 

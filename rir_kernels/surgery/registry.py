@@ -5,14 +5,19 @@ from torch import nn
 from .swap import is_fused
 
 # classes whose forward is looked into where a chain crosses its border
-_inlined: set[str] = set()
+_inlined: set[str | type] = set()
 # norms with an activation inside: the names of the children (activation, something that must be nn.Identity)
 _norm_acts: dict[str, tuple[str, str]] = {}
 
 
-def inline(*classes: str) -> None:
-    """Classes by their full names."""
+def inline(*classes: str | type) -> None:
+    """Classes, or their full names."""
     _inlined.update(classes)
+
+
+def not_inlined(kind: type) -> None:
+    """Takes `inline` back."""
+    _inlined.discard(kind)
 
 
 def norm_act(name: str, *, activation: str, nothing: str) -> None:
@@ -23,7 +28,9 @@ def norm_act(name: str, *, activation: str, nothing: str) -> None:
 def is_inlined(module: nn.Module) -> bool:
     """Whether its forward is looked into, as part of that of the module around it."""
     kind = type(module)
-    return not is_fused(module) and (kind.forward is nn.Sequential.forward or full_name(kind) in _inlined)
+    if is_fused(module):
+        return False
+    return kind.forward is nn.Sequential.forward or kind in _inlined or full_name(kind) in _inlined
 
 
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:

@@ -1,11 +1,19 @@
 """The kinds of module that can be fused, one file each. To add one, write its file and name it here."""
 
-from . import pytorchcv, rir_layer, rir_unit, timm, traced
-from .base import PATTERNS, Family, Match, Refusal
+from . import own, pytorchcv, reference_unit, registered, rir_layer, rir_unit, timm, traced
+from .base import PATTERNS, Family, Fold, Match, Refusal
+from .registered import register_pattern, unregister_pattern
 
-# the first that knows a class has it
-FAMILIES: list[Family] = [rir_layer.FAMILY, rir_unit.FAMILY, traced.FAMILY]
 # classes of other libraries whose forward is traced as well, with what has to be known of them
 LIBRARIES = (pytorchcv, timm)
 
-__all__ = ["FAMILIES", "LIBRARIES", "PATTERNS", "Family", "Match", "Refusal"]
+
+def families() -> list[Family]:
+    """The first that knows a class has it."""
+    known = (own, reference_unit, rir_layer, rir_unit, traced)
+    return [*registered.FAMILIES.values(), *(module.FAMILY for module in known)]
+
+
+__all__ = [
+    "LIBRARIES", "PATTERNS", "Family", "Fold", "Match", "Refusal", "families", "register_pattern", "unregister_pattern",
+]  # fmt: skip

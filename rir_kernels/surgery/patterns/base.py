@@ -26,8 +26,20 @@ class Refusal(NamedTuple):
     parts: tuple[str, ...] = ()
 
 
+class Fold(NamedTuple):
+    """The path of a norm that can be folded into a convolution, or where that is None into an affine map."""
+
+    norm: str
+    conv: str | None = None
+
+
 def no_program(module, matches, impl) -> None:
     """The program of families whose mixin knows what to do."""
+
+
+def no_folds(module) -> list[Fold]:
+    """Of families that know of none."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Family:
     find: what one instance has to offer, several operations where it is a container.
     mixin: the Fused whose forward runs them; at every call it looks again, by what `find` looks by.
     program: what that forward is told, for the matches that are to be fused: hashable, part of the fused class.
+    folds: the norms of one instance that `fold_bn_` may fold.
     """
 
     knows: Callable[[type], bool]
@@ -46,6 +59,7 @@ class Family:
     find: Callable[..., list[Match | Refusal]]
     mixin: type
     program: Callable[..., Any] = no_program
+    folds: Callable[..., list[Fold]] = no_folds
 
 
 def exactly(target: Callable[[], type | None]) -> dict:

@@ -7,7 +7,7 @@ from ...streams import PACKED, as_streams, check_image
 from ..guards import call_obstacle
 from ..swap import Fused
 from . import four_convs
-from .base import Family, Match, Refusal, exactly
+from .base import Family, Fold, Match, Refusal, exactly
 from .four_convs import Layer
 
 _CONVS = ("conv_rr", "conv_rt", "conv_tr", "conv_tt")
@@ -60,4 +60,10 @@ def _layer(module):
     )
 
 
-FAMILY = Family(**exactly(lambda: reference.RiRLayer), find=_find, mixin=FusedRiRLayer)
+def _folds(module):
+    if four_convs.obstacle(_layer(module)):
+        return []
+    return [Fold(name) for name in _NORMS if module._modules.get(name) is not None]
+
+
+FAMILY = Family(**exactly(lambda: reference.RiRLayer), find=_find, mixin=FusedRiRLayer, folds=_folds)

@@ -15,7 +15,7 @@ from ...joining import join
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
-from .base import Family, Match, Refusal, exactly
+from .base import Family, Fold, Match, Refusal, exactly
 from .four_convs import Layer
 
 _CONVS = ("res_pass_conv", "res_cross_conv", "trans_cross_conv", "trans_pass_conv")  # rr, rt, tr, tt
@@ -94,4 +94,8 @@ def _fits(layer, r, t):
     return four_convs.counts_agree(layer)
 
 
-FAMILY = Family(**exactly(lambda: getattr(_library(), "RiRUnit", None)), find=_find, mixin=FusedRiRUnit)
+def _folds(unit):
+    return [] if _obstacle(unit) else [Fold(f"{name}.bn") for name in _ACTIVATIONS]
+
+
+FAMILY = Family(**exactly(lambda: getattr(_library(), "RiRUnit", None)), find=_find, mixin=FusedRiRUnit, folds=_folds)

@@ -1,14 +1,14 @@
 """Any module whose forward torch.fx can trace: conv, BN, (+), ReLU in a row, in whatever way forward calls them."""
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from ..chains import Chain, find_chains
+from ..chains import NORMS, Chain, find_chains
+from ..guards import bypass_obstacle
 from ..program import write_program
 from ..registry import is_inlined
 from ..swap import Fused
 from ..tracing import Trace, Untraceable, sketch, trace
-from .base import Family, Match, Refusal
+from .base import Family, Fold, Match, Refusal
 
 
 class FusedForward(Fused):
@@ -22,7 +22,7 @@ def _knows(kind):
 
 def _find(module):
     within = dict(_within_reach(module))
-    if not any(isinstance(found, _NormBase) for found in within.values()):
+    if not any(isinstance(found, NORMS) for found in within.values()):
         return []
     inlined = frozenset(name for name, found in within.items() if is_inlined(found))
     try:
@@ -49,6 +49,22 @@ def _find(module):
     ]  # fmt: skip
 
 
+def _folds(module):
+    if not any(isinstance(found, NORMS) for _, found in _within_reach(module)):
+        return []
+    inlined = frozenset(name for name, found in _within_reach(module) if is_inlined(found))
+    try:
+        # any Conv2d takes a norm in, grouped or not
+        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
+    except Untraceable:
+        return []
+    return [
+        Fold(chain.norm.target, chain.conv.target if chain.post_norm else None)
+        for chain in chains
+        if isinstance(chain, Chain) and chain.conv is not None
+    ]
+
+
 def _within_reach(module, prefix=""):
     """(path, module) of the children, and of the children of those that may be inlined."""
     for name, child in module._modules.items():
@@ -63,4 +79,4 @@ def _program(module, matches, impl):
     return write_program(module, traced, [match.detail[1] for match in matches], frozenset(matches[0].inlined), impl)
 
 
-FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=_find, mixin=FusedForward, program=_program)
+FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=_find, mixin=FusedForward, program=_program, folds=_folds)

@@ -1,0 +1,41 @@
+"""What is left of a batch norm when its statistics are folded away."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FoldedNorm(nn.Module):
+    """y = x * weight + bias per channel, then a ReLU if `relu`; where weight and bias are None, y = x.
+
+    x (N, C, H, W). For a fused operation it is a batch norm in evaluation whose statistics are 0 and 1, to the last
+    bit: what norm_state reads is here. train() leaves it in evaluation.
+    """
+
+    training = False
+    track_running_stats = True
+    num_batches_tracked = None
+    momentum = 0.0
+    eps = 1e-30  # 1 + eps is 1
+
+    def __init__(self, channels: int, weight=None, bias=None, *, relu: bool, like: torch.Tensor):
+        super().__init__()
+        self.num_features = channels
+        self.relu = relu
+        for name, value in (("weight", weight), ("bias", bias)):
+            self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+        for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value, dtype=like.dtype, device=like.device), False)
+        self.train(False)
+
+    def forward(self, x):
+        if self.weight is not None:
+            weight, bias = (p.to(x.dtype).view(1, -1, 1, 1) for p in (self.weight, self.bias))
+            x = torch.addcmul(bias, x, weight)
+        return F.relu(x) if self.relu else x
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, affine={self.weight is not None}, relu={self.relu}"

@@ -1,0 +1,23 @@
+"""rir_kernels' own modules: they run fused as they are, and only fold."""
+
+from torch import nn
+
+from ...modules import ConvBNAct, RiRLayer
+from ..guards import bypass_obstacle, norm_obstacle
+from ..swap import Fused
+from .base import Family, Fold, no_folds
+
+
+def _knows(kind):
+    return issubclass(kind, (ConvBNAct, RiRLayer))
+
+
+def _folds(module):
+    if type(module) not in (ConvBNAct, RiRLayer) or norm_obstacle(module.bn):
+        return []
+    if type(module) is RiRLayer or module.residual_at == "pre_norm":
+        return [Fold("bn")]
+    return [] if bypass_obstacle(module.conv, nn.Conv2d) else [Fold("bn", "conv")]
+
+
+FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=no_folds, mixin=Fused, folds=_folds)

@@ -1,0 +1,47 @@
+"""rir_kernels.reference.ConvBNAct: P1 or P2, or with the residual that a call may bring P3, P4 or P6."""
+
+from torch import nn
+
+from ... import norm_state, reference
+from ...reference.functional import check_dtypes
+from ...spec import spec_of_conv
+from ...validation import as_residuals
+from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
+from ..swap import Fused
+from .base import Family, Fold, Match, Refusal, exactly
+
+
+class FusedConvBNAct(Fused):
+    def forward(self, x, residual=None):
+        residuals = as_residuals(residual)
+        if call_obstacle(x, *residuals) or _obstacle(self):
+            return super().forward(x, residual)
+        conv, bn = self.conv, self.bn
+        check_dtypes(x, conv.weight, conv.bias, *residuals)
+        return norm_state.conv_bn_act(
+            bn, x, conv.weight, bias=conv.bias, residuals=residuals, impl=self._rir_fusion.impl,
+            spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, bn.eps),
+        )  # fmt: skip
+
+
+def _obstacle(unit):
+    conv = unit._modules.get("conv")
+    if reason := conv_obstacle(conv) or norm_obstacle(unit._modules.get("bn")):
+        return reason
+    return "" if conv.padding == padding_of(conv) else f"padding={conv.padding!r}: expected numbers"
+
+
+def _find(unit):
+    parts = ("conv", "bn")
+    if reason := _obstacle(unit):
+        return [Refusal(reason, parts)]
+    return [Match("P1" if unit.activation == "relu" else "P2", parts)]
+
+
+def _folds(unit):
+    if bypass_obstacle(unit._modules.get("conv"), nn.Conv2d) or norm_obstacle(unit._modules.get("bn")):
+        return []
+    return [Fold("bn", "conv" if unit.residual_at == "post_norm" else None)]
+
+
+FAMILY = Family(**exactly(lambda: reference.ConvBNAct), find=_find, mixin=FusedConvBNAct, folds=_folds)

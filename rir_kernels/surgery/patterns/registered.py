@@ -1,0 +1,117 @@
+"""What users say about modules of their own: `register_pattern`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import registry
+from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
+from ..tracing import Path, child
+from .base import PATTERNS, Family, Match, Refusal, exactly
+from .traced import FusedForward
+
+FAMILIES: dict[type, Family] = {}
+
+
+def register_pattern(
+    kind: type,
+    *,
+    pattern: str | None = None,
+    parts: Mapping[str, type] | None = None,
+    obstacle: Callable[[nn.Module], str] | None = None,
+):
+    """Teach fuse_ about modules whose class is exactly `kind`.
+
+    `register_pattern(ConvNorm)` lets fuse_ look into ConvNorm's forward where a chain of conv, norm, add and ReLU
+    crosses its border, as when the block around it adds the identity.
+
+    With `pattern` it is a decorator for a fused forward written by hand, for what torch.fx cannot trace:
+
+        @rir.register_pattern(Gate, pattern="P3", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d})
+        def gate(module, x, *, impl):
+            return rir.surgery.conv_bn_act(x, module.conv, module.bn, None, x, impl=impl)
+
+    The function is called with the module, forward's own arguments and fuse_'s `impl`. It must be importable by its
+    name if the fused module is to be pickled.
+
+    Args:
+        pattern: "P1" ... "P6", as the report names it.
+        parts: the children that the function bypasses, by their paths, with the exact class of each. They are looked at
+            in every call, and where one is not an untouched instance of it (a hook, a parametrization), the original
+            forward runs.
+        obstacle: asked in every call why this instance must run its original forward; "" where it need not.
+
+    Registering a class again replaces what was said before; `unregister_pattern` takes it back. Modules that are fused
+    already stay as they are. TypeError and ValueError for arguments that are none of this.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a subclass of torch.nn.Module, got {kind!r}")
+    if pattern is None:
+        if parts is not None or obstacle is not None:
+            raise ValueError("parts and obstacle belong to a fused forward: name its pattern and decorate the function")
+        registry.inline(kind)
+        return kind
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    if not parts or not all(isinstance(part, type) and issubclass(part, nn.Module) for part in parts.values()):
+        raise ValueError("parts must name the children that are bypassed, each with its class, such as nn.Conv2d")
+
+    def register(function):
+        plan = _Written(function, tuple((tuple(name.split(".")), part) for name, part in parts.items()), obstacle)
+        FAMILIES[kind] = Family(
+            **exactly(lambda: kind),
+            find=functools.partial(_find, plan, pattern),
+            mixin=FusedForward,
+            program=lambda module, matches, impl: plan.with_impl(impl),
+        )
+        return function
+
+    return register
+
+
+def unregister_pattern(kind: type) -> None:
+    """Take back what `register_pattern` said about `kind`; nothing happens where it said nothing."""
+    FAMILIES.pop(kind, None)
+    registry.not_inlined(kind)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The program of a forward that a user wrote."""
+
+    function: Callable
+    parts: tuple[tuple[Path, type], ...]
+    asked: Callable[[nn.Module], str] | None
+    impl: str = "auto"
+
+    def with_impl(self, impl):
+        return _Written(self.function, self.parts, self.asked, impl)
+
+    def obstacle(self, module) -> str:
+        for path, kind in self.parts:
+            if reason := _part_obstacle(child(module, path), kind):
+                return f"{'.'.join(path)}: {reason}"
+        return self.asked(module) if self.asked is not None else ""
+
+    def forward(self, original: type):
+        @functools.wraps(original.forward)
+        def forward(module, *args, **kwargs):
+            if call_obstacle(*args, *kwargs.values()) or self.obstacle(module):
+                return original.forward(module, *args, **kwargs)
+            return self.function(module, *args, **kwargs, impl=self.impl)
+
+        return forward
+
+
+def _part_obstacle(module, kind):
+    if kind is nn.Conv2d:
+        return conv_obstacle(module)
+    return norm_obstacle(module) if kind is nn.BatchNorm2d else bypass_obstacle(module, kind)
+
+
+def _find(plan, pattern, module):
+    reason = plan.obstacle(module)
+    names = tuple(".".join(path) for path, _ in plan.parts)
+    return [Refusal(reason, names) if reason else Match(pattern, names)]

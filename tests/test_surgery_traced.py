@@ -1,0 +1,404 @@
+"""fuse_ on forwards that torch.fx traces: what is found, what is refused, what is seen to change afterwards.
+
+The tolerance is surgery_helpers'; on a CPU most of it is the same operators in the same order.
+"""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rir_kernels.surgery import fuse_, unfuse_
+from tests.surgery_helpers import assert_same, randn, settle
+
+X = randn(2, 4, 6, 6)
+
+
+def conv(**options):
+    return nn.Conv2d(4, 4, 3, padding=1, bias=False, **options)
+
+
+class Block(nn.Module):
+    """torchvision's BasicBlock by its attributes: one ReLU in place for both."""
+
+    def __init__(self, downsample=None):
+        super().__init__()
+        self.conv1, self.bn1 = conv(), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = conv(), nn.BatchNorm2d(4)
+        self.relu, self.downsample, self.scale = nn.ReLU(inplace=True), downsample, 1.0
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        if self.scale != 1.0:
+            out = self.scale * out
+        out += identity
+        return self.relu(out)
+
+
+class PreBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.conv1, self.bn2, self.conv2 = nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4), conv()
+        self.nothing = nn.Identity()
+
+    def forward(self, x):
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(self.nothing(self.bn2(out)).relu_())
+        return x + out
+
+
+class Generalized(nn.Module):
+    """One stream of a generalized residual layer: the norm sees the sum of two convolutions and the identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bn = conv(), conv(), nn.BatchNorm2d(4)
+
+    def forward(self, r, t):
+        return torch.relu(self.bn(self.a(r) + 0.5 * self.b(t) + r))
+
+
+class Layer(nn.Module):
+    """A convolution and a norm, for what forward does with them."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.conv, self.bn, self.relu = conv(**options), nn.BatchNorm2d(4), nn.ReLU()
+
+
+class Variant(Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def plain(m, x):
+    return F.relu(m.bn(m.conv(x)) + x)
+
+
+def in_place(m, x):
+    y = m.bn(m.conv(x))
+    y += x
+    return F.relu(y, inplace=True)
+
+
+def methods(m, x):
+    return m.bn(m.conv(x)).add_(x).relu()
+
+
+def identity_first(m, x):
+    return torch.relu(torch.add(x, m.bn(m.conv(x))))
+
+
+def scaled(m, x):
+    return m.relu(x + torch.mul(m.bn(m.conv(x)), 0.25))
+
+
+def no_relu(m, x):
+    return x + m.bn(m.conv(x))
+
+
+def of_two_convolutions(m, x):
+    return m.relu(m.conv(x) + m.bn(m.conv(x)))
+
+
+FOUND = {
+    "P3, module": (Block(), ["P1", "P3"]),
+    "P3, downsample": (Block(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), ["P1", "P3", "P2"]),
+    "P5": (PreBlock(), ["P5", "P1"]),
+    **{f"P3, {f.__name__}": (Variant(f), ["P3"]) for f in (plain, in_place, methods, identity_first, no_relu)},
+    "P6": (Variant(scaled), ["P6"]),
+    "one weight twice": (Variant(of_two_convolutions), ["P3"]),
+}
+
+
+def pair_of(model, patterns):
+    torch.manual_seed(0)
+    original = settle(copy.deepcopy(model))
+    fused = copy.deepcopy(original)
+    assert [item.pattern for item in fuse_(fused).replaced] == patterns
+    return fused, original
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("training", [True, False])
+def test_found(name, training):
+    model, patterns = FOUND[name]
+    fused, original = pair_of(model, patterns)
+    for _ in range(2):
+        assert_same(fused.train(training), original.train(training), X, calls=len(patterns))
+    before = original.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in unfuse_(fused).state_dict().items())
+    assert [type(m) for m in fused.modules()] == [type(m) for m in original.modules()]
+
+
+def test_the_norm_after_the_sum():
+    fused, original = pair_of(Generalized(), ["P4"])
+    assert_same(fused, original, X, randn(2, 4, 6, 6, seed=1))
+
+
+def test_stable_resnet():
+    model = Block()
+    model.scale = 0.5
+    fused, original = pair_of(model, ["P1", "P6"])
+    assert_same(fused, original, X, calls=2)
+
+
+def data_dependent(m, x):
+    return m.bn(m.conv(x)) if x.sum() > 0 else x
+
+
+def asks_the_type(m, x):
+    return m.relu(m.bn(m.conv(x))) if isinstance(x, torch.Tensor) else x
+
+
+def draws(m, x):
+    return m.relu(m.bn(m.conv(x))) * random.random()
+
+
+def draws_by_torch(m, x):
+    return m.relu(m.bn(m.conv(x))) * float(torch.rand(()))
+
+
+def makes_a_tensor(m, x):
+    return m.relu(m.bn(m.conv(x))) * torch.ones(1)
+
+
+def counts(m, x):
+    m.calls = 1
+    return m.relu(m.bn(m.conv(x)))
+
+
+def other_in_training(m, x):
+    y = m.bn(m.conv(x))
+    return m.relu(y) if m.training else y
+
+
+def other_without_gradients(m, x):
+    y = m.bn(m.conv(x))
+    return m.relu(y) if torch.is_grad_enabled() else y
+
+
+def partly_without_gradients(m, x):
+    with torch.no_grad():
+        y = m.bn(m.conv(x))
+    return m.relu(y)
+
+
+def partly_in_autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.bn(m.conv(x))
+    return m.relu(y)
+
+
+def checkpointed(m, x):
+    return m.relu(checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False))
+
+
+def reads_a_dict(m, x):
+    return m.relu(m.bn(m.conv(x))) * m.options["scale"]
+
+
+REFUSED = {
+    data_dependent: "cannot be traced",
+    asks_the_type: "asks what type",
+    draws: "random",
+    draws_by_torch: "random",
+    makes_a_tensor: "makes a tensor",
+    counts: "sets the attribute 'calls'",
+    other_in_training: "another one in evaluation",
+    other_without_gradients: "without gradients",
+    partly_without_gradients: "under no_grad",
+    partly_in_autocast: "autocast",
+    checkpointed: "checkpointing",
+    reads_a_dict: "'options', a dict",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
+def test_refused(function):
+    model = Variant(function)
+    model.options = {"scale": 2.0}
+    before, numbers = dict(model.__dict__), (random.getstate(), torch.get_rng_state())
+    report = fuse_(model)
+    assert not report.replaced and REFUSED[function] in report.skipped[0].reason
+    assert type(model) is Variant and model.__dict__ == before
+    assert random.getstate() == numbers[0] and torch.equal(torch.get_rng_state(), numbers[1])
+    assert "__getattribute__" not in nn.Module.__dict__ and model.train(False).training is False
+
+
+def written_between(m, x):
+    y = m.conv(x)
+    x.mul_(2)
+    return m.relu(m.bn(y) + x)
+
+
+def read_twice(m, x):
+    y = m.conv(x)
+    return m.bn(y) + y.mean()
+
+
+def added_into_the_identity(m, x):
+    identity = x * 1
+    y = m.bn(m.conv(x))
+    z = identity * 3
+    identity += y
+    return z + m.relu(identity)
+
+
+def with_alpha(m, x):
+    return m.relu(torch.add(m.bn(m.conv(x)), x, alpha=2))
+
+
+def activation_between(m, x):
+    return m.bn(m.relu(m.conv(x)))
+
+
+def scaled_by_a_tensor(m, x):
+    return m.relu(m.bn(m.conv(x)) * x.mean() + x)
+
+
+def norm_twice(m, x):
+    return m.relu(m.bn(m.conv(m.relu(m.bn(m.conv(x))))))
+
+
+def to_itself(m, x):
+    y = m.bn(m.conv(x))
+    return m.relu(y + y)
+
+
+# what looks like a chain and is none, with the calls that may be fused all the same
+TRAPS = {
+    written_between: 0, read_twice: 0, added_into_the_identity: 1, with_alpha: 1, activation_between: 0,
+    scaled_by_a_tensor: 1, norm_twice: 0, to_itself: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", TRAPS, ids=lambda f: f.__name__)
+def test_traps(function):
+    torch.manual_seed(0)
+    original = settle(Variant(function)).eval()  # torch refuses the backward of some
+    fused = copy.deepcopy(original)
+    assert len(fuse_(fused).replaced) == TRAPS[function]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X.clone()), original(X.clone()), rtol=1e-10, atol=1e-10)
+
+
+def _remove_downsample(m):
+    m.downsample = None
+
+
+def _other_scale(m):
+    m.scale = 3.0
+
+
+def _other_relu(m):
+    m.relu = nn.SiLU()
+
+
+def _hook(m):
+    m.bn2.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+
+
+def _one_in_evaluation(m):
+    m.bn2.eval()
+
+
+def _other_convolution(m):
+    m.conv1 = nn.Conv2d(4, 4, 1).double()
+
+
+def _grouped(m):
+    m.conv1 = settle(conv(groups=2))
+
+
+# with the fused calls that remain: the whole forward gives way to what it decides by, a chain to its own parts
+LATER = {
+    _remove_downsample: 0, _other_scale: 1, _other_relu: 1, _hook: 2, _one_in_evaluation: 3, _other_convolution: 3,
+    _grouped: 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda f: f.__name__)
+def test_changed_afterwards(change):
+    fused, original = pair_of(*FOUND["P3, downsample"])
+    for model in (fused, original):
+        torch.manual_seed(0)
+        change(model)
+    assert_same(fused, original, X, calls=LATER[change])
+
+
+def test_method_replaced_on_the_instance():
+    class Methods(Layer):
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+        def norm(self, x):
+            return self.relu(self.bn(x))
+
+    fused, original = pair_of(Methods(), ["P1"])
+    for model in (fused, original):
+        model.norm = torch.sigmoid
+    assert_same(fused, original, X, calls=0)
+
+
+def test_what_does_not_fit_runs_one_by_one():
+    """A residual that is broadcast, one of another dtype, and an image without a batch."""
+
+    class Joined(Layer):
+        def forward(self, x, other):
+            return self.relu(self.bn(self.conv(x)) + other)
+
+    fused, original = pair_of(Joined(), ["P3"])
+    assert_same(fused, original, X, X, calls=1)
+    assert_same(fused, original, X, randn(2, 4, 1, 1), calls=0)
+    for model in (fused, original):
+        model.float()
+    mixed = fused(X.float(), X)
+    assert mixed.dtype == torch.float64 and torch.equal(mixed, original(X.float(), X))
+    with pytest.raises(ValueError, match="expected 4D"):
+        fused(X[0].float(), X[0].float())
+
+
+def test_arguments_as_they_come():
+    class Optional(Layer):
+        def forward(self, x, scale=1.0, *, shift=None):
+            y = self.relu(self.bn(self.conv(x))) * scale
+            return y if shift is None else y + shift
+
+    fused, original = pair_of(Optional(), ["P1"])
+    assert_same(fused, original, X, calls=1)
+    for given in ({"x": X}, {"x": X, "scale": 2.0}, {"x": X, "shift": 1.0}):
+        torch.testing.assert_close(fused(**given), original(**given), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(fused(X, 3.0), original(X, 3.0), rtol=1e-10, atol=1e-10)
+
+
+def test_borders_are_crossed_where_they_must_be():
+    """The ReLU behind a Sequential's last norm; what else is in there keeps to itself."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
+            self.beside = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x):
+            return F.relu(self.body(x) + self.beside(x))
+
+    fused, original = pair_of(Body(), ["P1", "P3", "P1"])
+    assert type(fused.body) is nn.Sequential and type(fused.beside) is not nn.Sequential
+    assert_same(fused, original, X, calls=3)
+    for model in (fused, original):
+        model.body.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+    assert_same(fused, original, X, calls=1)
