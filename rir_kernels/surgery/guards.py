@@ -54,6 +54,8 @@ def norm_obstacle(norm) -> str:
     if type(norm) is nn.BatchNorm2d or (within := activation_within(norm)) is None:
         return bypass_obstacle(norm, nn.BatchNorm2d)
     activation, nothing = within
+    if not isinstance(activation, nn.ReLU | nn.Identity):
+        return f"the activation within the norm is a {type(activation).__name__}: only ReLU is fused"
     kind = nn.ReLU if isinstance(activation, nn.ReLU) else nn.Identity
     return _touched(norm) or bypass_obstacle(activation, kind) or bypass_obstacle(nothing, nn.Identity)
 

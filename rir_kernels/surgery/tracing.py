@@ -36,11 +36,15 @@ class Read(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """inputs: the names of forward's arguments without a default; the others had their defaults."""
+    """inputs: the names of forward's arguments without a default; the others had their defaults.
+
+    asks_mode: whether a forward that was looked into reads `training`.
+    """
 
     graph: fx.Graph
     reads: tuple[Read, ...]
     inputs: tuple[str, ...]
+    asks_mode: bool
 
 
 class _Found(enum.Enum):
@@ -64,6 +68,8 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     """
     traces = []
     for training, gradients in itertools.product((True, False), repeat=2):
+        if not training and not any(trace.asks_mode for trace in traces):
+            break  # evaluation can make no difference
         with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
             traces.append(_trace(module, inlined))
     first = traces[0]
@@ -116,7 +122,7 @@ def _trace(module, inlined):
     if not torch.equal(numbers[2], torch.get_rng_state()):
         torch.set_rng_state(numbers[2])
         raise Untraceable("its forward draws random numbers")
-    return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs)
+    return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs, tracer.asks_mode)
 
 
 class _Tracer(fx.Tracer):
@@ -126,6 +132,7 @@ class _Tracer(fx.Tracer):
         self.inlined, self.inside = inlined, [()]
         self.reads: list[Read] = []
         self.inputs: tuple[str, ...] = ()
+        self.asks_mode = False
         self.running = False  # forward is, rather than what fx does before
         self.around = _surroundings()
 
@@ -167,6 +174,11 @@ class _Tracer(fx.Tracer):
 
 
 class _Value(fx.Proxy):
+    def __float__(self):
+        raise Untraceable("its forward makes a Python number of a value")
+
+    __int__ = __float__
+
     @property
     def __class__(self):  # where isinstance looks second
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
@@ -217,6 +229,7 @@ def _recording(tracer):
         )
         path = None if machinery or not tracer.running or name.startswith("__") else tracer.paths.get(id(module))
         if path is None or (name == "training" and path in traced):
+            tracer.asks_mode |= path is not None
             return object.__getattribute__(module, name)
         try:
             value = object.__getattribute__(module, name)

@@ -14,6 +14,7 @@ inline(
     "pytorchcv.models.resnext.ResNeXtBottleneck",
     "pytorchcv.models.ror_cifar.RoRBlock",
     "pytorchcv.models.regnet.RegNetBottleneck",
+    "pytorchcv.models.drn.DRNConv",
     "pytorchcv.models.drn.DRNBlock",
     "pytorchcv.models.drn.DRNBottleneck",
     "pytorchcv.models.airnet.AirBottleneck",
