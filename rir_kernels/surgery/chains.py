@@ -238,4 +238,6 @@ def _in_place(node):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     named = name.endswith("_") and not name.endswith("__")
-    return named or node.target in _IN_PLACE or "out" in node.kwargs or True in (*node.args, *node.kwargs.values())
+    # a True by position may be F's inplace; methods have none
+    asked = node.kwargs.get("inplace", False) is not False or (node.op == "call_function" and True in node.args)
+    return named or asked or node.target in _IN_PLACE or "out" in node.kwargs

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from . import in_place
 from .swap import class_of
 
 Path = tuple[str, ...]  # of names of children; () is the module itself
@@ -156,6 +157,13 @@ class _Tracer(fx.Tracer):
         finally:
             self.inside.pop()
 
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        running, self.running = self.running, False  # fx searches all parameters for this one
+        try:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        finally:
+            self.running = running
+
     def create_node(self, kind, *args, **kwargs):
         if _surroundings() != self.around:
             raise Untraceable("its forward runs a part of itself under no_grad, autocast, checkpointing or the like")
@@ -184,6 +192,27 @@ class _Value(fx.Proxy):
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
             return _Value
         raise Untraceable("its forward asks what type a value is")
+
+    def __setattr__(self, name, value):
+        if name not in ("tracer", "node"):
+            raise Untraceable(f"its forward sets {name!r} of a value")
+        super().__setattr__(name, value)
+
+
+def _augmented(function):
+    # fx knows none of them, so that Python would take `x = x + y` for `x += y`: whoever else holds x would miss the sum
+    def apply(self, other):
+        if function is None:
+            raise Untraceable("its forward changes a value by a rare operator")
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return apply
+
+
+for _name in in_place.OTHERS:
+    setattr(_Value, f"__{_name}__", _augmented(None))
+for _function in in_place.FUNCTIONS:
+    setattr(_Value, f"__{_function.__name__}__", _augmented(_function))
 
 
 def _surroundings():
