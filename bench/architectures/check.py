@@ -80,10 +80,10 @@ def _restored(record, fused, original, x, identities):
     kinds = [[type(module) for module in model.modules()] for model in (fused, original)]
     _blame(record, kinds[0] != kinds[1], "unfuse_ left other classes")
     _blame(record, _identities(fused) != identities, "unfuse_ left other objects")
-    for mode in ("eval", "train"):
-        found, expected = step(fused, x, mode), step(original, x, mode)
-        same = all(same_bits(found[group], expected[group]) for group in GROUPS)
-        _blame(record, not same, f"after unfuse_ the bits differ in {mode}")
+    found, expected = step(fused, x, "train"), step(original, x, "train")
+    _blame(
+        record, not all(same_bits(found[group], expected[group]) for group in GROUPS), "after unfuse_ the bits differ"
+    )
     _blame(record, not same_bits(fused.state_dict(), original.state_dict()), "after unfuse_ the state_dict differs")
 
 
