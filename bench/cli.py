@@ -10,7 +10,7 @@ import torch
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("all", *SUITES, "tune", "choose", "report", "compare", "check", "headline")
+COMMANDS = ("all", *SUITES, "tune", "choose", "report", "compare", "check", "headline", "architectures")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,6 +55,10 @@ def _parser():
     check.set_defaults(run=_check)
     headline = commands.add_parser("headline", help="write the README's figure and table from the committed results")
     headline.set_defaults(run=_headline)
+    architectures = commands.add_parser("architectures", help="fuse_ on the networks of other libraries: is all well?")
+    architectures.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    architectures.add_argument("--only", **_some, help="networks with this in their names, such as timm/resnet")
+    architectures.set_defaults(run=_architectures)
     return parser
 
 
@@ -198,3 +202,9 @@ def _headline(_options, _arguments):
     readme = ROOT.parent / "README.md"
     console.say(f"{readme.name}: {'updated' if update(readme, ROOT / 'results') else 'up to date already'}")
     return 0
+
+
+def _architectures(options, _arguments):
+    from .architectures.run import chosen, run
+
+    return 1 if any(record.defects for record in run(chosen(options.only), options.out)) else 0

@@ -38,7 +38,15 @@ install --requirement "$requirements"
 # a CUDA build of PyTorch pins its own Triton; a CPU build has none
 "$venv/bin/python" -m pip show --quiet triton 2>/dev/null || install 'triton==3.6.0; platform_system == "Linux"'
 install --constraint "$requirements" --editable '.[dev,bench,train]'
-install --no-deps pytorchcv==0.0.74
+# other people's networks, for tests: their dependencies stand among ours or are never imported
+install --no-deps pytorchcv==0.0.74 timm==1.0.31
+if [ "$flavour" = cpu ]; then
+    install --no-deps torchvision==0.28.0 # without its operators, see bench/libraries.py
+else
+    torch=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
+    install --constraint "$requirements" --constraint <(echo "torch==$torch") torchvision ||
+        echo "setup-venv: no torchvision for torch $torch; tests with its networks are skipped" >&2
+fi
 
 rm "$venv/.unfinished"
 touch "$venv/.ready-$flavour"

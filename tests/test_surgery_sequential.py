@@ -127,7 +127,7 @@ def test_one_changed_run_leaves_the_others_fused():
     [
         ([nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4), nn.ReLU()], "one side"),
         ([nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU()], "ConvTranspose2d is not a Conv2d"),
-        ([nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()], "groups=4"),
+        ([nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()], "groups > 1"),
         ([nn.Conv2d(4, 4, 3, dilation=(1, 2)), nn.BatchNorm2d(4), nn.ReLU()], "dilation=(1, 2)"),
         ([nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)], "subclass of Conv2d"),
         ([nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)], "SyncBatchNorm is not a BatchNorm2d"),

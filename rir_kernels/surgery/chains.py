@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
+from . import in_place
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
-from .tracing import IN_PLACE, Path
+from .tracing import Path
 
 NORMS = (_NormBase, FoldedNorm)  # what looks like one
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
@@ -237,4 +238,6 @@ def _in_place(node):
         return False
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     named = name.endswith("_") and not name.endswith("__")
-    return named or node.target in IN_PLACE or "out" in node.kwargs or True in (*node.args, *node.kwargs.values())
+    # a True by position may be F's inplace; methods have none
+    asked = node.kwargs.get("inplace", False) is not False or (node.op == "call_function" and True in node.args)
+    return named or asked or node.target in in_place.FUNCTIONS or "out" in node.kwargs

@@ -10,6 +10,7 @@ from ..folded_norm import FoldedNorm
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, class_of, is_covered, is_fused, swap_back, swap_in
+from .tracing import Untraceable
 
 
 def fuse_(
@@ -57,10 +58,14 @@ def fuse_(
         kind, also = type(module).__name__, tuple(names[1:])
         matches, reasons = _select(module, family, found, enabled, filter_fn, names)
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
-        report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
         if matches:
-            program = family.program(module, matches, impl)
+            try:
+                program = family.program(module, matches, impl)
+            except Untraceable as reason:
+                report.skipped.append(Skipped(names[0], str(reason), kind, also))
+                return set()
             swaps.append((module, Recipe(type(module), family.mixin, impl, enabled, program)))
+        report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
         done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 

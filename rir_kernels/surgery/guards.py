@@ -41,7 +41,7 @@ def conv_obstacle(conv) -> str:
     if reason := bypass_obstacle(conv, nn.Conv2d):
         return reason
     if conv.groups != 1:
-        return f"groups={conv.groups}: only ungrouped convolutions are fused"
+        return "groups > 1: only ungrouped convolutions are fused"
     if pair(conv.dilation) != (1, 1):
         return f"dilation={conv.dilation}: only undilated convolutions are fused"
     if conv.padding_mode != "zeros":
@@ -56,6 +56,8 @@ def norm_obstacle(norm) -> str:
     if type(norm) is nn.BatchNorm2d or (within := activation_within(norm)) is None:
         return bypass_obstacle(norm, nn.BatchNorm2d)
     activation, nothing = within
+    if not isinstance(activation, nn.ReLU | nn.Identity):
+        return f"the activation within the norm is a {type(activation).__name__}: only ReLU is fused"
     kind = nn.ReLU if isinstance(activation, nn.ReLU) else nn.Identity
     return _touched(norm) or bypass_obstacle(activation, kind) or bypass_obstacle(nothing, nn.Identity)
 

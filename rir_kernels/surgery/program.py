@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.fx.graph import _custom_builtins
 from torch.fx.node import _get_qualified_name
 
-from . import units
+from . import in_place, units
 from .chains import Chain
 from .guards import bypass_obstacle, call_obstacle
 from .tracing import Path, Read, Trace, Untraceable, child, holds
@@ -67,6 +67,8 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
     """The program for these chains of the trace; the trace itself is left as it is."""
     graph, copies = fx.Graph(), {}
     graph.output(graph.graph_copy(trace.graph, copies))
+    for node in graph.nodes:
+        node.target = in_place.FUNCTIONS.get(node.target, node.target)
     for chain in chains:
         _replace(graph, chain, copies, impl)
     names = inlined | {node.target for chain in chains for node in chain.identities}
@@ -110,7 +112,7 @@ def _import(name, value):
         return f"import {value.__name__} as {name}"
     qualified = _get_qualified_name(value) if callable(value) else ""
     module, _, attribute = qualified.rpartition(".")
-    if module == "builtins" and hasattr(builtins, attribute):
+    if module in ("", "builtins") and getattr(builtins, attribute, None) is value:
         return f"{name} = {attribute}"
     if not module or "<" in qualified:
         raise Untraceable(f"its forward calls {value!r}, which cannot be imported by a name")

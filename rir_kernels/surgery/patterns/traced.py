@@ -7,7 +7,7 @@ from ..guards import bypass_obstacle
 from ..program import write_program
 from ..registry import is_inlined
 from ..swap import Fused
-from ..tracing import Trace, Untraceable, trace
+from ..tracing import Trace, Untraceable, sketch, trace
 from .base import Family, Fold, Match, Refusal
 
 
@@ -26,16 +26,12 @@ def _find(module):
         return []
     inlined = frozenset(name for name, found in within.items() if is_inlined(found))
     try:
-        found = find_chains(module, trace(module, inlined).graph)
-        # of the children, only those whose border a chain of this very forward crosses
-        crossed = {
-            ".".join(scope[:depth])
-            for chain in found
-            if isinstance(chain, Chain) and chain.home == ()
-            for scope in (node.meta["scope"] for node in chain.nodes)
-            for depth in range(1, len(scope) + 1)
-        }
-        traced = trace(module, frozenset(crossed))
+        # most modules have nothing: that is seen by a cheap look
+        found = find_chains(module, sketch(module, inlined))
+        if not found:
+            return []
+        crossed = _crossed([chain for chain in found if isinstance(chain, Chain)])
+        traced = trace(module, crossed)
     except Untraceable as reason:
         return [Refusal(str(reason))]
     return [
@@ -44,6 +40,19 @@ def _find(module):
         else Match(one.pattern, one.parts, tuple(sorted(crossed)), (traced, one))
         for one in find_chains(module, traced.graph)
     ]  # fmt: skip
+
+
+def _crossed(chains):
+    """Paths of the children whose border a chain of this very forward crosses: only they are inlined.
+
+    A child's forward is then not called, so chains within it, which it would have had fused itself, count as well.
+    """
+    homes, crossed = {()}, {()}
+    while homes:
+        scopes = [node.meta["scope"] for chain in chains if chain.home in homes for node in chain.nodes]
+        homes = {scope[:depth] for scope in scopes for depth in range(len(scope) + 1)} - crossed
+        crossed |= homes
+    return frozenset(".".join(path) for path in crossed - {()})
 
 
 def _folds(module):

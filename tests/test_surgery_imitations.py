@@ -1,0 +1,273 @@
+"""Blocks with the attribute names of well-known ones that do something else: none may be fused to what it is not.
+
+Each is compared in training and in evaluation with itself before; how much of it may be fused stands beside it.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rir_kernels.surgery import fuse_
+from tests.surgery_helpers import assert_same, randn, settle
+
+X = randn(2, 4, 6, 6)
+
+
+class BasicBlock(nn.Module):
+    """The ordinary one, P1 and P3: what the others imitate."""
+
+    fused = ("P1", "P3")
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class GroupNormed(BasicBlock):
+    fused = ("P3",)
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = nn.GroupNorm(2, 4)
+
+
+class InstanceNormed(BasicBlock):
+    fused = ("P1",)
+
+    def __init__(self):
+        super().__init__()
+        self.bn2 = nn.InstanceNorm2d(4, affine=True)
+
+
+class CalledTwice(BasicBlock):
+    """One convolution, two norms: weights are shared, which the operation may do."""
+
+    fused = ("P1", "P3")
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv2(x)))
+        return self.relu(self.bn2(self.conv2(out)) + x)
+
+
+class NormCalledTwice(BasicBlock):
+    """Statistics are updated twice a forward."""
+
+    fused = ()
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn1(self.conv2(out)) + x)
+
+
+class ScaledByTensor(BasicBlock):
+    fused = ("P1", "P2")
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) * self.gate + x)
+
+
+class ResidualScaled(BasicBlock):
+    """relu(norm + 0.5 x): the residual is a value like any other."""
+
+    fused = ("P1", "P3")
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + 0.5 * x)
+
+
+class Subtracted(BasicBlock):
+    fused = ("P1", "P2")
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out -= x
+        return self.relu(out)
+
+
+class AddedWithAlpha(BasicBlock):
+    fused = ("P1", "P2")
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(torch.add(self.bn2(self.conv2(out)), x, alpha=2))
+
+
+class IntoTheIdentity(BasicBlock):
+    """The identity takes the sum, and is seen afterwards."""
+
+    fused = ("P1", "P2")
+
+    def forward(self, x):
+        identity = seen = x.clone()
+        out = self.relu(self.bn1(self.conv1(x)))
+        identity += self.bn2(self.conv2(out))
+        return F.relu(identity) + seen
+
+
+class SharedInPlace(BasicBlock):
+    """What is added later on is what the ReLU has left of it."""
+
+    fused = ("P2", "P3")
+
+    def forward(self, x):
+        normed = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(self.relu(normed)))
+        return out + normed
+
+
+class IdentityOverwritten(BasicBlock):
+    """The identity changes between the norm and the sum."""
+
+    fused = ("P1",)
+
+    def forward(self, x):
+        identity = x.clone()
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        identity.mul_(2)
+        return self.relu(out + identity)
+
+
+class ActivationBetween(BasicBlock):
+    fused = ()
+
+    def forward(self, x):
+        out = self.bn1(self.relu(self.conv1(x)))
+        return self.bn2(torch.tanh(self.conv2(out))) + x
+
+
+class LeakyRelu(BasicBlock):
+    fused = ("P2", "P3")
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.LeakyReLU(0.2)
+
+
+class ReluSix(BasicBlock):
+    fused = ("P2", "P3")
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU6()
+
+
+class ConvolutionUsedTwice(BasicBlock):
+    """What enters the norm is returned too."""
+
+    fused = ("P1", "P5")
+
+    def forward(self, x):
+        out = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(out)) + out
+
+
+class NormUsedTwice(BasicBlock):
+    fused = ("P1", "P2")
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out) + out
+
+
+class AddedToItself(BasicBlock):
+    fused = ("P1", "P2")
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + out)
+
+
+class DroppedBetween(BasicBlock):
+    fused = ("P1",)
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.drop(self.conv2(out))) + x)
+
+
+class BroadcastResidual(BasicBlock):
+    """Fused, but each call sees a residual of another shape, and adds as torch does."""
+
+    fused = ("P1", "P3")
+    calls = 1
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + x.mean((2, 3), keepdim=True))
+
+
+class FunctionalNorm(BasicBlock):
+    """bn2 is there but its statistics are not used."""
+
+    fused = ("P1",)
+
+    def forward(self, x):
+        out = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(F.batch_norm(out, None, None, self.bn2.weight, self.bn2.bias, True) + x)
+
+
+class ModeDependent(BasicBlock):
+    fused = ()
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + x) if self.training else self.relu(out)
+
+
+def _all(kind):
+    return [kind, *(found for sub in kind.__subclasses__() for found in _all(sub))]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", _all(BasicBlock))
+def test_imitations(kind, training):
+    torch.manual_seed(0)
+    original = settle(kind()).train(training)
+    fused = copy.deepcopy(original)
+    report = fuse_(fused)
+    assert tuple(item.pattern for item in report.replaced) == kind.fused
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+
+    def again(module, _inputs):
+        torch.set_rng_state(state)  # both drop alike
+
+    for module in (original, fused):
+        module.register_forward_pre_hook(again)
+    assert_same(fused, original, X, calls=getattr(kind, "calls", len(kind.fused)))
+
+
+@pytest.mark.parametrize("name", ["conv1", "bn1", "relu"])
+def test_children_shared_between_blocks(name):
+    """Two blocks with one convolution, norm or ReLU between them are what they were."""
+    torch.manual_seed(0)
+    original = settle(nn.Sequential(BasicBlock(), BasicBlock()))
+    setattr(original[1], name, getattr(original[0], name))
+    fused = copy.deepcopy(original)
+    report = fuse_(fused)
+    assert_same(fused, original, X, calls=len(report.replaced))
+    assert getattr(fused[0], name) is getattr(fused[1], name)
