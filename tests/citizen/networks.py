@@ -100,7 +100,7 @@ def resnet(block=BasicBlock):
     return settle(ResNet(block))
 
 
-def pair_of(model):
+def twins(model):
     """(fused, original) with the same values."""
     fused = copy.deepcopy(model)
     report = rir.fuse_(fused)
