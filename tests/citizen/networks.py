@@ -4,6 +4,7 @@ None of them is ours to change: attributes have torchvision's names, and one in-
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ class BasicBlock(nn.Module):
             identity = self.downsample(x)
         out += identity
         return self.relu(out)
+
+
+class OutOfPlaceBlock(BasicBlock):
+    """As BasicBlock, for what torch refuses where something works in place: full backward hooks."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.relu.inplace = False
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -71,7 +84,7 @@ class ResNet(nn.Module):
         self.inplanes = planes[0]
         self.conv1 = nn.Conv2d(3, planes[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes[0])
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=block is not OutOfPlaceBlock)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = self._make_layer(block, planes[0])
         self.layer2 = self._make_layer(block, planes[1], 2)
@@ -108,6 +121,16 @@ def twins(model):
     return fused, model
 
 
+@functools.cache
+def _resnets(block):
+    return twins(resnet(block))
+
+
+def resnet_twins(block=BasicBlock):
+    """twins(resnet(block)), without tracing it every time."""
+    return copy.deepcopy(_resnets(block))
+
+
 def images(batch=4, dtype=torch.float64, seed=0):
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -117,6 +140,7 @@ def _pytorchcv(module, name, *args, **options):
     return kind(*args, **options)
 
 
+CALLS = {"ResUnit": 2, "PreResUnit": 2, "RiRUnit": 1, "RiRBlock": 2, "ConvBNAct": 1}  # fused operations of a block
 # what takes and returns an image of 4 channels; values: how it is made
 BLOCKS = {
     "ResUnit": lambda: _pytorchcv("resnet", "ResUnit", 4, 4, stride=1, bottleneck=False),
