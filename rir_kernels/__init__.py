@@ -7,6 +7,7 @@
     rir.register_pattern(kind), rir.fold_bn_(model)    for blocks of your own, and for inference
     rir.compare(reference, candidate, inputs)          proof of equivalence
     rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
+    with rir.preserved_statistics(model): ...          what warms up a CUDA graph does not count as batches
     with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
 
 Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
@@ -16,6 +17,7 @@ from . import functional, reference, surgery
 from .dispatch import use_impl
 from .env import env_report
 from .equivalence import EquivalenceReport, compare
+from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .recomputing import recompute
 from .surgery import FusionReport, fold_bn_, fuse_, register_pattern, unfuse_, unregister_pattern
@@ -35,6 +37,7 @@ __all__ = [
     "fold_bn_",
     "functional",
     "fuse_",
+    "preserved_statistics",
     "recompute",
     "reference",
     "register_pattern",

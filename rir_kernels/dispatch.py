@@ -83,6 +83,13 @@ def plainly_eager() -> bool:
     )
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD looks through operators here, which the kernels have no rules for."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
 def resolve(
     impl: str, x: torch.Tensor, weight: torch.Tensor | None, spec: ConvBNActSpec, training: bool = False
 ) -> str:
@@ -92,6 +99,11 @@ def resolve(
         return _choose(x, weight, spec, training)
     if impl in ("hybrid", "triton"):
         _require_kernels(impl, x)
+        if _transformed():
+            raise NotImplementedError(
+                f'impl="{impl}" has no rules for the transforms of torch.func, nor for forward-mode AD: use "torch", '
+                '"reference" or "auto"'
+            )
     if impl == "triton" and (missing := unsupported(weight, spec)):
         raise NotImplementedError(f'impl="triton" has no kernel for {missing}: use "hybrid", "torch" or "auto"')
     return "triton" if impl == "hybrid" and weight is None else impl
@@ -113,7 +125,7 @@ def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
 
 
 def _choose(x, weight, spec, training):
-    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES:
+    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or _transformed():
         return "torch"
     if missing := _missing_on(x.device.index):
         _warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")

@@ -218,9 +218,9 @@ def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, tra
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
     y = run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options)
     if training and mean is not None:
-        with torch.no_grad():
-            running_mean.copy_(mean)
-            running_var.copy_(var)
+        # not by no_grad, a region of its own in an exported graph, which torch.export.save refuses
+        running_mean.detach().copy_(mean.detach())
+        running_var.detach().copy_(var.detach())
     return y
 
 
@@ -236,12 +236,11 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
     )  # fmt: skip
 
 
-@torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, momentum, count):
     # as torch does it, in fp32, rounded once to the buffers' dtype; both at a time, since every launch counts beside a
     # small layer
-    running = [running_mean, running_var]
-    batch = torch._foreach_mul([mean, var], [momentum, momentum * count / (count - 1)])
+    running = [running_mean.detach(), running_var.detach()]
+    batch = torch._foreach_mul([mean.detach(), var.detach()], [momentum, momentum * count / (count - 1)])
     if mean.dtype == running_mean.dtype == running_var.dtype:
         torch._foreach_mul_(running, 1 - momentum)
         torch._foreach_add_(running, batch)

@@ -1,6 +1,7 @@
 """The fused modules: RiRLayer, RiRBlock and ConvBNAct. They own parameters and buffers; `functional` does the work.
 
-Constructors, forward signatures and meaning are those of `rir_kernels.reference`, where the formulas stand.
+Constructors, forward signatures and meaning are those of `rir_kernels.reference`, where the formulas stand. The `conv`
+and `bn` within hold parameters and buffers and are never called: hooks on them do not run, those on the module do.
 """
 
 import torch

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from . import functional
+from .graphs import check_host_may_read
 
 
 def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto") -> torch.Tensor:
@@ -43,8 +44,11 @@ def _tracked(bn):
     uses_buffers = not bn.training or bn.track_running_stats
     batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     momentum = bn.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1.0 / float(batches + 1) if batches is not None else 0.0
+    if momentum is None and batches is None:
+        momentum = 0.0
+    elif momentum is None:  # cumulative average
+        check_host_may_read("momentum=None")
+        momentum = 1.0 / float(batches + 1)
     return bn.running_mean if uses_buffers else None, bn.running_var if uses_buffers else None, batches, momentum
 
 

@@ -33,7 +33,9 @@ def fuse_(
     one layer that disagree), that call runs the original forward. `unfuse_` is the way back.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
-    also where an fp32 identity would have raised the sum to fp32.
+    also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
+    twice, as it does those of nn.BatchNorm2d; but where it stops its second forward early (use_reentrant=False), those
+    of a norm that ends the region move once.
 
     Args:
         filter_fn: called as filter_fn(module, name); False leaves that module alone. One that is reached by several

@@ -80,6 +80,8 @@ def _touched(module) -> str:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook is registered on it"
     attributes = module.__dict__
+    if torch.compiler.is_compiling():
+        _ = module.forward, getattr(module, "_conv_forward", None)  # a look-up leaves a guard, the next line none
     if "forward" in attributes or "_conv_forward" in attributes:
         return "its forward was replaced on the instance"
     for parameter in module._parameters.values():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ... import norm_state
+from ...graphs import check_host_may_read
 from ...spec import ConvBNActSpec
 from ...streams import pack_weight
 from ...sync_batchnorm import SyncBatchNorm2d
@@ -56,7 +57,10 @@ def counts_agree(layer: Layer) -> bool:
     if r is None or t is None or r.momentum is not None or not (r.training and r.track_running_stats):
         return True
     count_r, count_t = r.num_batches_tracked, t.num_batches_tracked
-    return count_r is count_t or (count_r is not None and count_t is not None and int(count_r) == int(count_t))
+    if count_r is count_t:
+        return True
+    check_host_may_read("momentum=None")
+    return count_r is not None and count_t is not None and int(count_r) == int(count_t)
 
 
 def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0, impl):

@@ -1,0 +1,116 @@
+"""Autocast around fused models: what is convolved takes its dtype, norms and their statistics stay in fp32."""
+
+import copy
+
+import pytest
+import torch
+
+import rir_kernels as rir
+from tests.citizen.networks import BLOCKS, OPERATIONS, Bottleneck, images, resnet, twins
+from tests.helpers import assert_within_budget
+from tests.surgery_helpers import fused_calls, randn, settle
+
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+MODELS = {"resnet": resnet, "bottleneck": lambda: resnet(Bottleneck)} | {
+    name: lambda make=make: settle(make()) for name, make in BLOCKS.items()
+}
+
+
+def step(model, x, dtype, enabled=True):
+    """({name: tensor} of one training step in fp64, the dtypes by name)."""
+    with torch.autocast("cpu", dtype, enabled):
+        y = model(x)
+    (y.double() * randn(*y.shape, seed=5)).sum().backward()
+    found = {"y": y.detach()} | {f"d{name}": p.grad for name, p in model.named_parameters()}
+    found |= dict(model.named_buffers())
+    return {name: t.double() for name, t in found.items()}, {name: t.dtype for name, t in found.items()}
+
+
+@halves
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODELS)
+def test_as_near_to_fp64_as_the_unfused_model(name, training, dtype):
+    """Budget: twice the error of the unfused model under the same autocast, and a rounding: see assert_within_budget.
+
+    An identity that comes in fp32 raises the unfused sum to fp32; the fused operation returns autocast's dtype there,
+    as fuse_ documents, which is the one rounding.
+    """
+    original = MODELS[name]().train(training)
+    golden, original = copy.deepcopy(original).float().double(), original.float()
+    fused = copy.deepcopy(original)
+    rir.fuse_(fused)
+    x = images(8, dtype) if "net" in name or "neck" in name else randn(8, 4, 6, 6).to(dtype)
+    exact, _ = step(golden, x.double(), dtype, enabled=False)
+    torchs, dtypes = step(original, x.float(), dtype)
+    ours, found = step(fused, x.float(), dtype)
+    assert_within_budget(ours, torchs, exact, dtype)
+    assert found.pop("y") in (dtype, dtypes.pop("y"))
+    assert found == dtypes  # gradients, statistics and counters
+
+
+def test_every_operation_is_fused():
+    fused, _ = twins(resnet().float())
+    with torch.autocast("cpu", torch.bfloat16), fused_calls(OPERATIONS):
+        fused(images().float())
+
+
+def test_disabled_within():
+    fused, original = twins(resnet().float().eval())
+    x = images().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = fused(x)
+        with torch.autocast("cpu", enabled=False):
+            inside = fused(x)
+    assert outside.dtype == torch.bfloat16 and torch.equal(inside, fused(x))
+    # fp32, outputs of order one to ten
+    torch.testing.assert_close(inside, original(x), rtol=1e-4, atol=1e-4)
+
+
+class _Infinite(torch.autograd.Function):
+    """The identity, whose gradient overflows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.full_like(dy, float("inf"))
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_row_32_infinite_gradients_reach_the_scaler(impl):
+    """They are neither clamped nor lost: the step is skipped, the scale halved, and the next step is taken."""
+    model = torch.nn.Sequential(rir.ConvBNAct(4, 4, 3), rir.ConvBNAct(4, 4, 1)).to(memory_format=torch.channels_last)
+    for unit in model:
+        unit.impl = impl
+    x, scaler = randn(2, 4, 4, 4).float(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(list(model.parameters()))
+
+    def train(spoil):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            y = model(x)
+        scaler.scale(spoil(y).float().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    train(_Infinite.apply)
+    assert scaler.get_scale() == 2.0**9
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value) and not parameter.grad.isfinite().all()
+    train(lambda y: y)
+    assert scaler.get_scale() == 2.0**9
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(parameter, value) and parameter.isfinite().all()
+
+
+def test_infinite_gradients_in_a_fused_model_are_those_of_the_unfused():
+    fused, original = twins(resnet().float())
+    for model in (fused, original):
+        with torch.autocast("cpu", torch.float16):
+            y = model(images().float())
+        _Infinite.apply(y).float().sum().backward()
+    for ours, expected in zip(fused.parameters(), original.parameters(), strict=True):
+        assert torch.equal(ours.grad.isfinite(), expected.grad.isfinite()) and not ours.grad.isfinite().all()

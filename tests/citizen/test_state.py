@@ -1,0 +1,194 @@
+"""The state of fused models: casts, formats, devices, copies, processes, checkpoints old and new."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import rir_kernels as rir
+from tests.citizen.networks import BLOCKS, OPERATIONS, ResNet, images, resnet, resnet_twins
+from tests.helpers import assert_within_budget
+from tests.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_casts(cast, training):
+    fused, original = resnet_twins()
+    for model in (fused, original):
+        getattr(model.train(training), cast)()
+    dtype = fused.conv1.weight.dtype
+    golden, x = copy.deepcopy(original).double(), images(dtype=dtype)
+    with fused_calls(OPERATIONS):
+        ours = {"y": fused(x)} | dict(fused.named_buffers())
+    theirs = {"y": original(x)} | dict(original.named_buffers())
+    exact = {"y": golden(x.double())} | dict(golden.named_buffers())
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    assert_within_budget(ours, theirs, exact, dtype)
+
+
+def test_channels_last():
+    fused, original = (model.to(memory_format=torch.channels_last) for model in resnet_twins())
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = images().contiguous(memory_format=memory_format)
+        assert_same(fused, original, x, calls=OPERATIONS)
+        y = copy.deepcopy(fused.layer1)(torch.rand(2, 8, 4, 4, dtype=x.dtype).contiguous(memory_format=memory_format))
+        assert y.is_contiguous(memory_format=memory_format)
+    weights, theirs = fused.parameters(), original.parameters()
+    assert [p.grad.stride() for p in weights] == [p.grad.stride() for p in theirs]
+
+
+def test_built_and_fused_on_the_meta_device():
+    with torch.device("meta"):
+        model = ResNet()
+    assert len(rir.fuse_(model).replaced) == OPERATIONS
+    assert model(torch.empty(4, 3, 8, 8, device="meta")).shape == (4, 5)
+    original = resnet()
+    model.to_empty(device="cpu").double().load_state_dict(original.state_dict())
+    assert_same(model, original, images(), calls=OPERATIONS)
+
+
+def test_to_the_meta_device_and_back():
+    fused, original = resnet_twins()
+    fused.to("meta")
+    fused.load_state_dict(original.state_dict(), assign=True)
+    assert fused.conv1.weight.data_ptr() == original.conv1.weight.data_ptr()
+    fused.load_state_dict(copy.deepcopy(original.state_dict()), assign=True)
+    assert_same(fused, original, images(), calls=OPERATIONS)
+
+
+def test_lazy_modules():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyConv2d(4, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    report = rir.fuse_(model)
+    assert not report.replaced and "Lazy" in report.skipped[0].reason
+    model(images(dtype=torch.float32))
+    original = copy.deepcopy(settle(model))
+    assert [item.pattern for item in rir.fuse_(model).replaced] == ["P1"]
+    assert_same(model, original, images())
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": _saved,
+    **{f"pickle {p}": lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_are_equal_and_independent(kind):
+    fused, original = resnet_twins()
+    twin, other = COPIES[kind](fused), copy.deepcopy(original)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
+    with torch.no_grad():
+        for model in (twin, other):
+            for tensor in model.state_dict().values():
+                tensor.add_(1)
+    assert_same(twin, other, images(), calls=OPERATIONS)
+    assert_same(fused, original, images(), calls=OPERATIONS)
+
+
+def test_a_shallow_copy_shares_the_weights():
+    fused, _ = resnet_twins()
+    twin = copy.copy(fused)
+    assert twin.conv1 is fused.conv1 and torch.equal(twin.eval()(images()), fused.eval()(images()))
+    rir.unfuse_(twin)
+    assert type(twin) is ResNet and type(fused) is not ResNet
+
+
+def _outputs(rank, model, x, results):
+    results.put((rank, [type(m).__name__ for m in model.modules()], model(x).tolist()))
+
+
+def test_a_spawned_process_gets_the_fused_model():
+    fused, _ = resnet_twins()
+    x = images()
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_outputs, args=(7, fused.eval().requires_grad_(False), x, results))
+    process.start()
+    rank, classes, y = results.get(timeout=120)
+    process.join(60)
+    assert process.exitcode == 0 and rank == 7
+    assert classes == [type(m).__name__ for m in fused.modules()]
+    # another process may sum in another order, of other threads: outputs of order one to ten
+    torch.testing.assert_close(torch.tensor(y, dtype=x.dtype), fused(x), **CLOSE)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_checkpoints_go_both_ways(assign):
+    fused, original = resnet_twins()
+    assert list(fused.state_dict()) == list(original.state_dict())
+    torch.manual_seed(1)
+    other = settle(ResNet())
+    fused.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    assert_same(fused, other, images(), calls=OPERATIONS)
+    original.load_state_dict(copy.deepcopy(fused.state_dict()), assign=assign)
+    assert_same(fused, original, images(), calls=OPERATIONS)
+
+
+def test_checkpoints_that_do_not_fit():
+    """Same errors, same lists of keys as without fuse_."""
+    state = resnet().state_dict()
+    state["extra"] = state.pop("layer1.0.conv1.weight")
+    errors = []
+    for model in resnet_twins():
+        with pytest.raises(RuntimeError, match=r"Missing key.*conv1") as error:
+            model.load_state_dict(state)
+        errors.append(str(error.value).partition("\n")[2])
+        assert model.load_state_dict(state, strict=False) == (["layer1.0.conv1.weight"], ["extra"])
+        with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
+            model.load_state_dict({"conv1.weight": torch.zeros(1, 3, 3, 3)}, strict=False)
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("name", ["resnet", "RiRBlock", "ConvBNAct"])
+def test_checkpoints_from_before_batches_were_counted(name):
+    """nn.BatchNorm2d knows them by the version in the metadata, or by its absence; the counters stay as they are."""
+    model = resnet_twins()[0] if name == "resnet" else settle(BLOCKS[name]())
+    current = copy.deepcopy(model.state_dict())
+    old = type(current)((key, value) for key, value in current.items() if not key.endswith("tracked"))
+    old._metadata = current._metadata
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        model.load_state_dict(old)  # with today's metadata
+    aged = {path: versions | {"version": 1} for path, versions in current._metadata.items()}
+    for metadata in (aged, None):
+        old._metadata = metadata
+        assert model.load_state_dict(old) == ([], [])
+        for key, value in current.items():
+            assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    fused, original = resnet_twins()
+    path = tmp_path / "model.safetensors"
+    safetensors.save_model(fused, path)
+    torch.manual_seed(1)
+    other = settle(ResNet())
+    assert safetensors.load_model(other, path) == (set(), [])
+    assert_same(fused, other, images(), calls=OPERATIONS)
+    rir.fuse_(other)
+    safetensors.save_model(original, path)
+    assert safetensors.load_model(other, path) == (set(), [])
+    assert_same(other, original, images(), calls=OPERATIONS)
+
+
+@pytest.mark.parametrize("name", ["RiRBlock", "ConvBNAct"])
+def test_our_modules_on_the_meta_device(name):
+    original = settle(BLOCKS[name]())
+    with torch.device("meta"):
+        module = BLOCKS[name]()
+    assert module(torch.empty(2, 4, 6, 6, device="meta")).is_meta
+    module.to_empty(device="cpu").double().load_state_dict(original.state_dict())
+    x = randn(2, 4, 6, 6)
+    assert torch.equal(module(x), original(x))
