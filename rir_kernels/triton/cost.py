@@ -27,9 +27,27 @@ class Gpu:
     sms: int = 132
     shared_bytes: int = 227 * 1024  # of a program
     name: str = ""  # where there is one, tiles that were measured on it come first
+    arch: int = 90
 
 
 H200 = Gpu()
+# (multiprocessors, KB of shared memory of a program) of one GPU each: data sheets, and the programming guide's table
+TYPICAL = {
+    80: (108, 163),  # A100
+    86: (84, 99),  # A40
+    89: (142, 99),  # L40S
+    90: (132, 227),  # H200
+    100: (148, 227),  # B200
+    120: (170, 99),  # RTX 5090
+}
+
+
+def typical_gpu(arch: int) -> Gpu:
+    """A GPU of that architecture, where none is there to be asked."""
+    sms, shared_kb = TYPICAL[arch]
+    return Gpu(sms, shared_kb * 1024, arch=arch)
+
+
 L2_BYTES = 36  # a clock and SM, while all of them read: 7.6 TB/s at 1.6 GHz
 STORE_BYTES = 20  # likewise to memory: 4.3 TB/s
 SLICE = 32  # bytes of the reduction in one wgmma

@@ -29,7 +29,7 @@ from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 GATED = ("bf16", "fp16", "tf32")
-SHARED_MEMORY_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+SHARED_MEMORY_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ def assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
+        ptxas = knobs.nvidia.ptxas_blackwell if int(arch.removeprefix("sm_")) >= 100 else knobs.nvidia.ptxas
+        command = [ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]

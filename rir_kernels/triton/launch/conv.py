@@ -120,18 +120,19 @@ def _launch_tiles(
     n, _, h, w = out.shape
     padding = _padding(kernel, spec, gradient) if spec.stride == (1, 1) else None
     problem = Problem(n, h, w, c, k, kernel, out.element_size(), padding)
-    config = conv_config(problem, uses_tensor_cores(out), gpu_of(out))
+    gpu = gpu_of(out)
+    config = conv_config(problem, uses_tensor_cores(out), gpu)
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
     upstream_args, partial, relu = [None] * 5, None, spec.relu
+    by_descriptor = gpu.arch >= 90 and has_aligned_rows(c, out.element_size())
 
     def described(tensor, block, box=config.box):
         return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
 
     def stored(tensor):
-        aligned = tensor is not None and has_aligned_rows(c, tensor.element_size())
-        return described(tensor, config.block_c) if aligned else tensor
+        return described(tensor, config.block_c) if by_descriptor else tensor
 
     in_box = config.box
     if config.fold:
@@ -208,11 +209,12 @@ def _launch_planes(dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight
     parities.sort(key=lambda parity: -prod(_taps_of_plane(kernel, spec, parity)))
     n, _, h, w = planes[0, 0].shape
     problem = Problem(n, h, w, c, k, kernel, dx.element_size(), planes=len(parities))
-    config = conv_config(problem, uses_tensor_cores(dx), gpu_of(dx))
+    gpu = gpu_of(dx)
+    config = conv_config(problem, uses_tensor_cores(dx), gpu)
     tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(c, config.groups * config.block_c)
     outs = [planes[parity] for parity in parities]
-    if has_aligned_rows(c, dx.element_size()):
+    if gpu.arch >= 90 and has_aligned_rows(c, dx.element_size()):
         outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
     with device_guard(dx):
         launch(
