@@ -11,7 +11,15 @@ import triton.language as tl
 
 @triton.jit
 def load_box(
-    source, first, second, third, channel, BOX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, C: tl.constexpr = None
+    source,
+    first,
+    second,
+    third,
+    channel,
+    BOX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr = None,
 ):
     """[P, BLOCK], or with T [BLOCK, P], from a tensor of four dimensions (C: its channels).
 

@@ -28,7 +28,9 @@ from rir_kernels.triton.pointwise import wait_ahead
 
 
 @triton.jit
-def _load(desc, n, h, w, c, WALK: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+def _load(
+    desc, n, h, w, c, WALK: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
     """[P, BLOCK], or with T [BLOCK, P], of a tensor from pixel (n, h, w) and channel c."""
     if WALK == "images":
         TURNED: tl.constexpr = (BOX[1], BOX[2], BOX[0])

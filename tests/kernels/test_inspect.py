@@ -43,7 +43,7 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path, dtype)
         for row in convolutions:
             if dtype == "tf32" and row["op"] == "weight gradient":
                 continue
-            assert row["wgmma"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
+            assert row["products"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
     assert len(list(saved.glob("*.ptx"))) == len(list(saved.glob("*.ttgir"))) == len(rows)
 
 
@@ -87,8 +87,8 @@ for shape, tile in (
 
 
 FOUND = {
-    "registers": 90, "spills": 0, "shared_kb": 128.0, "wgmma": 4, "waits": True, "conversions": 0, "local_loads": 0,
-    "warnings": (),
+    "registers": 90, "spills": 0, "shared_kb": 128.0, "products": 4, "waits": True, "traps": False,
+    "conversions": 0, "local_loads": 0, "warnings": (),
 }  # fmt: skip
 
 
@@ -98,15 +98,16 @@ FOUND = {
         ({"spills": 8}, "8 bytes spilled"),
         ({"shared_kb": 228.0}, "228 KB of shared memory, limit 227"),
         ({"warnings": ("C7510",)}, "C7510"),
-        ({"wgmma": 0}, "no wgmma"),
+        ({"products": 0}, "no wgmma"),
+        ({"traps": True}, "traps"),
         ({"conversions": 2}, "2 conversions in the main loop"),
         ({"local_loads": 1}, "1 local_loads in the main loop"),
         ({"waits": False}, "touches memory before it waits for the launch ahead"),
     ],
 )
 def test_each_fault_is_named(change, words):
-    assert inspect._faults(FOUND, True, 227, True) == ()
-    assert inspect._faults(FOUND | change, True, 227, True) == (words,)
+    assert inspect._faults(FOUND, True, inspect.ARCHS["sm_90"], True) == ()
+    assert inspect._faults(FOUND | change, True, inspect.ARCHS["sm_90"], True) == (words,)
 
 
 def test_kernels_that_overlap_wait_before_they_touch_memory():

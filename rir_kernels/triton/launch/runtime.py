@@ -10,7 +10,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watched
-from rir_kernels.triton.cost import H200, Gpu, typical_gpu
+from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
@@ -119,7 +119,7 @@ def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor | tuple:
     """
     fallback = aligned_channels(view.shape[-1], view.element_size())
     strides = [s if size > 1 else fallback for size, s in zip(view.shape[:-1], view.stride()[:-1], strict=True)]
-    if gpu_of(view).arch < 90:
+    if not gpu_of(view).has_descriptors:
         return view, *view.shape, *strides
     return TensorDescriptor(view, list(view.shape), [*strides, 1], box)
 
