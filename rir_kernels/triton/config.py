@@ -22,7 +22,7 @@ from rir_kernels.triton.cost import (
     power_of_two_at_least,
     power_of_two_dividing,
 )
-from rir_kernels.triton.gpus import H200, LIMITS, Gpu
+from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.measured import measured_tile
 from rir_kernels.triton.tile import ConvConfig
 
@@ -115,11 +115,11 @@ def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu) -> list[tuple[floa
     return [(0.0, ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)) for box in boxes]
 
 
-def holds_upstream(tile: ConvConfig, itemsize: int) -> bool:
+def holds_upstream(tile: ConvConfig, itemsize: int, gpu: Gpu = H200) -> bool:
     """Whether a thread's registers hold the z of the layer upstream beside the tile's sums: as compiled."""
-    limits = LIMITS["wgmma"]  # others' are lower, and hold it at all of theirs
-    most = limits.sums_folded if tile.fold else limits.sums if itemsize == 2 else limits.sums_of_rows
-    return accumulators(tile) <= most
+    limits = gpu.limits
+    most = limits.sums_beside_upstream if itemsize == 2 else min(limits.sums_beside_upstream, limits.sums_of_rows)
+    return accumulators(tile) <= (limits.sums_folded if tile.fold else most)
 
 
 def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
@@ -131,11 +131,13 @@ def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvCon
 def _candidates(problem, gpu):
     """Tiles worth a thought, simple ones first."""
     n, h, w = problem.n, problem.h, problem.w
-    widest = max(16, 128 // problem.itemsize)
-    blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]
     limits = gpu.limits
+    widest = max(16, 128 // problem.itemsize)
+    blocks_k = [k for k in (64, 32, 16) if k <= min(widest, limits.block_k, max(16, power_of_two_at_least(problem.k)))]
     yield from _folded(problem, blocks_k, limits.sums_folded)
-    for rows in (1, 2, 4) if problem.shares_rows and limits.rows else (1,):
+    for rows in (1, 2, 4) if problem.shares_rows else (1,):
+        if rows > limits.rows:
+            continue
         for pixels in (16, 32, 64, 128, 256):
             if pixels > min(limits.pixels, max(16, power_of_two_at_least(n * h * w))):
                 continue

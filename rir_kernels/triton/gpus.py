@@ -15,19 +15,21 @@ class Limits:
     sums_of_rows: int  # where rows share their input
     sums_folded: int  # of blocks of 2x2 pixels
     pixels: int  # of one product
+    block_k: int  # channels of a step
+    sums_beside_upstream: int  # beside the z of the layer upstream, in 16 bits
     wgrad_sums: int
-    rows: bool = True  # several products in a step may add to the same sums
+    rows: int = 7  # whose products in a step add to the same sums
     groups: bool = True
     skips: bool = True
 
 
 LIMITS = {
-    "wgmma": Limits(192, 128, 64, 256, 192),
+    "wgmma": Limits(192, 128, 64, 256, 64, 192, 192),
     # operands and addresses are in registers too
-    "mma": Limits(64, 64, 0, 64, 48, groups=False, skips=False),
+    "mma": Limits(64, 64, 0, 64, 32, 32, 48, rows=2, groups=False, skips=False),
     # sums are in tensor memory, but for the epilogue. Of two products in a step that add to the same sums Triton 3.6
     # and 3.7 make a kernel that does nothing but trap
-    "tcgen05": Limits(128, 0, 0, 256, 96, rows=False, skips=False),
+    "tcgen05": Limits(128, 128, 0, 256, 64, 128, 96, rows=1, skips=False),
 }
 
 

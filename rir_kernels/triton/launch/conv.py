@@ -175,7 +175,7 @@ def _launch_tiles_of(
     weight = packed_weight.mT if weight_t else packed_weight
     scale = spec.conv_scale if gradient else spec.branch_scale
     addends = [described(addend, config.block_c) for addend in addends]
-    if upstream is not None and holds_upstream(config, out.element_size()):
+    if upstream is not None and holds_upstream(config, out.element_size(), gpu_of(out)):
         z = described(upstream.z, config.block_c)
         upstream_args = [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta]
         partial = torch.empty((tiles, 2, c), dtype=torch.float32, device=out.device)
