@@ -18,6 +18,7 @@ class Limits:
     block_k: int  # channels of a step
     sums_beside_upstream: int  # beside the z of the layer upstream, in 16 bits
     wgrad_sums: int
+    wgrad_warps: int = 8
     rows: int = 7  # whose products in a step add to the same sums
     groups: bool = True
     skips: bool = True
@@ -29,7 +30,7 @@ LIMITS = {
     "mma": Limits(64, 64, 0, 64, 32, 32, 48, rows=2, groups=False, skips=False),
     # sums are in tensor memory, but for the epilogue. Of two products in a step that add to the same sums Triton 3.6
     # and 3.7 make a kernel that does nothing but trap
-    "tcgen05": Limits(128, 128, 0, 256, 64, 128, 96, rows=1, skips=False),
+    "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, rows=1, skips=False),
 }
 
 

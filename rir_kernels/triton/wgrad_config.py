@@ -94,7 +94,7 @@ def _candidates(problem, gpu):
                 continue
             for pixels in (16, 32, 64, 128):
                 if walk := _best_walk(problem, pack, pixels, rows):
-                    for block_co, block_ci, num_warps in _blocks(problem, pack, rows, limits.wgrad_sums):
+                    for block_co, block_ci, num_warps in _blocks(problem, pack, rows, limits):
                         for num_stages in (4, 3, 2):
                             tile = WgradTile(*walk, rows, 0, block_co, block_ci, num_warps, num_stages, pack)
                             if num_stages <= MAX_STAGES or accumulators(problem, tile) <= limits.wgrad_sums // 2:
@@ -103,12 +103,18 @@ def _candidates(problem, gpu):
                                     yield dataclasses.replace(tile, skips=True)
 
 
-def _blocks(problem, pack, rows, max_sums):
+def _blocks(problem, pack, rows, limits):
     """Blocks of channels, by warps."""
     # operands of tf32 pass through registers, and parity planes have addresses there
-    most = max_sums if problem.itemsize == 2 and problem.shares_rows and rows <= MAX_ROWS else max_sums // 2
+    most = (
+        limits.wgrad_sums
+        if problem.itemsize == 2 and problem.shares_rows and rows <= MAX_ROWS
+        else limits.wgrad_sums // 2
+    )
     widest = max(16, power_of_two_at_least(problem.c_in * pack))
     for block_co, num_warps in ((64, 4), (128, 8)):
+        if num_warps > limits.wgrad_warps:
+            continue
         for block_ci in (16, 32, 64, 128):
             if block_ci <= widest and problem.kernel[0] * block_co * block_ci // (32 * num_warps) <= most:
                 yield block_co, block_ci, num_warps

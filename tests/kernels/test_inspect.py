@@ -47,6 +47,28 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path, dtype)
     assert len(list(saved.glob("*.ptx"))) == len(list(saved.glob("*.ttgir"))) == len(rows)
 
 
+@pytest.mark.parametrize(
+    "arch", ["sm_80", "sm_89", "sm_100", *(pytest.param(arch, marks=pytest.mark.long) for arch in ("sm_86", "sm_120"))]
+)
+def test_a_layer_compiles_clean_for_other_gpus(tmp_path, arch):
+    """By what each has: descriptors or none, and its own tensor-core instruction in the main loop."""
+    done = _python("-c", f"""
+from rir_kernels.triton import inspect
+from rir_kernels.triton.shapes import Shape
+rows = inspect.inspect(Shape(48, 64, 8), "bf16", "{arch}", {str(tmp_path)!r})
+products = [row.products for row in rows if row.kernel.startswith("_conv")]
+print(len(products), min(products) > 0, *(fault for row in rows for fault in row.faults))
+""")  # fmt: skip
+    assert done.stdout.split()[1:] == ["True"], done.stdout + done.stderr
+    kernels = [path.read_text() for path in tmp_path.glob("*_conv_*.ptx")]
+    later = ("cp.async.bulk", "wgmma", "mbarrier", "griddepcontrol")
+    if arch.startswith("sm_8"):
+        assert not any(name in ptx for ptx in kernels for name in later)
+        assert all("cp.async" in ptx for ptx in kernels)
+    else:
+        assert all("cp.async.bulk.tensor" in ptx for ptx in kernels)
+
+
 def test_a_tile_too_large_for_the_registers_fails_the_gate():
     """256 channels by 128 pixels on four warps are 256 accumulators a thread: the gate must see the spill."""
     done = _python("-c", """
