@@ -27,7 +27,7 @@ class Limits:
 LIMITS = {
     "wgmma": Limits(192, 128, 64, 256, 64, 192, 192),
     # operands and addresses are in registers too
-    "mma": Limits(64, 64, 0, 64, 32, 32, 48, rows=2, groups=False, skips=False),
+    "mma": Limits(32, 32, 0, 64, 32, 32, 48, rows=2, groups=False, skips=False),
     # sums are in tensor memory, but for the epilogue. Of two products in a step that add to the same sums Triton 3.6
     # and 3.7 make a kernel that does nothing but trap
     "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, rows=1, skips=False),
