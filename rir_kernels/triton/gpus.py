@@ -19,7 +19,8 @@ class Limits:
     sums_beside_upstream: int  # beside the z of the layer upstream, in 16 bits
     wgrad_sums: int
     wgrad_warps: int = 8
-    rows: int = 7  # whose products in a step add to the same sums
+    wgrad_rows: int = 7  # whose products in a step add to the same sums
+    rows: int = 4  # likewise
     groups: bool = True
     skips: bool = True
 
@@ -27,10 +28,10 @@ class Limits:
 LIMITS = {
     "wgmma": Limits(192, 128, 64, 256, 64, 192, 192),
     # operands and addresses are in registers too
-    "mma": Limits(32, 32, 0, 64, 32, 32, 48, rows=2, groups=False, skips=False),
+    "mma": Limits(32, 32, 0, 64, 32, 32, 48, wgrad_rows=2, rows=1, groups=False, skips=False),
     # sums are in tensor memory, but for the epilogue. Of two products in a step that add to the same sums Triton 3.6
     # and 3.7 make a kernel that does nothing but trap
-    "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, rows=1, skips=False),
+    "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, wgrad_rows=1, rows=1, skips=False),
 }
 
 

@@ -90,7 +90,7 @@ def _candidates(problem, gpu):
         if problem.w % pack or (pack > 1 and pack * max(problem.c_out, problem.c_in) > 128):
             continue
         for rows in ROWS if problem.shares_rows else (1,):
-            if rows > min(problem.h, limits.rows) or (rows > MAX_ROWS and problem.itemsize == 4):
+            if rows > min(problem.h, limits.wgrad_rows) or (rows > MAX_ROWS and problem.itemsize == 4):
                 continue
             for pixels in (16, 32, 64, 128):
                 if walk := _best_walk(problem, pack, pixels, rows):
