@@ -10,7 +10,7 @@ import torch
 import rir_kernels as rir
 from models.rir import RiR
 from rir_kernels import dispatch
-from rir_kernels.triton.inspect import SHARED_MEMORY_KB
+from rir_kernels.triton.inspect import ARCHS
 from rir_kernels.triton.shapes import SHAPE_TABLE
 
 from . import console, data, kernels, speeds, tables, training
@@ -161,7 +161,7 @@ def _check_kernels(device, results):
 
 
 def _compile(results):
-    results["compiled"] = {"arch": kernels.ARCH, "shared_kb": SHARED_MEMORY_KB[kernels.ARCH], "rows": []}
+    results["compiled"] = {"arch": kernels.ARCH, "shared_kb": ARCHS[kernels.ARCH].shared_kb, "rows": []}
     if missing := dispatch.triton_missing():
         return _skip(results, "compiled", f"Not compiled: that needs {missing}.")
     with console.steps(f"compiling for {kernels.ARCH}: no GPU is needed for that", None):

@@ -17,11 +17,11 @@ SUMMARY_HEADER = ["mode", "kind", "tensors", "passed", "budget used"]
 ROW_HEADER = ["mode", "kind", "tensor", "error", "torch's", "budget"]
 TRAINING_HEADER = ["network", "first loss", "last loss", "test accuracy", "a step"]
 KERNEL_HEADER = ["layer", "dtype", "mode", "output", "torch's", "grad W", "torch's", "budget used"]
-COMPILED_HEADER = ["shape", "op", "registers", "spills", "shared KB", "wgmma", "converts", "local loads", "gate"]
+COMPILED_HEADER = ["shape", "op", "registers", "spills", "shared KB", "tensor core", "converts", "local loads", "gate"]
 COMPILED_SUMMARY_HEADER = COMPILED_HEADER[1:-1]
 SPEED_HEADER = ["shape", "mode", "naive", "auto", "triton", "hybrid", "torch", "naive/auto"]
 
-_COUNTS = ("registers", "spills", "shared_kb", "wgmma", "conversions", "local_loads")
+_COUNTS = ("registers", "spills", "shared_kb", "products", "conversions", "local_loads")
 
 
 def data_line(results) -> str:

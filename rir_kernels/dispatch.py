@@ -125,6 +125,8 @@ def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
 
 
 def _choose(x, weight, spec, training):
+    if x.device.type not in ("cuda", "cpu", "meta"):
+        _warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
     if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or _transformed():
         return "torch"
     if missing := _missing_on(x.device.index):
@@ -218,7 +220,8 @@ def _find_missing_on(index: int) -> str:
     capability = torch.cuda.get_device_capability(index)
     if capability < CAPABILITY_NEEDED:
         name = torch.cuda.get_device_name(index)
-        return f"the kernels need compute capability {CAPABILITY_NEEDED} or later, {name} has {capability}"
+        needed, has = (".".join(map(str, version)) for version in (CAPABILITY_NEEDED, capability))
+        return f"the kernels need compute capability {needed} or later, {name} (cuda:{index}) has {has}"
     return ""
 
 

@@ -218,7 +218,7 @@ def results():
     accuracies = {name: 90.0 for name in curves.losses}
     kernel = {
         "shape": "96@32", "dtype": "bf16", "op": "forward", "kernel": "_conv_fwd_kernel", "config": "", "registers": 90,
-        "spills": 0, "shared_kb": 64.0, "wgmma": 2, "conversions": 0, "local_loads": 0, "warnings": [], "faults": [],
+        "spills": 0, "shared_kb": 64.0, "products": 2, "conversions": 0, "local_loads": 0, "warnings": [], "faults": [],
         "passed": True,
     }  # fmt: skip
     replaced = {"name": "<script>alert(1)</script>", "pattern": "P4", "kind": "RiRLayer", "impl": "auto", "parts": []}

@@ -1,7 +1,7 @@
 """Tile shapes by an analytic rule: functions of shape, dtype and GPU alone, so every process and rank chooses the same.
 
 Pixels are cut by powers of two, taken from further images where one image is too small; among the tiles that compile
-for sm_90 without spills (`python -m rir_kernels.triton.inspect`) the convolution takes the one that `cost` finds
+without spills (`gpus.Limits`, `python -m rir_kernels.triton.inspect`) the convolution takes the one that `cost` finds
 fastest. fp32 without TF32 has no tensor cores: its products are plain multiply-adds in registers, and larger tiles
 spill.
 """
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from rir_kernels.dispatch import watched
 from rir_kernels.triton.cost import (
-    H200,
-    Gpu,
     Problem,
     accumulators,
     cdiv,
@@ -24,6 +22,7 @@ from rir_kernels.triton.cost import (
     power_of_two_at_least,
     power_of_two_dividing,
 )
+from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.measured import measured_tile
 from rir_kernels.triton.tile import ConvConfig
 
@@ -66,10 +65,6 @@ def row_box(n: int, w: int, pixels: int) -> tuple[int, int, int]:
     return pixels // width, 1, width
 
 
-# sums that a thread's registers hold without spills, in every epilogue: as compiled
-MAX_SUMS, MAX_SUMS_OF_ROWS, MAX_SUMS_FOLDED = 192, 128, 64
-
-
 _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
 
 
@@ -100,53 +95,69 @@ def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvCo
     )
 
 
+def is_forced() -> bool:
+    """Whether `use_tile` names the tile."""
+    return _forced.get() is not None
+
+
 @functools.cache
 def _chosen(problem, tensor_cores, gpu):
-    if not tensor_cores:
-        pixels = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
-        box = pixel_box(problem.n, problem.h, problem.w, pixels)
-        return ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
-    return measured_tile(problem, gpu) or ranked_tiles(problem, gpu)[0][1]
+    measured = measured_tile(problem, gpu) if tensor_cores else None
+    return measured or tiles_for(problem, tensor_cores, gpu)[0][1]
 
 
-def holds_upstream(tile: ConvConfig, itemsize: int) -> bool:
+def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu) -> list[tuple[float, ConvConfig]]:
+    """(clocks, tile) of all that may be chosen, the best first."""
+    if tensor_cores:
+        return ranked_tiles(problem, gpu)
+    most = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
+    boxes = [pixel_box(problem.n, problem.h, problem.w, pixels) for pixels in (64, 32, 16) if pixels <= most]
+    return [(0.0, ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)) for box in boxes]
+
+
+def holds_upstream(tile: ConvConfig, itemsize: int, gpu: Gpu = H200) -> bool:
     """Whether a thread's registers hold the z of the layer upstream beside the tile's sums: as compiled."""
-    return accumulators(tile) <= (MAX_SUMS_FOLDED if tile.fold else MAX_SUMS if itemsize == 2 else MAX_SUMS_OF_ROWS)
+    limits = gpu.limits
+    most = limits.sums_beside_upstream if itemsize == 2 else min(limits.sums_beside_upstream, limits.sums_of_rows)
+    return accumulators(tile) <= (limits.sums_folded if tile.fold else most)
 
 
 def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
     """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
-    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem))
+    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem, gpu))
     return sorted(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])
 
 
-def _candidates(problem):
+def _candidates(problem, gpu):
     """Tiles worth a thought, simple ones first."""
     n, h, w = problem.n, problem.h, problem.w
+    limits = gpu.limits
     widest = max(16, 128 // problem.itemsize)
-    blocks_k = [k for k in (64, 32, 16) if k <= min(widest, max(16, power_of_two_at_least(problem.k)))]
-    yield from _folded(problem, blocks_k)
+    blocks_k = [k for k in (64, 32, 16) if k <= min(widest, limits.block_k, max(16, power_of_two_at_least(problem.k)))]
+    yield from _folded(problem, blocks_k, limits.sums_folded)
     for rows in (1, 2, 4) if problem.shares_rows else (1,):
+        if rows > limits.rows:
+            continue
         for pixels in (16, 32, 64, 128, 256):
-            if pixels > max(16, power_of_two_at_least(n * h * w)):
+            if pixels > min(limits.pixels, max(16, power_of_two_at_least(n * h * w))):
                 continue
             box = pixel_box(n, h, w, pixels) if rows == 1 else row_box(n, w, pixels)
             for block_c, num_warps in ((64, 4), (128, 8), (64, 8)):
-                for groups in (1, 2, 3) if rows == 1 else (1,):
+                for groups in (1, 2, 3) if rows == 1 and limits.groups else (1,):
                     # two warp groups share a block of 64 channels well only where they need not share rows
                     if block_c * (groups - 1) >= problem.c or (rows > 1 and (block_c, num_warps) == (64, 8)):
                         continue
                     for block_k in blocks_k:
                         for stages in (4, 3):
                             tile = ConvConfig(box, block_c, block_k, num_warps, stages, groups, rows)
-                            if accumulators(tile) > (MAX_SUMS if rows == 1 else MAX_SUMS_OF_ROWS):
+                            if accumulators(tile) > (limits.sums if rows == 1 else limits.sums_of_rows):
                                 continue
                             yield tile
-                            if rows == 1 and problem.has_border and pixels <= power_of_two_at_least(n):
+                            if limits.skips and rows == 1 and problem.has_border and pixels <= power_of_two_at_least(n):
                                 yield dataclasses.replace(tile, box=(pixels, 1, 1), skips=True)
 
 
-def _folded(problem, blocks_k):
+def _folded(problem, blocks_k, max_sums):
     """Tiles of blocks of 2x2 pixels, where their channels are few enough."""
     if not problem.folds or problem.c > 32:
         return
@@ -157,7 +168,7 @@ def _folded(problem, blocks_k):
             for block_k in blocks_k:
                 for stages in (3, 2):
                     tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
-                    if max(box) <= 256 and accumulators(tile) <= MAX_SUMS_FOLDED:
+                    if max(box) <= 256 and accumulators(tile) <= max_sums:
                         yield tile
 
 

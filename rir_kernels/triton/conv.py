@@ -28,6 +28,7 @@ Epilogue, in this order, each part optional:
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.boxes import load_box, round_as
 from rir_kernels.triton.pointwise import load_channels, normalize, relu, relu_grad, wait_ahead
 from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_first, sum_folded
 
@@ -35,8 +36,7 @@ from rir_kernels.triton.taps import add_inside, add_plane, add_rows, longest_fir
 @triton.jit
 def load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    return desc.load([n, h, w, c]).reshape([P, BLOCK_C]).T.to(tl.float32)
+    return load_box(desc, n, h, w, c, BOX, BLOCK_C, True).to(tl.float32)
 
 
 @triton.jit
@@ -101,11 +101,15 @@ def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, tile, n, h, w, c, pixel_offset, channel, mask, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the rows are not 16-byte aligned."""
+def store_tile(
+    out, tile, n, h, w, c, pixel_offset, channel, mask, C: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the GPU or the alignment allows none."""
     if isinstance(out, tl.tensor_descriptor):
         out.store([n, h, w, c], tile.to(out.dtype).T.reshape([BOX[0], BOX[1], BOX[2], BLOCK_C]))
     else:
+        if C % (128 // out.dtype.element_ty.primitive_bitwidth) == 0:
+            pixel_offset = tl.multiple_of(pixel_offset, 128 // out.dtype.element_ty.primitive_bitwidth)
         tl.store(out + pixel_offset[None, :] + channel[:, None], tile.to(out.dtype.element_ty), mask=mask)
 
 
@@ -193,19 +197,19 @@ def _conv_fwd_kernel(
         accs = (sums,)
     elif SKIPS:
         accs = add_inside(
-            accs, x00_desc, w_desc, n, h, w, first_c, H, W, K, SIGN,
+            accs, x00_desc, w_desc, n, h, w, first_c, H, W, C, K, SIGN,
             WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     elif ROWS > 1:
         accs = add_rows(
-            accs, x00_desc, w_desc, n, h, w, first_c, K, KERNEL, PAD, SIGN,
+            accs, x00_desc, w_desc, n, h, w, first_c, C, K, KERNEL, PAD, SIGN,
             WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         for plane in tl.static_range(4):
             if planes[plane] is not None:
                 accs = add_plane(
-                    accs, planes[plane], w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
+                    accs, planes[plane], w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
                     SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
@@ -245,8 +249,8 @@ def _conv_fwd_kernel(
             if mean_ptr is not None:
                 if z_out is not None:
                     # backward recomputes the mask from the stored z, so y must come from the same rounded value
-                    acc = acc.to(x00_desc.dtype).to(tl.float32)
-                    store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+                    acc = round_as(acc, x00_desc)
+                    store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
                 mean = load_channels(mean_ptr, channel, C, 0.0)
                 invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
                 gamma = load_channels(gamma_ptr, channel, C, 1.0)
@@ -257,8 +261,8 @@ def _conv_fwd_kernel(
                 if RELU:
                     acc = relu(acc)
             if partial_ptr is not None:
-                acc = acc.to(x00_desc.dtype).to(tl.float32)  # the sums are those of the numbers that are stored
-            store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+                acc = round_as(acc, x00_desc)  # the sums are those of the numbers that are stored
+            store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
             if partial_ptr is not None:
                 z = load_addend(upstream_desc, n, h + row, w, c, BOX, BLOCK_C)
                 mean = load_channels(upstream_mean_ptr, channel, C, 0.0)

@@ -13,23 +13,14 @@ So large tiles are fast, until too few programs are left to fill the GPU evenly,
 image that share their input (`rows`) and channels that share their pixels (`groups`) make tiles larger than one matrix
 product; blocks of 2x2 pixels (`fold`) fill its rows where the channels are few. What TMA fills with zeros counts as if
 it were read. The constants are assumptions until they are measured; only the order of the candidates depends on them.
+Other GPUs than Hopper's take the same rule, with what `gpus` says of their tensor cores and memory.
 """
 
 from dataclasses import dataclass
 
+from rir_kernels.triton.gpus import Gpu
 from rir_kernels.triton.tile import ConvConfig
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the choice of a tile depends on. The default is an H200's, where no GPU is asked."""
-
-    sms: int = 132
-    shared_bytes: int = 227 * 1024  # of a program
-    name: str = ""  # where there is one, tiles that were measured on it come first
-
-
-H200 = Gpu()
 L2_BYTES = 36  # a clock and SM, while all of them read: 7.6 TB/s at 1.6 GHz
 STORE_BYTES = 20  # likewise to memory: 4.3 TB/s
 SLICE = 32  # bytes of the reduction in one wgmma
@@ -97,7 +88,8 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     blocks = cdiv(p.k, tile.block_k)
     slices = tile.block_k * p.itemsize / SLICE
     fetched = boxes * columns + weights * rows
-    tensor = wgmmas * width / 2 * slices * blocks
+    rate = gpu.architecture
+    tensor = wgmmas * width / 2 * slices * blocks / rate.tensor
     shared = (wgmmas * (16 + width / 4) + fetched * SLICE / 128) * slices * blocks
     row_bytes = [min(tile.block_k, p.k - block * tile.block_k) * p.itemsize for block in range(blocks)]
     box_bytes = sum(max(size, NARROW) for size in row_bytes)
@@ -106,13 +98,13 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
     l2 = (boxes * columns * box_bytes + weights * rows * weight_bytes) / L2_BYTES
     occupancy = residents(tile, p, gpu)
     chain = 0.0
-    if products > 1:
+    if products > 1 and rate.product == "wgmma":
         a_product = rows / 64 / (tile.num_warps // 4) * width / 2 * slices
         chain = products * (a_product + DRAIN) * blocks / occupancy
     loop = steps_a_block * (max(tensor, shared, l2, chain) + STEP * blocks)
 
     stored = min(channels, p.c) * pixels * tile.rows * p.itemsize
-    rest = START + stored / STORE_BYTES
+    rest = START + stored / (STORE_BYTES * rate.memory)
     programs = cdiv(p.n, tile.box[0]) * cdiv(p.h, tile.box[1] * tile.rows) * cdiv(p.w, tile.box[2])
     programs *= cdiv(p.c, channels) * p.planes
     turns = cdiv(programs, gpu.sms)

@@ -74,7 +74,7 @@ def _conv_bwd_data_kernel(
     for index in tl.static_range(len(PLANES)):
         if plane == index:
             accs = add_plane(
-                accs, dz_desc, w_desc, n, h, w, first_c, K, KERNEL, STRIDE, PAD, PLANES[index][0], PLANES[index][1],
+                accs, dz_desc, w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, PLANES[index][0], PLANES[index][1],
                 -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
             )  # fmt: skip
 
@@ -91,4 +91,4 @@ def _conv_bwd_data_kernel(
             if plane_h + plane_w == 0:
                 acc += load_addend(addend_desc, n, h, w, c, BOX, BLOCK_C)
         mask = (channel < C)[:, None] & is_pixel[None, :]
-        store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, BOX, BLOCK_C)
+        store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)

@@ -3,11 +3,11 @@
     python -m rir_kernels.triton.inspect --arch sm_90 [--dtype bf16] [--json FILE] [--save DIR]
 
 The launchers run on meta tensors under a driver that only compiles, so what is read is what a GPU would get: same
-configurations, same specialization. A row fails where its kernel spills, exceeds the shared memory, draws one of
-ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product, loads an operand from shared
-memory to registers, converts a layout, or has no wgmma at all. With RIR_KERNELS_OVERLAP=1 in the environment kernels
-are compiled to overlap the launch ahead of them, and fail where they touch memory before they have waited for it. The
-exit status is 1 if any row fails.
+configurations, same specialization. A row fails where its kernel spills, exceeds the shared memory, traps, draws one of
+ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product, converts a layout, has no
+tensor-core instruction at all, or, where that could read shared memory, loads an operand to registers. With
+RIR_KERNELS_OVERLAP=1 in the environment kernels are compiled to overlap the launch ahead of them, and fail where they
+touch memory before they have waited for it. The exit status is 1 if any row fails.
 """
 
 import argparse
@@ -25,11 +25,14 @@ from pathlib import Path
 import torch
 
 from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.triton.gpus import ARCHITECTURES
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 GATED = ("bf16", "fp16", "tf32")
-SHARED_MEMORY_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+ARCHS = {f"sm_{arch}": architecture for arch, architecture in ARCHITECTURES.items()}
+DOTS = ("tt.dot ", "warp_group_dot ", "tc_gen5_mma ")
+INSTRUCTIONS = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class Row:
     registers: int
     spills: int  # bytes, stores and loads
     shared_kb: float
-    wgmma: int
+    products: int  # tensor-core instructions
     waits: bool  # for the launch ahead, before it touches memory
+    traps: bool
     conversions: int  # layout conversions in the main loop
     local_loads: int  # shared memory to registers in the main loop
     warnings: tuple[str, ...]  # C75xx of ptxas
@@ -157,35 +161,39 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             "registers": registers,
             "spills": spills,
             "shared_kb": compiled.metadata.shared / 1024,
-            "wgmma": ptx.count("wgmma.mma_async"),
+            "products": ptx.count(INSTRUCTIONS[ARCHS[arch].product]),
             "waits": waits_first(ptx),
+            "traps": "trap;" in ptx,
             "conversions": loop.count("ttg.convert_layout"),
             "local_loads": loop.count("ttg.local_load"),
             "warnings": warnings,
         }
         # ieee fp32 has no tensor-core product; a tf32 weight gradient would have to transpose in shared memory, which
-        # wgmma does for 16 bits alone
+        # tensor cores do for 16 bits alone
         exempt = dtype == "fp32" or (dtype == "tf32" and op == "weight gradient")
-        needs_wgmma = kernel.startswith("_conv") and arch == "sm_90" and not exempt
-        faults = _faults(found, needs_wgmma, SHARED_MEMORY_KB[arch], constants["OVERLAP"])
+        multiplies = kernel.startswith("_conv") and not exempt
+        faults = _faults(found, multiplies, ARCHS[arch], constants["OVERLAP"])
         rows.append(Row(shape.name, dtype, op, kernel, _describe(constants), **found, faults=faults))
     return rows
 
 
-def _faults(found, needs_wgmma, shared_limit, overlap):
+def _faults(found, multiplies, architecture, overlap):
     faults = []
     if overlap and not found["waits"]:
         faults.append("touches memory before it waits for the launch ahead")
     if found["spills"]:
         faults.append(f"{found['spills']} bytes spilled")
-    if found["shared_kb"] > shared_limit:
-        faults.append(f"{found['shared_kb']:.0f} KB of shared memory, limit {shared_limit}")
+    if found["shared_kb"] > architecture.shared_kb:
+        faults.append(f"{found['shared_kb']:.0f} KB of shared memory, limit {architecture.shared_kb}")
+    if found["traps"]:
+        faults.append("traps")
     if found["warnings"]:
         faults.append(" ".join(found["warnings"]))
-    if needs_wgmma:
-        if not found["wgmma"]:
-            faults.append("no wgmma")
-        for name in ("conversions", "local_loads"):
+    if multiplies:
+        if not found["products"]:
+            faults.append(f"no {architecture.product}")
+        # mma.sync takes its operands from registers
+        for name in ("conversions",) if architecture.product == "mma" else ("conversions", "local_loads"):
             if found[name]:
                 faults.append(f"{found[name]} {name} in the main loop")
     return tuple(faults)
@@ -200,7 +208,8 @@ def assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
+        ptxas = knobs.nvidia.ptxas_blackwell if int(arch.removeprefix("sm_")) >= 100 else knobs.nvidia.ptxas
+        command = [ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
@@ -222,7 +231,7 @@ def main_loop(ttgir: str) -> str:
             indent = len(line) - len(line.lstrip())
             end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
             body = "\n".join(lines[start + 1 : end])
-            if "scf.for" not in body and ("warp_group_dot " in body or "tt.dot " in body):
+            if "scf.for" not in body and any(dot in body for dot in DOTS):
                 loops.append(body)
     return "\n".join(loops)
 
@@ -255,11 +264,11 @@ def _compile_for_real():
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    header = ("shape", "dtype", "op", "kernel", "config", "regs", "spill", "smem KB", "wgmma", "cvt", "lds", "")
+    header = ("shape", "dtype", "op", "kernel", "config", "regs", "spill", "smem KB", "mma", "cvt", "lds", "")
     lines = [header] + [
         (
             row.shape, row.dtype, row.op, row.kernel.strip("_").removesuffix("_kernel"), row.config,
-            str(row.registers), str(row.spills), f"{row.shared_kb:.0f}", str(row.wgmma), str(row.conversions),
+            str(row.registers), str(row.spills), f"{row.shared_kb:.0f}", str(row.products), str(row.conversions),
             str(row.local_loads), "ok" if row.passed else "FAIL " + "; ".join(row.faults),
         )
         for row in rows
@@ -270,7 +279,7 @@ def table(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rir_kernels.triton.inspect", description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", default="sm_90", choices=sorted(SHARED_MEMORY_KB))
+    parser.add_argument("--arch", default="sm_90", choices=ARCHS)
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be given again; by default all but fp32")
     parser.add_argument("--table-only", action="store_true", help="the eleven rows alone, no stems and transitions")
     parser.add_argument("--json", metavar="FILE", help="write the rows")

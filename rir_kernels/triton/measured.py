@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rir_kernels.device_files import read_entries, slug
 from rir_kernels.triton import cost, wgrad_cost
-from rir_kernels.triton.cost import Gpu, Problem, stage_bytes
+from rir_kernels.triton.cost import Problem, stage_bytes
+from rir_kernels.triton.gpus import Gpu
 from rir_kernels.triton.tile import ConvConfig
 from rir_kernels.triton.wgrad_cost import WgradProblem, WgradTile, can_skip, shared_bytes, walks
 

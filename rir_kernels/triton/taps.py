@@ -11,6 +11,8 @@ The names and the mathematics are those of `rir_kernels.triton.conv`.
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.boxes import load_box, load_matrix
+
 
 @triton.jit
 def add_plane(
@@ -21,6 +23,7 @@ def add_plane(
     h,
     w,
     c,
+    C: tl.constexpr,
     K: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -51,7 +54,7 @@ def add_plane(
             tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
             accs = _add_tap(
                 accs, x_desc, w_desc, n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), c, k, tap,
-                WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                C, K, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
             )  # fmt: skip
     return accs
 
@@ -65,6 +68,7 @@ def add_rows(
     h,
     w,
     c,
+    C: tl.constexpr,
     K: tl.constexpr,
     KERNEL: tl.constexpr,
     PAD: tl.constexpr,
@@ -84,20 +88,19 @@ def add_rows(
     TAPS: tl.constexpr = KERNEL[0]
     ABOVE: tl.constexpr = PAD[0] if SIGN == 1 else TAPS - 1 - PAD[0]  # rows of the input above the first output row
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     for step in tl.range(KERNEL[1] * K_BLOCKS):
         k = step % K_BLOCKS * BLOCK_K
         j = step // K_BLOCKS
         rows = ()
         for row in tl.static_range(ROWS + TAPS - 1):
-            x = x_desc.load([n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k])
-            rows += (x.reshape([P, BLOCK_K]).T,)  # [BLOCK_K, P]
+            x = load_box(x_desc, n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k, BOX, BLOCK_K, True, K)
+            rows += (x,)  # [BLOCK_K, P]
         sums = ()
         for group in tl.static_range(GROUPS):
             weights = ()
             for i in tl.static_range(TAPS):
                 tap = i * KERNEL[1] + j
-                weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K),)
+                weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K),)
             for row in tl.static_range(ROWS):
                 acc = accs[group * ROWS + row]
                 for i in tl.static_range(TAPS):
@@ -154,6 +157,7 @@ def add_inside(
     c,
     H,
     W,
+    C: tl.constexpr,
     K: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
@@ -171,17 +175,17 @@ def add_inside(
     # in turn, and not one loop for each case: the shared memory of loops that exclude each other is not shared
     accs = _add_taps(
         accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 0, 4,
-        K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
     )  # fmt: skip
     if taps >= 6:
         accs = _add_taps(
             accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 4, 6,
-            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     if taps == 9:
         accs = _add_taps(
             accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 6, 9,
-            K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     return accs
 
@@ -200,6 +204,7 @@ def _add_taps(
     columns,  # 2 or 3
     FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in add_plane
     LAST: tl.constexpr,
+    C: tl.constexpr,
     K: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
@@ -218,7 +223,7 @@ def _add_taps(
         j = first_j + t - row * columns
         accs = _add_tap(
             accs, x_desc, w_desc, n, h + SIGN * (i - 1), w + SIGN * (j - 1), c, k, i * 3 + j,
-            WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C, K, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     return accs
 
@@ -247,6 +252,7 @@ def sum_folded(
     """
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BLOCKS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // 4
+    BLOCK_BOX: tl.constexpr = (BOX[0], BOX[1] // 2, BOX[2] // 2)
     row = tl.arange(0, 4 * BLOCK_C)  # of the product: row and column of the pixel in its block, channel
     q_h = row // (2 * BLOCK_C)
     q_w = row // BLOCK_C % 2
@@ -259,7 +265,7 @@ def sum_folded(
         for plane in tl.static_range(4):
             d_h = step // (2 * K_BLOCKS) - plane // 2
             d_w = step // K_BLOCKS % 2 - plane % 2
-            x = planes[plane].load([n, h // 2 + d_h, w // 2 + d_w, k]).reshape([BLOCKS, BLOCK_K]).T
+            x = load_box(planes[plane], n, h // 2 + d_h, w // 2 + d_w, k, BLOCK_BOX, BLOCK_K, True, K)
             i = 2 * d_h + plane // 2 + 1 - q_h
             j = 2 * d_w + plane % 2 + 1 - q_w
             is_tap = (i >= 0) & (i < 3) & (j >= 0) & (j < 3) & (channel < C)
@@ -287,6 +293,8 @@ def _add_tap(
     c,
     k,
     tap,
+    C: tl.constexpr,
+    K: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -294,19 +302,28 @@ def _add_tap(
     PRECISION: tl.constexpr,
 ):
     """accs + one tap of BLOCK_K channels, read at the box's corner (n, h, w)."""
-    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    x = x_desc.load([n, h, w, k]).reshape([P, BLOCK_K]).T  # [BLOCK_K, P]
+    x = load_box(x_desc, n, h, w, k, BOX, BLOCK_K, True, K)  # [BLOCK_K, P]
     sums = ()
     for group in tl.static_range(len(accs)):
-        weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, WEIGHT_T, BLOCK_C, BLOCK_K)
+        weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)
         sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
     return sums
 
 
 @triton.jit
-def _load_weight(w_desc, tap, c, k, WEIGHT_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
+def _load_weight(
+    w_desc,
+    tap,
+    c,
+    k,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHT_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """[BLOCK_C, BLOCK_K]"""
     if WEIGHT_T:
-        return w_desc.load([tap, k, c]).reshape([BLOCK_K, BLOCK_C]).T
+        return load_matrix(w_desc, tap, k, c, BLOCK_K, BLOCK_C, True, K, C)
     else:
-        return w_desc.load([tap, c, k]).reshape([BLOCK_C, BLOCK_K])
+        return load_matrix(w_desc, tap, c, k, BLOCK_C, BLOCK_K, False, C, K)

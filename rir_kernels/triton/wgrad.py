@@ -23,17 +23,20 @@ Tiles past the end read zeros. At stride 2 a column of taps meets one column pla
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.boxes import load_box
 from rir_kernels.triton.pointwise import wait_ahead
 
 
 @triton.jit
-def _load(desc, n, h, w, c, WALK: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
-    """[P, BLOCK] of a tensor from pixel (n, h, w) and channel c."""
+def _load(
+    desc, n, h, w, c, WALK: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """[P, BLOCK], or with T [BLOCK, P], of a tensor from pixel (n, h, w) and channel c."""
     if WALK == "images":
-        tile = desc.load([h, w, n, c])
+        TURNED: tl.constexpr = (BOX[1], BOX[2], BOX[0])
+        return load_box(desc, h, w, n, c, TURNED, BLOCK, T, C)
     else:
-        tile = desc.load([n, h, w, c])
-    return tile.reshape([P, BLOCK])
+        return load_box(desc, n, h, w, c, BOX, BLOCK, T, C)
 
 
 @triton.jit
@@ -78,6 +81,7 @@ def _conv_bwd_weight_kernel(
 ):
     wait_ahead(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    PIXELS: tl.constexpr = (1, 1, P)
     TAPS: tl.constexpr = KERNEL[0]
     BLOCKS_CI: tl.constexpr = (C_IN + BLOCK_CI - 1) // BLOCK_CI
     BLOCKS_CO: tl.constexpr = (C_OUT + BLOCK_CO - 1) // BLOCK_CO
@@ -118,19 +122,19 @@ def _conv_bwd_weight_kernel(
                 rows = ()
                 if STRIDE[0] == 1:
                     for row in tl.static_range(ROWS + TAPS - 1):
-                        rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, P, BLOCK_CI),)
+                        rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
                 else:
                     for i in tl.static_range(TAPS):
                         plane = even_desc if (i - PAD[0]) % 2 == 0 else odd_desc
-                        rows += (_load(plane, n, h + (i - PAD[0]) // 2, w + dw, ci, WALK, P, BLOCK_CI),)
+                        rows += (_load(plane, n, h + (i - PAD[0]) // 2, w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
                 for row in tl.static_range(ROWS):
                     if WALK == "rows":
-                        dz = _load(dz_desc, 0, 0, tile * P, co, WALK, P, BLOCK_CO)
+                        dz = _load(dz_desc, 0, 0, tile * P, co, WALK, PIXELS, BLOCK_CO, True, C_OUT)
                     else:
-                        dz = _load(dz_desc, n, h + row, w, co, WALK, P, BLOCK_CO)
+                        dz = _load(dz_desc, n, h + row, w, co, WALK, BOX, BLOCK_CO, True, C_OUT)
                     sums = ()
                     for i in tl.static_range(TAPS):
-                        sums += (tl.dot(dz.T, rows[row + i], accs[i], input_precision=PRECISION),)
+                        sums += (tl.dot(dz, rows[row + i], accs[i], input_precision=PRECISION),)
                     accs = sums
 
         co_range = co + tl.arange(0, BLOCK_CO)

@@ -21,11 +21,11 @@ from rir_kernels.triton.cost import (
     START,
     STEP,
     STORE_BYTES,
-    Gpu,
     cdiv,
     power_of_two_at_least,
     power_of_two_dividing,
 )
+from rir_kernels.triton.gpus import H200, Gpu
 
 LAUNCH = 1600  # clocks until a further launch has begun
 LATENCY = 1000  # of a load
@@ -153,23 +153,23 @@ def walks(problem: WgradProblem, pack: int, pixels: int) -> Iterator[tuple[str, 
 
 def clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> float:
     """Both launches' time."""
-    return launches_clocks(problem, tile, gpu, *step_clocks(problem, tile))
+    return launches_clocks(problem, tile, gpu, *step_clocks(problem, tile, gpu))
 
 
-def step_clocks(problem: WgradProblem, tile: WgradTile) -> tuple[float, float]:
+def step_clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu = H200) -> tuple[float, float]:
     """Of a step of the loop, however many there are: (where several programs take turns, where one is alone)."""
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     boxes = _x_boxes(problem, tile)
     slices = pixels * problem.itemsize / SLICE
     halves = problem.kernel[0] * tile.rows * tile.block_co / 64  # matrix products of 64 rows
-    tensor = halves * tile.block_ci / 2 * slices
+    tensor = halves * tile.block_ci / 2 * slices / gpu.architecture.tensor
     written = tile.rows * tile.block_co + boxes * tile.block_ci  # channels
     shared = (halves * (16 + tile.block_ci / 4) + written * SLICE / 128) * slices
     c_out, c_in = _real_blocks(problem, tile)
     l2 = (tile.rows * c_out + boxes * c_in) * problem.itemsize * pixels / L2_BYTES
     busy = max(tensor, shared, l2)
 
-    waits = problem.kernel[0] * (tile.rows - 1)
+    waits = problem.kernel[0] * (tile.rows - 1) if gpu.architecture.product == "wgmma" else 0
     alone = max(busy, tensor / (tile.num_warps // 4) + waits * DRAIN) + STEP
     # a load is issued when all but the last row's products are done, and is needed num_stages - 1 steps later
     late = LATENCY + l2 - tensor / tile.rows
@@ -183,12 +183,13 @@ def launches_clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu, busy: floa
     together, cut = residents(problem, tile, gpu), split(problem, tile, gpu)
     unit = max(together * tile.steps * busy, tile.steps * alone + RESTART)
     tensors = problem.n * problem.h * problem.w * (problem.c_out + problem.c_in) * problem.itemsize
-    loop = max(cut.share * unit, tensors / (STORE_BYTES * gpu.sms))
+    stored = STORE_BYTES * gpu.architecture.memory
+    loop = max(cut.share * unit, tensors / (stored * gpu.sms))
     c_out, c_in = _real_blocks(problem, tile)
     sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
     ends = 1 if cut.is_even else 1 + cdiv(cut.share, cut.units)
-    first = START + loop + together * ends * sums / STORE_BYTES
-    return first + LAUNCH + START + cut.parts * sums / (STORE_BYTES * gpu.sms)
+    first = START + loop + together * ends * sums / stored
+    return first + LAUNCH + START + cut.parts * sums / (stored * gpu.sms)
 
 
 def _real_blocks(problem, tile):

@@ -9,7 +9,8 @@ import torch
 from bench import cli, timing, tune
 from rir_kernels.triton import measured
 from rir_kernels.triton.config import conv_config, ranked_tiles
-from rir_kernels.triton.cost import H200, Gpu, Problem
+from rir_kernels.triton.cost import Problem
+from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.launch import conv, wgrad
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.wgrad_config import wgrad_tile

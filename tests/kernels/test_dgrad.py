@@ -5,7 +5,8 @@ import torch
 
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import use_tile
-from rir_kernels.triton.cost import H200, Problem, clocks
+from rir_kernels.triton.cost import Problem, clocks
+from rir_kernels.triton.gpus import H200
 from rir_kernels.triton.tile import ConvConfig
 
 from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)

@@ -43,8 +43,28 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path, dtype)
         for row in convolutions:
             if dtype == "tf32" and row["op"] == "weight gradient":
                 continue
-            assert row["wgmma"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
+            assert row["products"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
     assert len(list(saved.glob("*.ptx"))) == len(list(saved.glob("*.ttgir"))) == len(rows)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_100", pytest.param("sm_86", marks=pytest.mark.long)])
+def test_a_layer_compiles_clean_for_other_gpus(tmp_path, arch):
+    """By what each has: descriptors or none, and its own tensor-core instruction in the main loop."""
+    done = _python("-c", f"""
+from rir_kernels.triton import inspect
+from rir_kernels.triton.shapes import Shape
+rows = inspect.inspect(Shape(64, 64, 8), "bf16", "{arch}", {str(tmp_path)!r})
+products = [row.products for row in rows if row.kernel.startswith("_conv")]
+print(len(products), min(products) > 0, *(fault for row in rows for fault in row.faults))
+""")  # fmt: skip
+    assert done.stdout.split()[1:] == ["True"], done.stdout + done.stderr
+    kernels = [path.read_text() for path in tmp_path.glob("*_conv_*.ptx")]
+    later = ("cp.async.bulk", "wgmma", "mbarrier", "griddepcontrol")
+    if arch.startswith("sm_8"):
+        assert not any(name in ptx for ptx in kernels for name in later)
+        assert all("cp.async" in ptx for ptx in kernels)
+    else:
+        assert all("cp.async.bulk.tensor" in ptx for ptx in kernels)
 
 
 def test_a_tile_too_large_for_the_registers_fails_the_gate():
@@ -87,8 +107,8 @@ for shape, tile in (
 
 
 FOUND = {
-    "registers": 90, "spills": 0, "shared_kb": 128.0, "wgmma": 4, "waits": True, "conversions": 0, "local_loads": 0,
-    "warnings": (),
+    "registers": 90, "spills": 0, "shared_kb": 128.0, "products": 4, "waits": True, "traps": False,
+    "conversions": 0, "local_loads": 0, "warnings": (),
 }  # fmt: skip
 
 
@@ -98,15 +118,16 @@ FOUND = {
         ({"spills": 8}, "8 bytes spilled"),
         ({"shared_kb": 228.0}, "228 KB of shared memory, limit 227"),
         ({"warnings": ("C7510",)}, "C7510"),
-        ({"wgmma": 0}, "no wgmma"),
+        ({"products": 0}, "no wgmma"),
+        ({"traps": True}, "traps"),
         ({"conversions": 2}, "2 conversions in the main loop"),
         ({"local_loads": 1}, "1 local_loads in the main loop"),
         ({"waits": False}, "touches memory before it waits for the launch ahead"),
     ],
 )
 def test_each_fault_is_named(change, words):
-    assert inspect._faults(FOUND, True, 227, True) == ()
-    assert inspect._faults(FOUND | change, True, 227, True) == (words,)
+    assert inspect._faults(FOUND, True, inspect.ARCHS["sm_90"], True) == ()
+    assert inspect._faults(FOUND | change, True, inspect.ARCHS["sm_90"], True) == (words,)
 
 
 def test_kernels_that_overlap_wait_before_they_touch_memory():

@@ -40,6 +40,20 @@ def launches(tmp_path_factory):
     return _launches(tmp_path_factory.mktemp("driver"))
 
 
+@pytest.fixture(scope="module")
+def launches_before_hopper(tmp_path_factory):
+    return _launches(tmp_path_factory.mktemp("driver"), SIMULATED_ARCH="80", RIR_KERNELS_OVERLAP="1")
+
+
+@needs_compiler
+def test_gpus_without_descriptors_get_none(launches_before_hopper):
+    """Nor launches that overlap, though they are asked for; and the short way is as good."""
+    made = [launch for found in launches_before_hopper.values() for launch in found["long"]]
+    assert {launch[5] for launch in made} == {0}
+    assert not any(isinstance(argument, list) for launch in made for argument in launch[-1])
+    test_the_short_way_launches_what_the_long_way_does(launches_before_hopper)
+
+
 @needs_compiler
 def test_the_short_way_launches_what_the_long_way_does(launches):
     """Same kernels, grids, tensor maps and arguments; but the short way's merge updates the running statistics."""

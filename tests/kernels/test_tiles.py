@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import conv_config, pixel_box, ranked_tiles, row_box, use_tile
-from rir_kernels.triton.cost import H200, Gpu, Problem, accumulators, cdiv, clocks, residents, stage_bytes
+from rir_kernels.triton.cost import Problem, accumulators, cdiv, clocks, residents, stage_bytes
+from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.shapes import SHAPE_TABLE
 from rir_kernels.triton.tile import ConvConfig
 

@@ -10,7 +10,8 @@ import torch
 from rir_kernels import dispatch
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton import wgrad_config, wgrad_cost
-from rir_kernels.triton.cost import H200, Gpu, cdiv
+from rir_kernels.triton.cost import cdiv
+from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 from rir_kernels.triton.wgrad_config import use_wgrad_tile
 from rir_kernels.triton.wgrad_cost import Split, WgradProblem, WgradTile

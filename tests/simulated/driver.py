@@ -1,7 +1,8 @@
 """A CUDA driver that writes launches down: all of Triton's launch path runs on a machine without a GPU.
 
 `activate` must come before Triton starts anything, with TRITON_INTERPRET unset; it builds `libcuda.c` with the C
-compiler that Triton itself needs. What is launched is read with `Launches`.
+compiler that Triton itself needs. SIMULATED_ARCH in the environment is the GPU's architecture, 90 by default. What is
+launched is read with `Launches`.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ def activate(folder: Path):
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
 
         def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
+            return GPUTarget("cuda", int(os.environ.get("SIMULATED_ARCH", "90")), 32)
 
         def get_current_device(self):
             return 0

@@ -137,7 +137,9 @@ class Recorder:
 def _kinds(signature):
     """P a pointer, T a tensor map, else as `struct` has it."""
     for kind in signature:
-        if kind.startswith("tensordesc"):
+        if isinstance(kind, tuple):
+            yield from _kinds(kind)
+        elif kind.startswith("tensordesc"):
             rank = kind.count(",") + 1
             yield from ["T", *"i" * rank, *"q" * rank]
         elif kind != "constexpr":

@@ -20,8 +20,7 @@ class CompiledLaunch:
     """`launch.at(addresses, scalars, stream)` is a function without arguments that starts the kernel."""
 
     def __init__(self, place, kernel, programs, args, options):
-        plain = [float(arg) if isinstance(arg, Slot) else arg for arg in args]
-        compiled = kernel.warmup(*plain, grid=(1,), **options)
+        compiled = compile_for(kernel, args, options)
         self._start = compiled[(programs, 1, 1)]
         try:
             self._collect, self._beneath = _take_apart(compiled, programs)
@@ -32,11 +31,11 @@ class CompiledLaunch:
         self._arguments = [parameters[name] for name in kernel.arg_names]
         self._placed, self._slots = [], []
         for position, arg in enumerate(self._arguments):
-            if isinstance(arg, (torch.Tensor, TensorDescriptor)):
-                where = place(arg.base if isinstance(arg, TensorDescriptor) else arg)
+            if (tensor := tensor_of(arg)) is not None:
+                where = place(tensor)
                 if where.start % ALIGNMENT:  # compiled for addresses that are multiples of 16
                     raise Unplannable("a view that is not aligned")
-                descriptor = arg if isinstance(arg, TensorDescriptor) else None
+                descriptor = None if arg is tensor else arg
                 self._placed.append((position, where.buffer, where.start, descriptor))
             elif isinstance(arg, Slot):
                 self._slots.append((position, int(arg)))
@@ -54,6 +53,23 @@ class CompiledLaunch:
         return functools.partial(self._beneath, *self._collect(*args, stream=stream))
 
 
+def compile_for(kernel, args, options):
+    """The compiled kernel, loaded. OutOfResources where the GPU has too little for it."""
+    plain = [float(arg) if isinstance(arg, Slot) else arg for arg in args]
+    compiled = kernel.warmup(*plain, grid=(1,), **options)
+    compiled._init_handles()
+    return compiled
+
+
+def tensor_of(arg) -> torch.Tensor | None:
+    """The tensor that an argument is, or that a descriptor or what stands for one (`boxes`) describes."""
+    if isinstance(arg, TensorDescriptor):
+        return arg.base
+    if isinstance(arg, tuple):
+        arg = arg[0]
+    return arg if isinstance(arg, torch.Tensor) else None
+
+
 class _Address:
     """What of a descriptor's tensor the launcher asks for."""
 
@@ -65,6 +81,8 @@ class _Address:
 
 
 def _moved(descriptor, address):
+    if isinstance(descriptor, tuple):
+        return address, *descriptor[1:]
     descriptor = copy.copy(descriptor)  # its checks have been made
     descriptor.base = _Address(address)
     return descriptor

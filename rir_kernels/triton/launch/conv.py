@@ -8,11 +8,12 @@ from math import prod
 import torch
 
 from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.config import conv_config, holds_upstream
+from rir_kernels.triton.config import conv_config, holds_upstream, is_forced, tiles_for
 from rir_kernels.triton.conv import _conv_fwd_kernel
-from rir_kernels.triton.cost import Problem, cdiv
+from rir_kernels.triton.cost import Problem, cdiv, stage_bytes
 from rir_kernels.triton.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
+from rir_kernels.triton.launch.ladder import on_the_ladder
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.launch.runtime import (
     describable,
@@ -120,18 +121,47 @@ def _launch_tiles(
     n, _, h, w = out.shape
     padding = _padding(kernel, spec, gradient) if spec.stride == (1, 1) else None
     problem = Problem(n, h, w, c, k, kernel, out.element_size(), padding)
-    config = conv_config(problem, uses_tensor_cores(out), gpu_of(out))
+    kind = gradient, statistics, norm[0] is not None, z_out is not None, upstream is not None
+
+    def attempt(config):
+        return _launch_tiles_of(
+            config, planes, packed_weight, out, c=c, k=k, kernel=kernel, addends=addends, spec=spec, z_out=z_out,
+            bias=bias, norm=norm, statistics=statistics, gradient=gradient, upstream=upstream, weight_t=weight_t,
+        )  # fmt: skip
+
+    return _with_room(_conv_fwd_kernel, kind, problem, out, attempt)
+
+
+def _with_room(kernel, kind, problem, out, attempt):
+    """attempt(tile), by the rule's tile or a smaller one."""
+    gpu, tensor_cores = gpu_of(out), uses_tensor_cores(out)
+    return on_the_ladder(
+        (kernel.__name__, kind, problem, tensor_cores, gpu),
+        kernel.__name__,
+        conv_config(problem, tensor_cores, gpu),
+        attempt,
+        needs=lambda tile: tile.num_stages * stage_bytes(tile, problem),
+        ranked=None if is_forced() else lambda: tiles_for(problem, tensor_cores, gpu),
+    )
+
+
+def _launch_tiles_of(
+    config, planes, packed_weight, out, *, c, k, kernel, addends, spec, z_out, bias, norm, statistics, gradient,
+    upstream, weight_t,
+):  # fmt: skip
+    """With that tile."""
+    n, _, h, w = out.shape
     tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
     moments = TileMoments.empty(tiles, c, out.device) if statistics else None
     upstream_args, partial, relu = [None] * 5, None, spec.relu
+    by_descriptor = gpu_of(out).has_descriptors and has_aligned_rows(c, out.element_size())
 
     def described(tensor, block, box=config.box):
         return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
 
     def stored(tensor):
-        aligned = tensor is not None and has_aligned_rows(c, tensor.element_size())
-        return described(tensor, config.block_c) if aligned else tensor
+        return described(tensor, config.block_c) if by_descriptor else tensor
 
     in_box = config.box
     if config.fold:
@@ -145,7 +175,7 @@ def _launch_tiles(
     weight = packed_weight.mT if weight_t else packed_weight
     scale = spec.conv_scale if gradient else spec.branch_scale
     addends = [described(addend, config.block_c) for addend in addends]
-    if upstream is not None and holds_upstream(config, out.element_size()):
+    if upstream is not None and holds_upstream(config, out.element_size(), gpu_of(out)):
         z = described(upstream.z, config.block_c)
         upstream_args = [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta]
         partial = torch.empty((tiles, 2, c), dtype=torch.float32, device=out.device)
@@ -208,11 +238,25 @@ def _launch_planes(dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight
     parities.sort(key=lambda parity: -prod(_taps_of_plane(kernel, spec, parity)))
     n, _, h, w = planes[0, 0].shape
     problem = Problem(n, h, w, c, k, kernel, dx.element_size(), planes=len(parities))
-    config = conv_config(problem, uses_tensor_cores(dx), gpu_of(dx))
+
+    def attempt(config):
+        _launch_planes_of(
+            config, planes, parities, dz, packed_weight, dx,
+            c=c, k=k, kernel=kernel, addends=addends, spec=spec, weight_t=weight_t,
+        )  # fmt: skip
+
+    _with_room(_conv_bwd_data_kernel, bool(addends), problem, dx, attempt)
+
+
+def _launch_planes_of(
+    config, planes, parities, dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight_t
+) -> None:
+    """With that tile."""
+    n, _, h, w = planes[0, 0].shape
     tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
     tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(c, config.groups * config.block_c)
     outs = [planes[parity] for parity in parities]
-    if has_aligned_rows(c, dx.element_size()):
+    if gpu_of(dx).has_descriptors and has_aligned_rows(c, dx.element_size()):
         outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
     with device_guard(dx):
         launch(

@@ -19,7 +19,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.dispatch import interpreting
-from rir_kernels.triton.launch.compiled import CompiledLaunch
+from rir_kernels.triton.launch.compiled import CompiledLaunch, compile_for, tensor_of
 from rir_kernels.triton.launch.places import Place, Slot, Unplannable
 from rir_kernels.triton.launch.runtime import device_guard, intercepted
 
@@ -110,6 +110,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def launch(self, kernel, programs, *args, **options):
+        if self._launch_step is CompiledLaunch:
+            compile_for(kernel, args, options)  # here, where a launcher can still take a smaller tile
         self._steps.append((self._launch_step, kernel, programs, args, options))
 
     def plan(self, outputs, device) -> Plan:
@@ -170,6 +172,9 @@ class _InterpretedLaunch:
         if isinstance(arg, torch.Tensor):
             where = place(arg)
             return lambda buffers, scalars: where.view(buffers)
+        if isinstance(arg, tuple) and tensor_of(arg) is not None:
+            where = place(arg[0])
+            return lambda buffers, scalars: (where.view(buffers), *arg[1:])
         if isinstance(arg, TensorDescriptor):
             where = place(arg.base)
             return lambda buffers, scalars: TensorDescriptor(

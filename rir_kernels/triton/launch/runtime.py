@@ -10,7 +10,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watched
-from rir_kernels.triton.cost import H200, Gpu
+from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
@@ -67,13 +67,20 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 def gpu_of(tensor: torch.Tensor) -> Gpu:
     """What tiles are chosen for; the default where no GPU will run them."""
     device = device_of(tensor)
-    return _gpu_of(device) if device.type == "cuda" else H200
+    if device.type == "cuda":
+        return _gpu_of(device)
+    return H200 if interpreting() else typical_gpu(driver.active.get_current_target().arch)
 
 
 @functools.cache
 def _gpu_of(device):
     properties = torch.cuda.get_device_properties(device)
-    return Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.name)
+    return Gpu(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.name,
+        10 * properties.major + properties.minor,
+    )
 
 
 def has_aligned_rows(channels: int, itemsize: int) -> bool:
@@ -104,13 +111,16 @@ def is_describable(x: torch.Tensor) -> bool:
     return innermost and aligned and x.data_ptr() % ALIGNMENT == 0
 
 
-def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor:
+def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor | tuple:
     """Descriptor of a view whose last dimension is dense and whose other strides are aligned.
 
-    Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes serves for them here.
+    Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes serves for them here. Where the
+    GPU has no descriptors, what `boxes` takes for one.
     """
     fallback = aligned_channels(view.shape[-1], view.element_size())
     strides = [s if size > 1 else fallback for size, s in zip(view.shape[:-1], view.stride()[:-1], strict=True)]
+    if not gpu_of(view).has_descriptors:
+        return view, *view.shape, *strides
     return TensorDescriptor(view, list(view.shape), [*strides, 1], box)
 
 

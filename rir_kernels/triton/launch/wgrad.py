@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from rir_kernels.triton import wgrad_cost
 from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE
 from rir_kernels.triton.cost import cdiv, power_of_two_at_least
+from rir_kernels.triton.launch.ladder import on_the_ladder
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
@@ -18,7 +19,7 @@ from rir_kernels.triton.launch.runtime import (
     uses_tensor_cores,
 )
 from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_kernel
-from rir_kernels.triton.wgrad_config import wgrad_tile
+from rir_kernels.triton.wgrad_config import is_forced, ranked_wgrad_tiles, wgrad_tile
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
@@ -28,7 +29,19 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     if dz.numel() == 0:
         return dw.zero_()
     problem, gpu = weight_grad_problem(dz, x, kernel, spec), gpu_of(x)
-    tile = wgrad_tile(problem, gpu)
+    on_the_ladder(
+        (problem, gpu),
+        _conv_bwd_weight_kernel.__name__,
+        wgrad_tile(problem, gpu),
+        lambda tile: _launch(dz, x, dw, kernel, spec, problem, tile, gpu),
+        needs=lambda tile: wgrad_cost.shared_bytes(problem, tile),
+        ranked=None if is_forced() else lambda: ranked_wgrad_tiles(problem, gpu),
+    )
+    return dw
+
+
+def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
+    c_out, c_in = dz.shape[1], x.shape[1]
     cut = wgrad_cost.split(problem, tile, gpu)
     columns = wgrad_cost.packed_columns(problem, tile.pack)
     packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
@@ -83,7 +96,6 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
             BLOCK=block,
             **blocks,
         )
-    return dw
 
 
 def weight_grad_problem(dz, x, kernel, spec) -> wgrad_cost.WgradProblem:

@@ -1,0 +1,69 @@
+"""What happens where the GPU has too little for a tile: the next cheaper one is taken, and kept.
+
+The rule estimates what a tile needs, and what it chooses fits by that estimate. Should a kernel need more, Triton
+raises OutOfResources before it launches: then the tile goes with fewer stages, or, if it has none to spare, makes room
+for the cheapest that needs as much less as was asked too much. Every process on such a GPU takes the same steps.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+from triton.runtime.errors import OutOfResources
+
+Result = TypeVar("Result")
+LEAST_STAGES = 2
+
+_kept = {}  # launch: the tile that it came down to
+_warned = False
+
+
+def on_the_ladder(
+    launch: Hashable,
+    kernel: str,
+    tile,
+    attempt: Callable[..., Result],
+    *,
+    needs: Callable[..., int],
+    ranked: Callable[[], list] | None,
+) -> Result:
+    """attempt(tile), with the first tile that the GPU has room for.
+
+    launch: what is launched, on which GPU: the step down is kept for it.
+    needs: the estimate of a tile's shared memory. ranked: (cost, tile) of the others; None where none may be taken.
+    OutOfResources where there is no cheaper one.
+    """
+    if ranked is None:
+        return attempt(tile)
+    tile = _kept.get(launch, tile)
+    while True:
+        try:
+            return attempt(tile)
+        except OutOfResources as error:
+            below = _next_below(tile, error, needs, ranked())
+            if below is None:
+                raise
+            _warn(kernel, error)
+            tile = _kept[launch] = below
+
+
+def _next_below(tile, error, needs, ranked):
+    most = min(needs(tile) * error.limit // error.required, needs(tile) - 1)
+    fewer = [
+        dataclasses.replace(tile, num_stages=stages) for stages in range(tile.num_stages - 1, LEAST_STAGES - 1, -1)
+    ]
+    return next((below for below in (*fewer, *(other for _, other in ranked)) if needs(below) <= most), None)
+
+
+def _warn(kernel, error):
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"rir_kernels: {kernel} needs {error.required} of {error.name}, and this GPU has {error.limit}: a smaller "
+            "tile is taken, here and silently wherever else it may be needed. Results are the same but for the order "
+            "of sums; the speed may not be",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,93 @@
+"""Where a GPU has no descriptors, boxes are read by pointers: the same numbers, whatever the tile."""
+
+import pytest
+import torch
+
+from rir_kernels.triton.gpus import Gpu
+from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.wgrad_cost import WgradTile
+
+from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
+
+TILES = {
+    "one box": ConvConfig((2, 2, 4), 64, 16, 4, 2),
+    "rows": ConvConfig((2, 1, 8), 64, 16, 4, 2, rows=2),
+    "groups": ConvConfig((1, 4, 4), 64, 16, 4, 2, groups=2),
+    "no padding": ConvConfig((16, 1, 1), 64, 16, 4, 2, skips=True),
+    "blocks of pixels": ConvConfig((2, 4, 8), 16, 16, 4, 2, fold=True),
+}
+WGRAD_TILES = {
+    "images": WgradTile("images", (16, 1, 1), 1, 4, 64, 16, 4, 2),
+    "rows": WgradTile("rows", (2, 2, 4), 1, 4, 64, 16, 4, 2),
+    "row": WgradTile("row", (1, 1, 16), 2, 4, 64, 16, 4, 2),
+}
+# (N, C_in, C_out, H, W, kernel, stride)
+SHAPES = {
+    "even": (2, 16, 32, 4, 4, 3, 1),
+    "odd": (3, 5, 17, 3, 5, 3, 1),
+    "stride": (2, 8, 24, 5, 6, 3, 2),
+    "projection": (2, 8, 16, 6, 4, 1, 2),
+    "one row": (2, 8, 16, 1, 4, 3, 2),
+}
+
+
+@pytest.fixture
+def pointers(monkeypatch):
+    """A GPU as those before Hopper are."""
+    from rir_kernels.triton.launch import conv, runtime, wgrad
+
+    for module in (conv, runtime, wgrad):
+        monkeypatch.setattr(module, "gpu_of", lambda tensor: Gpu(108, 163 * 1024, arch=80))
+
+
+def _results(target, shape):
+    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.triton.launch import batchnorm, conv, wgrad
+
+    n, c_in, c_out, h, w, kernel, stride = shape
+    x = small_integers((n, c_in, h, w), target, seed=1)
+    weight = small_integers((c_out, c_in, kernel, kernel), target, seed=2)
+    spec = ConvBNActSpec((stride,) * 2, (kernel // 2,) * 2, shortcut_channels=min(c_in, c_out) // 2)
+    z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+    dz = small_integers(z.shape, target, seed=3)
+    channels = torch.linspace(0.5, 2.0, c_in, device=x.device)
+    upstream = batchnorm.Upstream(x, *[channels] * 4, relu=True)
+    dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
+    dw = wgrad.conv_weight_grad(dz, x, kernel=(kernel, kernel), spec=spec)
+    norm = [torch.linspace(0.5, 2.0, c_out, device=x.device)] * 4
+    names = ("mean", "var", "gamma", "beta")
+    y, saved = conv.conv_infer(
+        x, weight, bias=None, residuals=(), spec=spec, save_z=True, **dict(zip(names, norm, strict=True))
+    )
+    return z, moments.mean, moments.m2, moments.count, dx, partial, dw, y, saved
+
+
+def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
+    from rir_kernels.triton.config import use_tile
+    from rir_kernels.triton.wgrad_config import use_wgrad_tile
+
+    with use_tile(tile), use_wgrad_tile(wgrad_tile):
+        ours = _results(target, shape)
+        monkeypatch_off()
+        by_descriptor = _results(target, shape)
+    for one, other in zip(ours, by_descriptor, strict=True):
+        # the sums of the layer upstream are left out where a GPU has no room for them
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("poisoned", "pointers")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("target", TARGETS)
+def test_pointers_read_what_descriptors_do(target, shape, monkeypatch):
+    """Every tensor that a layer's launches write, bit for bit."""
+    _assert_same_results(target, shape, monkeypatch.undo, TILES["one box"], WGRAD_TILES["images"])
+
+
+@pytest.mark.usefixtures("pointers")
+@pytest.mark.parametrize(
+    ("tile", "wgrad_tile"),
+    [("rows", "rows"), ("groups", "row"), ("no padding", "images"), ("blocks of pixels", "images")],
+)
+@pytest.mark.parametrize("target", TARGETS[:1] + TARGETS[2:])
+def test_every_tile_reads_by_pointers(target, tile, wgrad_tile, monkeypatch):
+    _assert_same_results(target, (2, 16, 32, 4, 4, 3, 1), monkeypatch.undo, TILES[tile], WGRAD_TILES[wgrad_tile])

@@ -1,0 +1,114 @@
+"""A GPU that has too little for a tile gets a smaller one: the same numbers, one warning, and no second try."""
+
+import warnings
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from rir_kernels.triton.gpus import Gpu
+from rir_kernels.triton.launch import ladder
+
+from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
+
+LIMIT = 24 * 1024
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(ladder, "_kept", {})
+    monkeypatch.setattr(ladder, "_warned", False)
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """A GPU with less memory than its description says; (kernel, bytes it asked for, whether it ran), in order."""
+    from rir_kernels.triton.launch import conv, runtime, wgrad
+
+    asked = []
+
+    def start(kernel, programs, *args, **options):
+        if kernel.__name__.startswith("_conv"):
+            size = options["num_stages"] * options.get("ROWS", 1) * 10 * 1024
+            asked.append((kernel.__name__, size, size <= LIMIT))
+            if size > LIMIT:
+                raise OutOfResources(size, LIMIT, "shared memory")
+        kernel[(programs,)](*args, **options)
+
+    for module in (conv, wgrad):
+        monkeypatch.setattr(module, "uses_tensor_cores", lambda tensor: True)
+        monkeypatch.setattr(module, "gpu_of", lambda tensor: Gpu(20, 96 * 1024))
+    with runtime.intercepted(start):
+        yield asked
+
+
+def _results(target, stride):
+    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.triton.launch import conv, wgrad
+
+    x = small_integers((1, 40, 4, 4), target, seed=1)
+    weight = small_integers((40, 40, 3, 3), target, seed=2)
+    spec = ConvBNActSpec((stride,) * 2, (1, 1))
+    z, _ = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+    dz = small_integers(z.shape, target, seed=3)
+    dx, _ = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec)
+    return z, dx, wgrad.conv_weight_grad(dz, x, kernel=(3, 3), spec=spec)
+
+
+@pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("target", TARGETS[:1] + TARGETS[2:3])
+def test_a_smaller_tile_gives_the_same_and_is_kept(target, stride, scarce):
+    from rir_kernels.triton.launch import runtime
+
+    with pytest.warns(RuntimeWarning, match=r"needs \d+ of shared memory, and this GPU has 24576") as warned:
+        ours = _results(target, stride)
+    assert len([warning for warning in warned if "rir_kernels" in str(warning.message)]) == 1
+    names = {name for name, _, _ in scarce}
+    refused = {name for name, _, ran in scarce if not ran}
+    assert refused == names and len(names) == 2 + (stride == 2)  # every kernel met the ladder
+
+    steps = scarce.copy()
+    scarce.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rir_kernels")
+        again = _results(target, stride)
+    assert scarce == [step for step in steps if step[2]]  # what was refused is not tried again
+    with runtime.intercepted(lambda kernel, programs, *args, **options: kernel[(programs,)](*args, **options)):
+        ladder._kept.clear()
+        plenty = _results(target, stride)
+    for one, other, golden in zip(ours, again, plenty, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, golden)
+
+
+def test_stages_go_first_and_then_the_cheapest_that_fits():
+    from rir_kernels.triton.config import ranked_tiles
+    from rir_kernels.triton.cost import Problem, stage_bytes
+
+    problem = Problem(256, 16, 16, 192, 192, (3, 3), 2, (1, 1))
+    ranked = ranked_tiles(problem)
+
+    def needs(tile):
+        return tile.num_stages * stage_bytes(tile, problem)
+
+    def below(tile, limit):
+        error = OutOfResources(needs(tile), limit, "shared memory")
+        return ladder._next_below(tile, error, needs, ranked)
+
+    tile = next(tile for _, tile in ranked if tile.num_stages == 4)
+    fewer = below(tile, needs(tile) - 1)
+    assert fewer.num_stages == 3 and fewer.box == tile.box and needs(fewer) < needs(tile)
+    small = below(tile, needs(tile) // 4)
+    fits = [other for _, other in ranked if needs(other) <= needs(tile) // 4]
+    assert small == fits[0]
+    # of what no estimate knows it still goes down, and at last gives up
+    assert needs(below(fits[0], 10**9)) < needs(fits[0])
+    assert below(min((tile for _, tile in ranked), key=needs), 1) is None
+
+
+def test_a_tile_that_was_asked_for_is_not_replaced(scarce):
+    from rir_kernels.triton.config import use_tile
+    from rir_kernels.triton.tile import ConvConfig
+
+    target = torch.device("cpu"), torch.float32
+    with use_tile(ConvConfig((2, 8, 8), 128, 32, 8, 4)), pytest.raises(OutOfResources):
+        _results(target, 1)
