@@ -353,8 +353,11 @@ def test_method_replaced_on_the_instance():
 
     fused, original = pair_of(Methods(), ["P1"])
     assert_same(fused, original, X, calls=1)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    compiled(X), original(X)
     for model in (fused, original):
         model.norm = torch.sigmoid
+    torch.testing.assert_close(compiled(X), original(X), rtol=1e-10, atol=1e-10)
     assert_same(fused, original, X, calls=0)
 
 

@@ -13,6 +13,7 @@ import sys
 import types
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 from torch.fx.graph import _custom_builtins
 from torch.fx.node import _get_qualified_name
@@ -42,6 +43,8 @@ class Program:
                 return reason
         for read in self.reads:
             owner = child(module, read.path)
+            if torch.compiler.is_compiling():
+                _ = getattr(owner, read.name, None)  # a look-up leaves a guard, one in the instance's dict none
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
         return ""

@@ -91,7 +91,10 @@ def holds(module: nn.Module, read: Read) -> bool:
     if found is _Found.OF_THE_CLASS:
         return name not in module.__dict__
     if found is _Found.PRESENT or found is _Found.NONE:
-        return (getattr(module, name, None) is None) == (found is _Found.NONE)
+        # nn.Module's own look-up is in Python, and slow
+        value = module._modules.get(name)
+        value = getattr(module, name, None) if value is None else value
+        return (value is None) == (found is _Found.NONE)
     if type(found) is _Children:
         return tuple(module._modules) == found.names
     value = getattr(module, name, _Found.PRESENT)  # which equals no constant
