@@ -148,6 +148,28 @@ class IdentityOverwritten(BasicBlock):
         return self.relu(out + identity)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class ChildOverwrites(BasicBlock):
+    """The residual is overwritten in a forward that is not seen, before the ReLU."""
+
+    fused = ("P1",)
+
+    def __init__(self):
+        super().__init__()
+        self.downsample = Doubled()
+
+    def forward(self, x):
+        identity = x.clone()
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out = out + identity
+        doubled = self.downsample(identity)
+        return self.relu(out) + doubled
+
+
 class ActivationBetween(BasicBlock):
     fused = ()
 
@@ -319,3 +341,26 @@ def test_results_keep_their_type(kind, operations):
         fused.names["out"] = "other"
         with fused_calls(0):
             assert list(fused(X)) == ["other"]
+
+
+class OneConvolution(nn.Module):
+    """The shortcut of a block with one convolution overwrites what that reads; only without gradients is it allowed."""
+
+    def __init__(self, shortcut):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.downsample = shortcut
+
+    def forward(self, x):
+        x = x.clone()
+        out = self.bn1(self.conv1(x))
+        return self.relu(out + self.downsample(x))
+
+
+@pytest.mark.parametrize(("shortcut", "operations"), [(Doubled(), 0), (nn.MaxPool2d(1), 1)])
+def test_shortcut_of_one_convolution(shortcut, operations):
+    original = settle(OneConvolution(shortcut)).eval()
+    fused = copy.deepcopy(original)
+    assert len(fuse_(fused).replaced) == operations
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), original(X))
