@@ -31,7 +31,6 @@ COUNTS = {
     "timm/resnetv2_50": {"P1": 32, "P5": 17},
     "pytorchcv/resnet20_cifar10": {"P1": 10, "P2": 2, "P3": 9},
     "pytorchcv/preresnet20_cifar10": {"P1": 9, "P5": 10},
-    "pytorchcv/ror3_56_cifar10": {"P1": 25, "P2": 6, "P3": 24},
 }
 
 

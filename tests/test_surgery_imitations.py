@@ -4,6 +4,7 @@ Each is compared in training and in evaluation with itself before; how much of i
 """
 
 import copy
+from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.surgery_helpers import assert_same, randn, settle
+from tests.surgery_helpers import assert_same, fused_calls, randn, settle
 
 X = randn(2, 4, 6, 6)
 
@@ -147,6 +148,28 @@ class IdentityOverwritten(BasicBlock):
         return self.relu(out + identity)
 
 
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class ChildOverwrites(BasicBlock):
+    """The residual is overwritten in a forward that is not seen, before the ReLU."""
+
+    fused = ("P1",)
+
+    def __init__(self):
+        super().__init__()
+        self.downsample = Doubled()
+
+    def forward(self, x):
+        identity = x.clone()
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out = out + identity
+        doubled = self.downsample(identity)
+        return self.relu(out) + doubled
+
+
 class ActivationBetween(BasicBlock):
     fused = ()
 
@@ -271,3 +294,73 @@ def test_children_shared_between_blocks(name):
     report = fuse_(fused)
     assert_same(fused, original, X, calls=len(report.replaced))
     assert getattr(fused[0], name) is getattr(fused[1], name)
+
+
+class Stem(nn.Module):
+    """One operation, returned in what `packed` makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.names = {"out": "features"}
+
+    def forward(self, x):
+        return self.packed(self.relu(self.bn1(self.conv1(x))))
+
+
+class Ordered(Stem):
+    def packed(self, y):
+        return OrderedDict({self.names["out"]: y})
+
+
+class Defaulting(Stem):
+    def packed(self, y):
+        found = defaultdict(list)
+        found["features"] = y
+        return found
+
+
+class Counting(Stem):
+    """A number that has two names, one of which is counted up."""
+
+    def packed(self, y):
+        rows = wanted = y.shape[2]
+        wanted += 1
+        return {"features": y, "rows": rows, "wanted": wanted}
+
+
+@pytest.mark.parametrize(("kind", "operations"), [(Ordered, 1), (Defaulting, 0), (Counting, 1)])
+def test_results_keep_their_type(kind, operations):
+    original = settle(kind()).eval()
+    fused = copy.deepcopy(original)
+    assert len(fuse_(fused).replaced) == operations
+    found, expected = fused(X), original(X)
+    assert type(found) is type(expected) and list(found) == list(expected)
+    torch.testing.assert_close(dict(found), dict(expected))
+    if kind is Ordered:
+        fused.names["out"] = "other"
+        with fused_calls(0):
+            assert list(fused(X)) == ["other"]
+
+
+class OneConvolution(nn.Module):
+    """The shortcut of a block with one convolution overwrites what that reads; only without gradients is it allowed."""
+
+    def __init__(self, shortcut):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
+        self.downsample = shortcut
+
+    def forward(self, x):
+        x = x.clone()
+        out = self.bn1(self.conv1(x))
+        return self.relu(out + self.downsample(x))
+
+
+@pytest.mark.parametrize(("shortcut", "operations"), [(Doubled(), 0), (nn.MaxPool2d(1), 1)])
+def test_shortcut_of_one_convolution(shortcut, operations):
+    original = settle(OneConvolution(shortcut)).eval()
+    fused = copy.deepcopy(original)
+    assert len(fuse_(fused).replaced) == operations
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), original(X))

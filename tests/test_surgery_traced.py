@@ -206,8 +206,8 @@ def checkpointed(m, x):
     return m.relu(checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False))
 
 
-def reads_a_dict(m, x):
-    return m.relu(m.bn(m.conv(x))) * m.options["scale"]
+def reads_a_dict(m, x):  # of more than constants
+    return m.relu(m.bn(m.conv(x))) * m.options["scale"][0]
 
 
 REFUSED = {
@@ -229,7 +229,7 @@ REFUSED = {
 @pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
 def test_refused(function):
     model = Variant(function)
-    model.options = {"scale": 2.0}
+    model.options = {"scale": [2.0]}
     before, numbers = dict(model.__dict__), (random.getstate(), torch.get_rng_state())
     report = fuse_(model)
     assert not report.replaced and REFUSED[function] in report.skipped[0].reason

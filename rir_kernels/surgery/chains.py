@@ -190,13 +190,20 @@ class _Finder:
             return "it is called with more than one argument"
         first, last = (self.place[node] for node in (chain.nodes[0], chain.nodes[-1]))
         for node in self.nodes[first:last]:
-            if node not in chain.nodes and self.may_write(node):
+            if node not in chain.nodes and (self.may_write(node) or self.is_handed(node, chain)):
                 return f"{node.name}, between its parts, may change a tensor in place"
         return ""
 
     def may_write(self, node):
         child = self.child(node)
         return _in_place(node) if child is None else any(getattr(m, "inplace", False) for m in child.modules())
+
+    def is_handed(self, node, chain):
+        """Whether what the chain reads is given to a forward that is not known."""
+        child = self.child(node)
+        if child is None or not {chain.input, *chain.residuals} & set(node.all_input_nodes):
+            return False
+        return not all(type(m).__module__.startswith("torch.nn.modules.") for m in child.modules())
 
     def child(self, node):
         return self.module.get_submodule(node.target) if node.op == "call_module" else None

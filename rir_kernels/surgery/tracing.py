@@ -12,11 +12,13 @@ import inspect
 import itertools
 import random
 import sys
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
 from .swap import class_of
@@ -56,6 +58,10 @@ class _Found(enum.Enum):
 
 class _Children(NamedTuple):
     names: tuple[str, ...]
+
+
+class _Items(NamedTuple):
+    of_dict: tuple[tuple, ...]
 
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
@@ -98,6 +104,8 @@ def holds(module: nn.Module, read: Read) -> bool:
     if type(found) is _Children:
         return tuple(module._modules) == found.names
     value = getattr(module, name, _Found.PRESENT)  # which equals no constant
+    if type(found) is _Items:
+        return isinstance(value, dict) and tuple(value.items()) == found.of_dict
     return (tuple(value) if type(value) is list else value) == found
 
 
@@ -178,6 +186,10 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a):
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and a not in self.tensor_attrs:
             raise Untraceable("its forward makes a tensor that does not come from its inputs")
+        if type(a) is OrderedDict:  # fx would make a dict of it
+            return self.create_node("call_function", OrderedDict, (self.create_arg([*map(list, a.items())]),), {})
+        if isinstance(a, dict | list) and type(a) not in (dict, list, immutable_dict, immutable_list):
+            raise Untraceable(f"its forward makes a {type(a).__name__}")
         return super().create_arg(a)
 
     def proxy(self, node):
@@ -295,6 +307,8 @@ def _found(module, name, value):
         return _Found.OF_THE_CLASS
     if type(value) in (list, tuple, torch.Size) and all(isinstance(item, _CONSTANTS) for item in value):
         return tuple(value)
+    if type(value) in (dict, OrderedDict) and all(isinstance(x, _CONSTANTS) for item in value.items() for x in item):
+        return _Items(tuple(value.items()))
     if isinstance(value, _CONSTANTS):
         return value
     if callable(value) and "<" not in getattr(value, "__qualname__", "<"):  # found again by its name
