@@ -51,10 +51,10 @@ gpu: $(READY) ## on a GPU, an hour and a half: its tests, tiles tuned, everythin
 	$(PY) -m bench headline
 
 test: $(READY) ## the tests, without those marked long
-	$(PY) -m pytest -q -n $(WORKERS) -m "not long" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not long" $(or $(ARGS),tests)
 
 test-long: $(READY) ## all tests
-	$(PY) -m pytest -q -n $(WORKERS) -m "" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "" $(or $(ARGS),tests)
 
 lint: $(READY) ## ruff: rules and formatting
 	$(PY) -m ruff check .

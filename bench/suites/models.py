@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rir_kernels as rir
-from bench import networks, peers
+from bench import libraries, networks, peers
 from bench.case import Case, random_input
 from bench.modules import Judge, inference, latest, prepared
 from bench.results import DTYPES, IMPLS, OURS
 from bench.roofline import Pass
 from bench.selection import Selection
 from models import RiR
+from rir_kernels.surgery.swap import Fused
 
 MODES = {False: ("eval",), True: ("step", "step_recompute")}
 
@@ -36,21 +37,35 @@ def _rir_cifar10():
     return rir_cifar10()
 
 
+def _torchvision(name):
+    def make():
+        library = libraries.torchvision()
+        if library is None:
+            raise ImportError("torchvision does not import here")
+        return getattr(library.models, name)()
+
+    return make
+
+
 def _fused(impl, module, x, *, training):
-    """pytorchcv's network as it is, compiled as it is, or after fuse_."""
+    """Somebody's network as it is, compiled as it is, or after fuse_."""
     module = copy.deepcopy(module).train(training)
     if impl in OURS:
         rir.fuse_(module, impl=impl)
     return peers.compiled.convert(module, impl, training=training) if impl in peers.compiled.IMPLS else module
 
 
+_FUSED_IMPLS = ("reference", *peers.compiled.IMPLS, *OURS)
 OPS = {
     "rir_wide": Network(RiR, 32, 512, peers.build, IMPLS),
-    "rir_cifar10": Network(_rir_cifar10, 32, 512, _fused, ("reference", *peers.compiled.IMPLS, *OURS)),
+    "rir_cifar10": Network(_rir_cifar10, 32, 512, _fused, _FUSED_IMPLS),
     "resnet18": Network(networks.resnet18, 224, 256, peers.build, IMPLS),
     "resnet50": Network(networks.resnet50, 224, 256, peers.build, IMPLS),
+    "torchvision_resnet18": Network(_torchvision("resnet18"), 224, 256, _fused, _FUSED_IMPLS),
+    "torchvision_resnet50": Network(_torchvision("resnet50"), 224, 256, _fused, _FUSED_IMPLS),
 }
-SMALL = {"rir_wide": 2, "rir_cifar10": 2, "resnet18": 1, "resnet50": 1}  # batches for a CPU
+# batches for a CPU
+SMALL = {"rir_wide": 2, "rir_cifar10": 2} | {op: 1 for op in OPS if "resnet" in op}
 
 
 class Autocast(nn.Module):
@@ -93,7 +108,7 @@ def _passes(network, batch):
     """The arithmetic alone: which passes a whole network cannot do without depends on who counts."""
     try:
         module = network.convert("reference", network.make(), None, training=True).to("meta")
-    except ImportError:  # pytorchcv is not there: the rows will say so
+    except ImportError:  # the library is not there: the rows will say so
         return {}
     x = torch.empty(1, 3, network.size, network.size, device="meta")
     with FlopCounterMode(display=False) as forward:
@@ -140,5 +155,5 @@ def _training(module, x, y):
         with rir.recompute():
             step()
 
-    ours = any(isinstance(part, (rir.RiRLayer, rir.ConvBNAct)) for part in module.modules())
+    ours = any(isinstance(part, (rir.RiRLayer, rir.ConvBNAct, Fused)) for part in module.modules())
     return {"step": step} | ({"step_recompute": step_recompute} if ours else {})

@@ -20,6 +20,7 @@ from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 from tests.distributed.ranks import assert_same, of_all_ranks, part, settled
 from tests.surgery_helpers import Net, fused_calls
 
+pytestmark = pytest.mark.xdist_group("distributed")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SIZES = [1, 3]
 
