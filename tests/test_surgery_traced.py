@@ -6,6 +6,7 @@ The tolerance is surgery_helpers'; on a CPU most of it is the same operators in 
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,10 @@ def draws(m, x):
     return m.relu(m.bn(m.conv(x))) * random.random()
 
 
+def draws_by_numpy(m, x):
+    return m.relu(m.bn(m.conv(x))) * np.random.random()
+
+
 def draws_by_torch(m, x):
     return m.relu(m.bn(m.conv(x))) * float(torch.rand(()))
 
@@ -214,6 +219,7 @@ REFUSED = {
     data_dependent: "cannot be traced",
     asks_the_type: "asks what type",
     draws: "random",
+    draws_by_numpy: "random",
     draws_by_torch: "random",
     makes_a_tensor: "makes a tensor",
     counts: "sets the attribute 'calls'",
@@ -231,10 +237,13 @@ def test_refused(function):
     model = Variant(function)
     model.options = {"scale": [2.0]}
     before, numbers = dict(model.__dict__), (random.getstate(), torch.get_rng_state())
+    np.random.seed(3)
+    expected = np.random.RandomState(3).random()
     report = fuse_(model)
     assert not report.replaced and REFUSED[function] in report.skipped[0].reason
     assert type(model) is Variant and model.__dict__ == before
     assert random.getstate() == numbers[0] and torch.equal(torch.get_rng_state(), numbers[1])
+    assert np.random.random() == expected
     assert "__getattribute__" not in nn.Module.__dict__ and model.train(False).training is False
 
 

@@ -21,16 +21,20 @@ def fuse_(
     impl: str = "auto",
     dry_run: bool = False,
 ) -> FusionReport:
-    """Let the blocks of `model` that are known run as fused operations, in place.
+    """Let conv, BN, (+ identity,) ReLU in a row run as one operation wherever `model` has them, in place.
 
-    Known are, by their exact class: rir_kernels.reference.RiRLayer and pytorchcv's RiRUnit (P4), and within an
-    nn.Sequential every Conv2d, BatchNorm2d, ReLU in a row (P1) or Conv2d, BatchNorm2d (P2).
+    The forward of each module is traced once by torch.fx, its children black boxes. In its graph Conv2d, BatchNorm2d,
+    ReLU is P1 and without the ReLU P2; P3 adds something behind the norm, P6 to a multiple of it, P4 before the norm;
+    P5 is a norm and ReLU with no convolution in front. A child is looked into where a row crosses its border, if it is
+    an nn.Sequential or of a class that is known (pytorchcv's blocks, `register_pattern`). Known as a whole are
+    RiRLayer and ConvBNAct of rir_kernels.reference and pytorchcv's RiRUnit.
 
     Only the class of such a module changes, to a subclass of itself: submodules, parameter objects, state_dict keys,
     hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
     torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
-    one layer that disagree), that call runs the original forward. `unfuse_` is the way back.
+    one layer that disagree), or an attribute that forward decided by, the modules are called as they were before.
+    `unfuse_` is the way back. While tracing, no other thread should run models.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
@@ -55,7 +59,7 @@ def fuse_(
     swaps = []
 
     def fuse(module, family, names):
-        """Of this one module; the names of the children that are then bypassed."""
+        """This one module; returns what is bypassed then."""
         found = family.find(module)
         kind, also = type(module).__name__, tuple(names[1:])
         matches, reasons = _select(module, family, found, enabled, filter_fn, names)

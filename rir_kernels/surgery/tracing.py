@@ -120,21 +120,30 @@ def child(module: nn.Module, path: Path) -> nn.Module | None:
 
 def _trace(module, inlined):
     tracer = _Tracer(module, inlined)
-    numbers = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
     try:
-        with _recording(tracer):
+        with _recording(tracer), _without_random_numbers():
             graph = tracer.trace(module)
     except Untraceable:
         raise
     except Exception as error:
         raise Untraceable(f"its forward cannot be traced: {_first_line(error)}") from None
-    if numbers[:2] != (random.getstate(), np.random.get_state()[1].tobytes()):
-        random.setstate(numbers[0])
-        raise Untraceable("its forward draws random numbers")
-    if not torch.equal(numbers[2], torch.get_rng_state()):
-        torch.set_rng_state(numbers[2])
-        raise Untraceable("its forward draws random numbers")
     return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs, tracer.asks_mode)
+
+
+@contextlib.contextmanager
+def _without_random_numbers():
+    """Drawn ones would be constants of the graph; whoever draws next gets what they would have got."""
+    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+        drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), torchs)
+        drawn |= np.random.get_state()[2:] != numpy[2:]  # each draw moves the position
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torchs)
+    if drawn:
+        raise Untraceable("its forward draws random numbers")
 
 
 class _Tracer(fx.Tracer):
