@@ -17,7 +17,7 @@ BY_ID = {architecture.id: architecture for architecture in ZOO}
 FAST = (
     "torchvision/resnet18",
     "torchvision/mobilenet_v3_small",
-    "timm/densenet121",
+    "timm/regnety_004",
     "timm/convnext_atto",
     "pytorchcv/resnet20_cifar10",
     "pytorchcv/preresnet20_cifar10",

@@ -43,7 +43,8 @@ def _timm(name, *needs, size=64, untouched=False, idle=0, **options):
         library = libraries.timm()
         return library and library.create_model(name, **options)
 
-    return Architecture("timm", name, make, size, needs, untouched, idle)
+    shown = f"{name}({', '.join(f'{option}={value}' for option, value in options.items())})" if options else name
+    return Architecture("timm", shown, make, size, needs, untouched, idle)
 
 
 def _pytorchcv(name, models, *needs, size=32, untouched=False, **options):
@@ -72,7 +73,8 @@ ZOO = (
     _torchvision("fcn_resnet50", "P1", "P2", "P3", weights_backbone=None, aux_loss=True),
     _torchvision("deeplabv3_resnet50", "P1", "P2", "P3", weights_backbone=None),
     _timm("resnet18", "P1", "P2", "P3"),
-    _timm("resnet50", "P1", "P2", "P3", drop_path_rate=0.2, drop_rate=0.1),
+    _timm("resnet50", "P1", "P2", "P3"),
+    _timm("resnet50", "P1", "P2", drop_path_rate=0.2, drop_rate=0.1),
     _timm("resnet50d", "P1", "P2", "P3"),
     _timm("resnetv2_50", "P1", "P5"),
     _timm("resnetv2_50x1_bit", untouched=True),
