@@ -66,7 +66,7 @@ def fuse_(
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
         if matches:
             try:
-                program = family.program(module, matches, impl)
+                program = family.program(module, matches)
             except Untraceable as reason:
                 report.skipped.append(Skipped(names[0], str(reason), kind, also))
                 return set()

@@ -66,32 +66,32 @@ class Program:
         return forward
 
 
-def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str], impl: str) -> Program:
+def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str]) -> Program:
     """The program for these chains of the trace; the trace itself is left as it is."""
     graph, copies = fx.Graph(), {}
     graph.output(graph.graph_copy(trace.graph, copies))
     for node in graph.nodes:
         node.target = in_place.FUNCTIONS.get(node.target, node.target)
     for chain in chains:
-        _replace(graph, chain, copies, impl)
+        _replace(graph, chain, copies)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
     return Program(_source(graph), trace.inputs, untouched, trace.reads)
 
 
-def _replace(graph, chain, copies, impl):
+def _replace(graph, chain, copies):
     last = copies[chain.nodes[-1]]
     with graph.inserting_before(last):
         x, norm = copies[chain.input], graph.get_attr(chain.norm.target)
+        options = {"impl": graph.get_attr("_rir_fusion.impl")}  # of the class, see swap.Recipe
         act = None if chain.relu is None else "relu"
         if chain.relu is not None and chain.relu.op == "call_module":
             act = graph.get_attr(chain.relu.target)
         if chain.conv is None:
-            fused = graph.call_function(units.bn_act, (x, norm, act), {"impl": impl})
+            fused = graph.call_function(units.bn_act, (x, norm, act), options)
         else:
             conv = graph.get_attr(chain.conv.target)
             residuals = [copies[residual] for residual in chain.residuals]
-            options = {"impl": impl}
             options |= {} if chain.post_norm else {"post_norm": False}
             options |= {} if chain.scale == 1.0 else {"scale": chain.scale}
             fused = graph.call_function(units.conv_bn_act, (x, conv, norm, act, *residuals), options)

@@ -33,7 +33,7 @@ class Fold(NamedTuple):
     conv: str | None = None
 
 
-def no_program(module, matches, impl) -> None:
+def no_program(module, matches) -> None:
     """The program of families whose mixin knows what to do."""
 
 

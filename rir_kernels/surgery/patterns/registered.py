@@ -64,7 +64,7 @@ def register_pattern(
             **exactly(lambda: kind),
             find=functools.partial(_find, plan, pattern),
             mixin=FusedForward,
-            program=lambda module, matches, impl: plan.with_impl(impl),
+            program=lambda module, matches: plan,
         )
         return function
 
@@ -84,10 +84,6 @@ class _Written:
     function: Callable
     parts: tuple[tuple[Path, type], ...]
     asked: Callable[[nn.Module], str] | None
-    impl: str = "auto"
-
-    def with_impl(self, impl):
-        return _Written(self.function, self.parts, self.asked, impl)
 
     def obstacle(self, module) -> str:
         for path, kind in self.parts:
@@ -100,7 +96,7 @@ class _Written:
         def forward(module, *args, **kwargs):
             if call_obstacle(*args, *kwargs.values()) or self.obstacle(module):
                 return original.forward(module, *args, **kwargs)
-            return self.function(module, *args, **kwargs, impl=self.impl)
+            return self.function(module, *args, **kwargs, impl=module._rir_fusion.impl)
 
         return forward
 

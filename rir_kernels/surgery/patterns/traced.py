@@ -80,9 +80,9 @@ def _within_reach(module, prefix=""):
                 yield from _within_reach(child, f"{prefix}{name}.")
 
 
-def _program(module, matches, impl):
+def _program(module, matches):
     traced: Trace = matches[0].detail[0]
-    return write_program(module, traced, [match.detail[1] for match in matches], frozenset(matches[0].inlined), impl)
+    return write_program(module, traced, [match.detail[1] for match in matches], frozenset(matches[0].inlined))
 
 
 FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=_find, mixin=FusedForward, program=_program, folds=_folds)
