@@ -77,7 +77,7 @@ def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
 
 @pytest.mark.usefixtures("poisoned", "pointers")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
 def test_pointers_read_what_descriptors_do(target, shape, monkeypatch):
     """Every tensor that a layer's launches write, bit for bit."""
     _assert_same_results(target, shape, monkeypatch.undo, TILES["one box"], WGRAD_TILES["images"])
@@ -86,7 +86,12 @@ def test_pointers_read_what_descriptors_do(target, shape, monkeypatch):
 @pytest.mark.usefixtures("pointers")
 @pytest.mark.parametrize(
     ("tile", "wgrad_tile"),
-    [("rows", "rows"), ("groups", "row"), ("no padding", "images"), ("blocks of pixels", "images")],
+    [
+        ("rows", "rows"),
+        ("groups", "row"),
+        pytest.param("no padding", "images", marks=pytest.mark.long),
+        pytest.param("blocks of pixels", "images", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize("target", TARGETS[:1] + TARGETS[2:])
 def test_every_tile_reads_by_pointers(target, tile, wgrad_tile, monkeypatch):
