@@ -41,9 +41,10 @@ class Program:
         for path, kind in self.untouched:
             if reason := bypass_obstacle(child(module, path), kind):
                 return reason
+        compiling = torch.compiler.is_compiling()
         for read in self.reads:
             owner = child(module, read.path)
-            if torch.compiler.is_compiling():
+            if compiling:
                 _ = getattr(owner, read.name, None)  # a look-up leaves a guard, one in the instance's dict none
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"

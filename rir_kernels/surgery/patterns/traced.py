@@ -21,10 +21,9 @@ def _knows(kind):
 
 
 def _find(module):
-    within = dict(_within_reach(module))
-    if not any(isinstance(found, NORMS) for found in within.values()):
+    inlined = _to_inline(module)
+    if inlined is None:
         return []
-    inlined = frozenset(name for name, found in within.items() if is_inlined(found))
     try:
         # most modules have nothing: that is seen by a cheap look
         found = find_chains(module, sketch(module, inlined))
@@ -56,9 +55,9 @@ def _crossed(chains):
 
 
 def _folds(module):
-    if not any(isinstance(found, NORMS) for _, found in _within_reach(module)):
+    inlined = _to_inline(module)
+    if inlined is None:
         return []
-    inlined = frozenset(name for name, found in _within_reach(module) if is_inlined(found))
     try:
         # any Conv2d takes a norm in, grouped or not
         chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
@@ -69,6 +68,14 @@ def _folds(module):
         for chain in chains
         if isinstance(chain, Chain) and chain.conv is not None
     ]
+
+
+def _to_inline(module):
+    """Paths of the children that may be inlined; None where no norm is within reach, and so no chain."""
+    within = dict(_within_reach(module))
+    if not any(isinstance(found, NORMS) for found in within.values()):
+        return None
+    return frozenset(name for name, found in within.items() if is_inlined(found))
 
 
 def _within_reach(module, prefix=""):
