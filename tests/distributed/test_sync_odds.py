@@ -18,10 +18,9 @@ from tests.distributed.ranks import (
     settled,
     whole_of,
 )
-from tests.distributed.test_sync_parts import _fused, _sequential
+from tests.distributed.test_sync_parts import CLOSE, _fused, _sequential
 
 pytestmark = pytest.mark.xdist_group("distributed")  # processes of their own: not in two workers at once
-CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-4, "atol": 1e-4}}
 
 
 def _norms_of_single_values():
