@@ -1,0 +1,176 @@
+"""Train a network of the paper: python -m models.train [--data digits|PATH] [--out DIR]
+
+Everything is written to one folder: metrics.jsonl (a line an epoch, test_accuracy in percent), curves.png, run.json
+(settings, versions, device, result), checkpoint.safetensors (to go on from), model.safetensors (the weights at the end).
+A run that was stopped or killed goes on with --resume, and ends with the bits of one that was not. On several devices:
+
+    torchrun --nproc-per-node N -m models.train ...
+"""
+
+import argparse
+import ast
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from models.training.errors import CheckpointError, SettingsError
+
+# all other arguments are settings: what decides the bits
+_PLACE = ("out", "resume", "overwrite", "minutes", "checkpoint_every", "device", "image_size")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Settings that were not given are absent from the namespace."""
+    found = argparse.ArgumentParser(prog="python -m models.train", description=__doc__.splitlines()[0])
+
+    def setting(group, *flags, **options):
+        group.add_argument(*flags, default=argparse.SUPPRESS, **options)
+
+    what = found.add_argument_group("what is trained, on what")
+    setting(what, "--data", metavar="PATH", help="digits (default), or CIFAR as parquet files or binary archive, or a "
+            "folder of images")  # fmt: skip
+    setting(
+        what, "--model", metavar="NAME", help="`python -m models` lists them; rir18_thin for digits, else rir18_wide"
+    )
+    setting(what, "--option", action="append", metavar="NAME=VALUE", help="of models.create: shortcut=projection, ...")
+    setting(what, "--quantize", metavar="W4A4", help="bits of weights and activations; 8 at both ends")
+    setting(what, "--seed", type=int, metavar="N")
+    what.add_argument("--image-size", type=int, metavar="N", help="folders of images: pixels to bring each to")
+
+    how = found.add_argument_group("the recipe, and what to change of it")
+    setting(how, "--recipe", metavar="NAME", help="paper (default) or fast")
+    setting(how, "--epochs", type=int, metavar="N")
+    setting(how, "--batch-size", type=int, metavar="N", help="images of a step, over all devices")
+    setting(how, "--lr", type=float, dest="learning_rate", metavar="X", help="the highest learning rate")
+    setting(how, "--weight-decay", type=float, metavar="X")
+    setting(how, "--norm-decay", action=argparse.BooleanOptionalAction, help="weight decay on norms and biases too")
+    setting(how, "--label-smoothing", type=float, metavar="X")
+    setting(how, "--ema", type=float, metavar="X", help="average the weights, keeping this part each step")
+    setting(how, "--augment", action=argparse.BooleanOptionalAction, help="random shifts, and flips of photographs")
+
+    where = found.add_argument_group("where and how it runs")
+    where.add_argument("--out", metavar="DIR", help="default: out/train/MODEL-RECIPE-SEED")
+    where.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    where.add_argument("--overwrite", action="store_true", help="remove the run in DIR first")
+    where.add_argument("--minutes", type=float, metavar="N", help="stop after these; --resume goes on")
+    where.add_argument("--checkpoint-every", type=float, default=30, metavar="S", help="seconds (default: 30)")
+    where.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    setting(where, "--impl", choices=("auto", "reference", "torch", "hybrid", "triton"), help="default: auto")
+    setting(where, "--precision", choices=("fp32", "bf16", "fp64"), help="default: bf16 (autocast) on a GPU, else fp32")
+    setting(where, "--compile", action="store_true", help="torch.compile")
+    setting(where, "--graphs", action="store_true", help="CUDA graphs of forward and backward")
+    setting(where, "--deterministic", action="store_true", help="torch.use_deterministic_algorithms")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 where the run is finished or was stopped as asked, 130 after a signal, 2 for an error."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning starve those of other programs
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic asks for, before CUDA starts
+    from models.data import DataError
+    from models.training.console import say
+    from models.training.ranks import joined
+
+    try:
+        with joined(args.device) as (ranks, device):
+            run = _set_up(args, ranks, device)
+            return _train(run, args)
+    except (SettingsError, CheckpointError, DataError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+
+
+def _set_up(args, ranks, device):
+    """The run that was asked for: a new one, or one to be continued. Nothing is written before all of it is right."""
+    from models.data import load
+    from models.training import checkpoint, settings
+    from models.training.run import CHECKPOINT, Run
+
+    given = _settings_of(args)
+    chosen = settings.from_arguments(given, on_gpu=device.type == "cuda")
+    out = Path(args.out or f"out/train/{chosen.model}-{chosen.recipe_name}-seed{chosen.seed}")
+    held = (out / CHECKPOINT).exists()
+    if held and not (args.resume or args.overwrite):
+        raise SettingsError(
+            f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out is another place"
+        )
+    if held and args.resume:
+        chosen = settings.continued(checkpoint.load_facts(out / CHECKPOINT)["settings"], given)
+    if chosen.deterministic:
+        _be_deterministic()
+    run = Run(chosen, load(chosen.data, image_size=args.image_size), out, device=device, ranks=ranks)
+    if args.resume:
+        run.resume()
+    elif held and ranks.first:
+        run.clear()
+    return run
+
+
+def _train(run, args):
+    from models.training import report
+    from models.training.console import TrainingProgress, say
+
+    first = run.ranks.first
+    if first:
+        say(report.headline(run))
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    with _signals() as caught, TrainingProgress(run) if first else contextlib.nullcontext() as progress:
+        run.train(
+            save_every=args.checkpoint_every,
+            stop=lambda: bool(caught) or time.monotonic() >= deadline,
+            progress=progress,
+        )
+    if first:
+        report.write(run)
+        say(report.closing(run))
+        say(f"{run.out}" if run.finished else f"stopped; python -m models.train --resume --out {run.out} goes on")
+    return 130 if caught else 0
+
+
+def _settings_of(args):
+    """{name: value} of the settings that were given."""
+    given = {name: value for name, value in vars(args).items() if name not in _PLACE}
+    if "option" in given:
+        given["options"] = dict(map(_option, given.pop("option")))
+    return given
+
+
+def _option(text):
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise SettingsError(f"--option takes NAME=VALUE, got {text!r}")
+    with contextlib.suppress(ValueError, SyntaxError):  # a word is a string
+        value = ast.literal_eval(value)
+    return name, list(value) if isinstance(value, tuple) else value  # as JSON will give it back
+
+
+@contextlib.contextmanager
+def _signals():
+    """A list of the signals to stop that came: the first asks for an orderly end, the second ends at once."""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _be_deterministic():
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The network that settings, or a checkpoint, name; and the weights of a checkpoint in it."""
+
+import re
+
+import torch
+from torch import nn
+
+import models
+import rir_kernels as rir
+from models.data import load as load_images
+from models.quantized import quantize_
+
+from . import checkpoint
+from .errors import CheckpointError, SettingsError
+from .settings import Settings
+
+
+def describe(settings: Settings, images) -> dict:
+    """What `network` needs, as plain data: it stands in every checkpoint."""
+    return {
+        "name": settings.model,
+        "num_classes": images.num_classes,
+        "in_channels": images.channels,
+        "options": settings.options,
+        "quantize": settings.quantize,
+        "dtype": "float64" if settings.precision == "fp64" else "float32",
+        "layers": "reference" if settings.impl == "reference" else "packed",
+    }
+
+
+def network(description: dict, *, impl: str = "auto", device=None) -> nn.Module:
+    """A new network with random weights. SettingsError for names and options that do not exist.
+
+    impl "reference" has the naive layers, whose parameters have other names: it goes with "layers": "reference" alone.
+    """
+    naive = description["layers"] == "reference"
+    if naive != (impl == "reference") and impl != "auto":
+        raise SettingsError(f"impl={impl!r} needs {'packed' if naive else 'naive'} layers, and these are not")
+    layers = {"layers": rir.reference} if naive else {"layers": rir, "impl": impl}
+    try:
+        model = models.create(
+            description["name"],
+            description["num_classes"],
+            in_channels=description["in_channels"],
+            device=device,
+            dtype=getattr(torch, description["dtype"]),
+            **layers,
+            **description["options"],
+        )
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{description['name']}: {error}") from error
+    return model if description["quantize"] is None else _quantized(model, description["quantize"])
+
+
+def load(path, *, impl: str = "auto", device="cpu") -> tuple[nn.Module, dict]:
+    """(the network of a checkpoint with its final or averaged weights, in eval mode, and the checkpoint's facts).
+
+    CheckpointError where the file is none, or where its tensors are not those of the network that it names.
+    """
+    tensors, facts = checkpoint.load(path)
+    try:
+        model = network(facts["model"], impl=impl, device=device)
+    except (KeyError, SettingsError) as error:
+        raise CheckpointError(f"{path}: no network can be built from what stands in it ({error})") from error
+    part = "average" if any(name.startswith("average.") for name in tensors) else "model"
+    restore(path, model, section(tensors, part))
+    return model.eval(), facts
+
+
+def _quantized(model, bits):
+    found = re.fullmatch(r"W(\d)A(\d)", bits, re.IGNORECASE)
+    if not found:
+        raise SettingsError(f"quantize takes bits of weights and activations as in W4A4, got {bits!r}")
+    weight_bits, activation_bits = map(int, found.groups())
+    try:
+        return quantize_(model, weight_bits, activation_bits)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def images(facts: dict, source: str | None = None, *, image_size: int | None = None):
+    """The images that a checkpoint's network was trained with, or others of the same kind from `source`.
+
+    CheckpointError where their channels or classes are not the network's.
+    """
+    found = load_images(source or facts["settings"]["data"], image_size=image_size)
+    for what in ("channels", "num_classes"):
+        wanted = facts["model"]["in_channels" if what == "channels" else what]
+        if getattr(found, what) != wanted:
+            raise CheckpointError(f"the network is for {wanted} {what}, and {found.name} has {getattr(found, what)}")
+    return found
+
+
+def scale(facts: dict, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, deviation) of each channel of the images that a checkpoint's network was trained with."""
+    return tuple(torch.tensor(facts["data"][name], dtype=torch.float64, device=device) for name in ("mean", "std"))
+
+
+def restore(path, model: nn.Module, found: dict[str, torch.Tensor]) -> None:
+    """Loads a state_dict, all of it or (CheckpointError) nothing."""
+    checkpoint.check_fits(path, model.state_dict(), found)
+    model.load_state_dict(found)
+
+
+def section(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """Those named `part.…`, by the rest of their names."""
+    return {name[len(part) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(part + ".")}
+
+
+def sectioned(part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reverse of `section`."""
+    return {f"{part}.{name}": tensor for name, tensor in tensors.items()}

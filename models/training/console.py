@@ -1,0 +1,56 @@
+"""What is printed while a network is trained."""
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+_EVERY = 0.5  # seconds between two looks at the loss: each waits for the device
+
+
+def say(text: str) -> None:
+    console.print(escape(text), soft_wrap=True)
+
+
+class TrainingProgress:
+    """A bar over all steps with loss, accuracy, images/s and the time left; and a line for every epoch."""
+
+    def __init__(self, run):
+        columns = [TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.fields[text]}")]
+        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=console, transient=True)
+        total, done = run.recipe.epochs * run.steps_per_epoch, run.epoch * run.steps_per_epoch + run.step
+        self._task = self._bar.add_task("", total=total, completed=done, epoch="", text="")
+        self._looked, self._since = 0.0, 0
+
+    def __enter__(self):
+        self._bar.start()
+        self._looked = time.monotonic()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def step(self, run) -> None:
+        self._since += run.recipe.batch_size
+        self._bar.advance(self._task)
+        now = time.monotonic()
+        if now - self._looked < _EVERY:
+            return
+        # this rank's images alone: others are not waited for
+        seen = run.step * (run.part[1] - run.part[0])
+        loss, right = (run.counted[name].item() / seen for name in ("loss", "right"))
+        now = time.monotonic()
+        text = f"loss {loss:.3f}  accuracy {100 * right:5.1f} %  {self._since / (now - self._looked):,.0f} images/s"
+        self._bar.update(self._task, epoch=f"{run.epoch + 1}/{run.recipe.epochs}", text=text)
+        self._looked, self._since = now, 0
+
+    def epoch(self, run, record: dict) -> None:
+        say(
+            f"epoch {record['epoch']:3}/{run.recipe.epochs}  train {record['train_loss']:.3f} "
+            f"{record['train_accuracy']:5.1f} %  test {record['test_loss']:.3f} {record['test_accuracy']:6.2f} %  "
+            f"{record['seconds']:,.0f} s"
+        )
+        self._looked, self._since = time.monotonic(), 0

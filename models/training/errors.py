@@ -1,0 +1,9 @@
+"""What goes wrong for reasons that a user can mend: the commands print these without a traceback."""
+
+
+class SettingsError(ValueError):
+    """An argument, or two that do not go together."""
+
+
+class CheckpointError(RuntimeError):
+    """A file that is no checkpoint of this run or model, or one that could not be written."""

@@ -1,0 +1,231 @@
+"""A training run: the network, what changes it, and the loop over epochs and steps.
+
+Every random number of the data is a function of the seed and the epoch (models.data.augment), so a place in the data is
+two numbers, and a run that is continued from a checkpoint ends with the bits of one that never stopped.
+"""
+
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import rir_kernels as rir
+from models.data import augment
+
+from . import build, checkpoint, evaluation, report, state
+from .average import Average
+from .errors import SettingsError
+from .log import append, write
+from .ranks import Ranks
+from .recipe import make_optimizer, make_schedule
+from .settings import Settings
+
+CHECKPOINT, WEIGHTS, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
+_ASK_RANKS = 20  # steps between two questions that all ranks have to answer
+
+
+class Run:
+    """One run in one folder. images: models.data.Images; ranks: who takes part, as `ranks.joined` says.
+
+    SettingsError for what does not go together, before anything is written.
+    """
+
+    def __init__(self, settings: Settings, images, out: str | Path, *, device="cpu", ranks: Ranks | None = None):
+        self.settings, self.recipe = settings, settings.recipe
+        self.out, self.device, self.ranks = Path(out), torch.device(device), ranks or Ranks()
+        self.part = self.ranks.part(self.recipe.batch_size)
+        self.steps_per_epoch = len(images.train_y) // self.recipe.batch_size
+        if self.steps_per_epoch == 0:
+            raise SettingsError(
+                f"{images.name} has {len(images.train_y)} images to train on: fewer than a batch of "
+                f"{self.recipe.batch_size}; take a smaller batch_size"
+            )
+        self.data = fingerprint(images)
+        self.scale = build.scale({"data": self.data}, self.device)
+        self.images = images.to(self.device)
+        self.padding, self.flip = (images.padding, images.flip) if settings.augment else (0, False)
+        self.description = build.describe(settings, images)
+
+        torch.manual_seed(settings.seed)
+        self.model = build.network(self.description, impl=settings.impl, device=self.device)
+        self.model.to(memory_format=torch.channels_last).train()
+        if self.ranks.world > 1:
+            self.model = rir.convert_sync_batchnorm(self.model)
+        self.average = None if self.recipe.ema is None else Average(self.model, self.recipe.ema)
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.schedule = make_schedule(self.optimizer, self.recipe, self.steps_per_epoch)
+
+        self.epoch = self.step = 0  # finished epochs, and finished steps of the next one
+        self.records = []  # of every finished epoch
+        self.seconds = 0.0  # spent in training steps, of all parts of the run
+        self.counted = {  # in this epoch, on this rank
+            "loss": torch.zeros((), dtype=torch.float64, device=self.device),
+            "right": torch.zeros((), dtype=torch.float64, device=self.device),
+        }
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.recipe.epochs
+
+    @property
+    def evaluated(self):
+        """The network that the test accuracy is of, and whose weights are kept."""
+        return self.model if self.average is None else self.average.model
+
+    def resume(self) -> bool:
+        """Continue from the folder's checkpoint; False where there is none. Lines of metrics.jsonl after it go."""
+        path = self.out / CHECKPOINT
+        if not path.exists():
+            return False
+        state.restore(self, path)
+        if self.ranks.first:
+            write(self.out / METRICS, self.records)
+        return True
+
+    def clear(self) -> None:
+        """Removes what an earlier run has left in the folder."""
+        for name in (CHECKPOINT, WEIGHTS, METRICS, report.RUN, report.CURVES):
+            (self.out / name).unlink(missing_ok=True)
+
+    def save(self) -> None:
+        if self.ranks.first:
+            checkpoint.save(self.out / CHECKPOINT, *state.gather(self))
+
+    def train(self, *, save_every: float = 30.0, stop=lambda: False, progress=None) -> bool:
+        """Epochs until all are done (True), or until stop() says so between two steps (False); both end with a save.
+
+        save_every: seconds between checkpoints, which fall between two steps; 0 has one after every step. progress: a
+        Progress, which is told of every step and every epoch.
+        """
+        forward = self._forward()
+        if self.finished:
+            return True
+        if not (self.out / CHECKPOINT).exists():
+            self.save()  # from here on the folder alone says how to continue
+        saved = time.monotonic()
+        while not self.finished:
+            plan = augment.plan_epoch(
+                len(self.images.train_y),
+                seed=self.settings.seed,
+                epoch=self.epoch,
+                padding=self.padding,
+                flip=self.flip,
+            ).to(self.device)
+            started = time.monotonic()
+            while self.step < self.steps_per_epoch:
+                self._update(forward, plan)
+                self.step += 1
+                if progress:
+                    progress.step(self)
+                if self.step == self.steps_per_epoch:
+                    break
+                if self._agreed(stop):
+                    self._add_time(started)
+                    self.save()
+                    return False
+                if time.monotonic() - saved >= save_every:
+                    self._add_time(started)
+                    self.save()
+                    saved = started = time.monotonic()
+            self._add_time(started)
+            record = self._end_epoch()
+            if progress:
+                progress.epoch(self, record)
+            stopped = self._agreed(stop)
+            if self.finished or stopped or time.monotonic() - saved >= save_every:
+                self.save()
+                saved = time.monotonic()
+            if stopped and not self.finished:
+                return False
+        if self.ranks.first:
+            facts = {"model": self.description, "settings": self.settings.as_dict(), "data": self.data}
+            checkpoint.save(self.out / WEIGHTS, build.sectioned("model", self.evaluated.state_dict()), facts)
+        return True
+
+    def _forward(self):
+        """What computes the scores in training: the network itself, compiled, as graphs, or on all ranks."""
+        model, settings = self.model, self.settings
+        if self.ranks.world > 1:
+            if settings.graphs:
+                raise SettingsError("graphs are for one device: their capture cannot hold the ranks' collectives")
+            devices = [self.device] if self.device.type == "cuda" else None
+            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        if settings.compile:
+            return torch.compile(model)
+        if settings.graphs:
+            if self.device.type != "cuda":
+                raise SettingsError(f"graphs are CUDA graphs, and this run is on {self.device}")
+            shape = (self.recipe.batch_size, *self.images.train_x.shape[1:])
+            x = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
+            # a graph holds no casts of weights that autocast made outside it
+            cast = torch.autocast("cuda", torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
+            with rir.preserved_statistics(model), cast:
+                return torch.cuda.make_graphed_callables(model, (x,))
+        return model
+
+    def _update(self, forward, plan):
+        first = self.step * self.recipe.batch_size
+        start, stop = first + self.part[0], first + self.part[1]
+        x, y = augment.batch(self.images.train_x, self.images.train_y, plan, start, stop, padding=self.padding)
+        scores = evaluation.forward(forward, x, self.scale, self.settings.precision)
+        loss = F.cross_entropy(scores, y, label_smoothing=self.recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update(self.model, self.epoch * self.steps_per_epoch + self.step)
+        with torch.no_grad():  # on the device: nothing here waits for it
+            self.counted["loss"] += loss * len(y)
+            self.counted["right"] += (scores.argmax(1) == y).sum()
+
+    def _end_epoch(self):
+        """Evaluates, writes the line of this epoch, and starts the next one."""
+        seen = self.steps_per_epoch * self.recipe.batch_size
+        score = evaluation.evaluate(
+            self.evaluated, self.images, self.scale, precision=self.settings.precision, ranks=self.ranks
+        )
+        record = {
+            "epoch": self.epoch + 1,
+            "step": (self.epoch + 1) * self.steps_per_epoch,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "train_loss": self.ranks.sum(self.counted["loss"]).item() / seen,
+            "train_accuracy": 100 * self.ranks.sum(self.counted["right"]).item() / seen,
+            "test_loss": score.loss,
+            "test_accuracy": score.accuracy,
+            "seconds": round(self.seconds, 3),
+        }
+        self.records.append(record)
+        if self.ranks.first:
+            append(self.out / METRICS, record)
+        self.epoch, self.step = self.epoch + 1, 0
+        for count in self.counted.values():
+            count.zero_()
+        return record
+
+    def _add_time(self, started):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.monotonic() - started
+
+    def _agreed(self, stop):
+        if self.ranks.world > 1 and self.step % _ASK_RANKS:
+            return False
+        return self.ranks.any(stop(), self.device)
+
+
+def fingerprint(images) -> dict:
+    """What tells two data sets apart: their names, counts, and a hash of pixels and labels."""
+    digest = hashlib.sha256()
+    for tensor in (images.train_x, images.train_y, images.test_x, images.test_y):
+        digest.update(tensor.cpu().contiguous().numpy())
+    return {
+        "name": images.name,
+        "train": len(images.train_y),
+        "test": len(images.test_y),
+        "mean": images.mean.tolist(),
+        "std": images.std.tolist(),
+        "sha256": digest.hexdigest()[:16],
+    }

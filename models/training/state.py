@@ -1,0 +1,75 @@
+"""A run as tensors and plain data, and back: the network, its average, the optimizer, the schedule, random numbers,
+the place in the data and what has been counted of the current epoch. What comes back is bit for bit what was.
+"""
+
+import torch
+
+from . import build, checkpoint
+from .errors import CheckpointError
+
+_SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # the rest of a scheduler follows from the settings
+
+
+def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of a Run, for checkpoint.save."""
+    optimizer, schedule = run.optimizer.state_dict(), run.schedule.state_dict()
+    tensors = build.sectioned("model", run.model.state_dict())
+    if run.average is not None:
+        tensors |= build.sectioned("average", run.average.model.state_dict())
+    for index, values in optimizer["state"].items():
+        tensors |= {
+            f"optimizer.{index}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)
+        }
+    tensors |= build.sectioned("counted", run.counted)
+    tensors["random.cpu"] = torch.get_rng_state()
+    if run.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(run.device)
+    facts = {
+        "model": run.description,
+        "settings": run.settings.as_dict(),
+        "data": run.data,
+        "position": {"epoch": run.epoch, "step": run.step},
+        "records": run.records,
+        "seconds": run.seconds,
+        "groups": optimizer["param_groups"],
+        "schedule": {name: schedule[name] for name in _SCHEDULE},
+    }
+    return tensors, facts
+
+
+def restore(run, path) -> None:
+    """Makes a new Run what the checkpoint at `path` was; CheckpointError, with nothing changed, where it cannot be."""
+    tensors, facts = checkpoint.load(path)
+    if facts.get("data") != run.data:
+        raise CheckpointError(f"{path} was trained on {facts.get('data')}, and these images are {run.data}")
+    weights = {"model": run.model} | ({} if run.average is None else {"average": run.average.model})
+    for part, model in weights.items():
+        checkpoint.check_fits(path, model.state_dict(), build.section(tensors, part))
+    checkpoint.check_fits(path, run.counted, build.section(tensors, "counted"))
+    groups = [{**group, "params": list(group["params"])} for group in facts["groups"]]
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    state = _optimizer_state(path, parameters, build.section(tensors, "optimizer"))
+
+    for part, model in weights.items():
+        model.load_state_dict(build.section(tensors, part))
+    run.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    run.schedule.load_state_dict(facts["schedule"])
+    for name, tensor in build.section(tensors, "counted").items():
+        run.counted[name].copy_(tensor)
+    run.epoch, run.step = facts["position"]["epoch"], facts["position"]["step"]
+    run.records, run.seconds = facts["records"], facts["seconds"]
+    torch.set_rng_state(tensors["random.cpu"])
+    if run.device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
+
+
+def _optimizer_state(path, parameters, tensors):
+    state = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)] if index.isdigit() and int(index) < len(parameters) else None
+        if parameter is None or parameter.shape != tensor.shape:
+            raise CheckpointError(f"{path} is a checkpoint of another model: its {name} fits no parameter")
+        # fused updates walk through memory: a buffer has to lie as its parameter does
+        state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(tensor)
+    return state
