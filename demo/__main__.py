@@ -1,28 +1,31 @@
-"""python -m demo [--out DIR] [--data DIR]: see the package's docstring."""
+"""python -m demo [--out DIR] [--data PATH]: see the package's docstring."""
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 1 where anything was not equivalent."""
     parser = argparse.ArgumentParser(prog="python -m demo", description="Fuse a network, prove it equal, report on it.")
     parser.add_argument("--out", default="out", metavar="DIR", help="for report.html and results.json (default: out)")
-    parser.add_argument("--data", metavar="DIR", help="CIFAR-10 as {train,test}-*.parquet (default: 8x8 digits)")
+    known = "CIFAR as parquet files or in the binary version, or a folder of images (default: 8x8 digits)"
+    parser.add_argument("--data", metavar="PATH", help=known)
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each network")
     parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images in a step (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     impls = ("auto", "reference", "torch", "hybrid", "triton")
     parser.add_argument("--impl", default="auto", choices=impls, help="what fuse_ is to use (default: auto)")
     args = parser.parse_args(argv)
-    if args.data and not any(Path(args.data).glob("train-*.parquet")):
-        parser.error(f"--data: no train-*.parquet in {args.data}")
     _set_environment()
+    from models.data import DataError
+
     from . import console, report, story, tables
 
-    results = story.tell(args)
+    try:
+        results = story.tell(args)
+    except DataError as error:
+        parser.error(f"--data: {error}")
     page, numbers = report.write(results, args.out)
     console.heading("Result")
     for failure in results["failures"]:

@@ -18,7 +18,7 @@ from . import console, data, kernels, speeds, tables, training
 SCHEMA = 1
 WIDTHS = {"cpu": (16, 32, 64), "cuda": (96, 192, 384)}  # the paper's thin and wide networks
 STEPS = {"cpu": 60, "cuda": 200}
-TEST_IMAGES = {"cpu": 512, "cuda": 10_000}  # of the parquet files
+TEST_IMAGES = {"cpu": 512, "cuda": 10_000}  # of what --data names
 
 
 def tell(args) -> dict:
@@ -67,7 +67,10 @@ def _skip(results, chapter, reason):
 
 def _set_up(args, device, results):
     steps = args.steps or STEPS[device.type]
-    images = data.cifar10(args.data, steps * args.batch, TEST_IMAGES[device.type]) if args.data else data.digits()
+    if args.data:
+        images = data.load(args.data, steps * args.batch, TEST_IMAGES[device.type])
+    else:
+        images = data.load("digits")
     if device.type == "cpu" and not args.data:
         torch.set_num_threads(1)  # images of 8x8 pixels are not worth sharing
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 would flip ReLUs by the thousand
@@ -91,7 +94,7 @@ def _set_up(args, device, results):
 
 def _fuse(images, device, impl, results):
     width = WIDTHS[device.type]
-    naive = RiR(10, in_channels=images.channels, width=width, layers=rir.reference)
+    naive = RiR(images.num_classes, in_channels=images.channels, width=width, layers=rir.reference)
     naive = naive.to(device, memory_format=torch.channels_last)
     fused = copy.deepcopy(naive)
     fusion = rir.fuse_(fused, impl=impl)
