@@ -9,7 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-from models.training.errors import CheckpointError, SettingsError
+from models.training import build, evaluation
+from models.training.console import say
+from models.training.errors import COMMAND_ERRORS, CheckpointError
+from models.training.ranks import joined
+from models.training.run import CHECKPOINT, WEIGHTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,34 +32,27 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, or 2 for an error."""
     args = parser().parse_args(argv)
-    from models.data import DataError
-    from models.training.console import say
-    from models.training.ranks import joined
-
     try:
         with joined(args.device) as (_, device):
             found = _evaluate(args, device)
-    except (SettingsError, CheckpointError, DataError, OSError) as error:
+    except COMMAND_ERRORS as error:
         say(f"error: {error}")
         return 2
     if args.json:
         print(json.dumps(found))
     else:
-        say(
-            f"{found['model']}: test accuracy {found['test_accuracy']:.2f} %, loss {found['test_loss']:.4f}, {found['images']:,} images"
-        )
+        score = f"test accuracy {found['test_accuracy']:.2f} %, loss {found['test_loss']:.4f}"
+        say(f"{found['model']}: {score}, {found['images']:,} images")
     return 0
 
 
 def _evaluate(args, device):
-    from models.training import build, evaluation
-
     path = find(args.run)
     model, facts = build.load(path, impl=args.impl, device=device)
     images = build.images(facts, args.data, image_size=args.image_size).to(device)
     precision = args.precision or facts["settings"]["precision"]
     if args.integer:
-        model = build.integer(model)
+        model = build.integer(path, model)
     score = evaluation.evaluate(model, images, build.scale(facts, device), precision=precision)
     return {
         "model": facts["model"]["name"],
@@ -69,8 +66,6 @@ def _evaluate(args, device):
 
 def find(run: str) -> Path:
     """The file to evaluate. CheckpointError where there is none."""
-    from models.training.run import CHECKPOINT, WEIGHTS
-
     path = Path(run)
     if not path.is_dir():
         return path

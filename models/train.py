@@ -1,8 +1,8 @@
 """Train a network of the paper: python -m models.train [--data digits|PATH] [--out DIR]
 
 Everything is written to one folder: metrics.jsonl (a line an epoch, test_accuracy in percent), curves.png, run.json
-(settings, versions, device, result), checkpoint.safetensors (to go on from), model.safetensors (the weights at the end).
-A run that was stopped or killed goes on with --resume, and ends with the bits of one that was not. On several devices:
+(settings, versions, device, result), checkpoint.safetensors (to go on from), model.safetensors (the final weights). A
+run that was stopped or killed goes on with --resume, and ends with the bits of one that was not. On several devices:
 
     torchrun --nproc-per-node N -m models.train ...
 """
@@ -11,12 +11,18 @@ import argparse
 import ast
 import contextlib
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
-from models.training.errors import CheckpointError, SettingsError
+import torch
+
+from models.data import load
+from models.training import checkpoint, settings
+from models.training.command import carry_out
+from models.training.console import say
+from models.training.errors import COMMAND_ERRORS, SettingsError
+from models.training.ranks import joined
+from models.training.run import CHECKPOINT, Run
 
 # all other arguments are settings: what decides the bits
 _PLACE = ("out", "resume", "overwrite", "minutes", "checkpoint_every", "device", "image_size")
@@ -69,27 +75,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0 where the run is finished or was stopped as asked, 130 after a signal, 2 for an error."""
     args = parser().parse_args(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait spinning starve those of other programs
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic asks for, before CUDA starts
-    from models.data import DataError
-    from models.training.console import say
-    from models.training.ranks import joined
-
     try:
         with joined(args.device) as (ranks, device):
             run = _set_up(args, ranks, device)
-            return _train(run, args)
-    except (SettingsError, CheckpointError, DataError, OSError) as error:
+            stopped = carry_out(run, save_every=args.checkpoint_every, minutes=args.minutes)
+            return 130 if stopped else 0
+    except COMMAND_ERRORS as error:
         say(f"error: {error}")
         return 2
 
 
 def _set_up(args, ranks, device):
     """The run that was asked for: a new one, or one to be continued. Nothing is written before all of it is right."""
-    from models.data import load
-    from models.training import checkpoint, settings
-    from models.training.run import CHECKPOINT, Run
-
     given = _settings_of(args)
     chosen = settings.from_arguments(given, on_gpu=device.type == "cuda")
     out = Path(args.out or f"out/train/{chosen.model}-{chosen.recipe_name}-seed{chosen.seed}")
@@ -110,27 +107,6 @@ def _set_up(args, ranks, device):
     return run
 
 
-def _train(run, args):
-    from models.training import report
-    from models.training.console import TrainingProgress, say
-
-    first = run.ranks.first
-    if first:
-        say(report.headline(run))
-    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-    with _signals() as caught, TrainingProgress(run) if first else contextlib.nullcontext() as progress:
-        run.train(
-            save_every=args.checkpoint_every,
-            stop=lambda: bool(caught) or time.monotonic() >= deadline,
-            progress=progress,
-        )
-    if first:
-        report.write(run)
-        say(report.closing(run))
-        say(f"{run.out}" if run.finished else f"stopped; python -m models.train --resume --out {run.out} goes on")
-    return 130 if caught else 0
-
-
 def _settings_of(args):
     """{name: value} of the settings that were given."""
     given = {name: value for name, value in vars(args).items() if name not in _PLACE}
@@ -148,26 +124,8 @@ def _option(text):
     return name, list(value) if isinstance(value, tuple) else value  # as JSON will give it back
 
 
-@contextlib.contextmanager
-def _signals():
-    """A list of the signals to stop that came: the first asks for an orderly end, the second ends at once."""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _be_deterministic():
-    import torch
-
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for; cuBLAS has not started yet
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 

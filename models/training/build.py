@@ -8,6 +8,7 @@ from torch import nn
 import models
 import rir_kernels as rir
 from models.data import load as load_images
+from models.quantized import integer as to_integers
 from models.quantized import quantize_
 
 from . import checkpoint
@@ -94,6 +95,14 @@ def images(facts: dict, source: str | None = None, *, image_size: int | None = N
 def scale(facts: dict, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, deviation) of each channel of the images that a checkpoint's network was trained with."""
     return tuple(torch.tensor(facts["data"][name], dtype=torch.float64, device=device) for name in ("mean", "std"))
+
+
+def integer(path, model: nn.Module) -> nn.Module:
+    """A quantized network in integers; CheckpointError for one that cannot be."""
+    try:
+        return to_integers(model)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def restore(path, model: nn.Module, found: dict[str, torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ _KEY = "rir_kernels"  # of the JSON text within the header
 
 
 def save(path: str | Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-    """Replaces `path` by a file of these. CheckpointError where it cannot be written: the old file is untouched then."""
+    """Replaces `path` by a file of these. CheckpointError where it cannot be written: the old file is kept then."""
     path = Path(path)
     draft = path.with_name(path.name + ".part")
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)

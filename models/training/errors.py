@@ -1,5 +1,7 @@
 """What goes wrong for reasons that a user can mend: the commands print these without a traceback."""
 
+from models.data import DataError
+
 
 class SettingsError(ValueError):
     """An argument, or two that do not go together."""
@@ -7,3 +9,6 @@ class SettingsError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A file that is no checkpoint of this run or model, or one that could not be written."""
+
+
+COMMAND_ERRORS = (SettingsError, CheckpointError, DataError, OSError)

@@ -25,7 +25,7 @@ class Ranks:
         """(start, stop) of this rank's images within a batch."""
         if batch_size % self.world:
             raise SettingsError(
-                f"a batch of {batch_size} images cannot be shared by {self.world} ranks: take a multiple of {self.world}"
+                f"a batch of {batch_size} images cannot be shared by {self.world} ranks: take a multiple of that"
             )
         share = batch_size // self.world
         return self.rank * share, (self.rank + 1) * share

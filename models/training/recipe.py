@@ -1,9 +1,10 @@
 """Recipes: optimizer, learning rate, penalty, and for how long.
 
-"paper" is that of Targ, Almeida and Lyman (arXiv 1603.08029): SGD with momentum 0.9, batches of 500, 82 epochs, a rate of
-0.1 that falls tenfold after epochs 42 and 62, and an L2 penalty of 1e-4. The penalty is on W - I where a layer has an
-identity: the layers add theirs explicitly, so that W is what was learned beside it. "fast" is what has become usual
-since: one cycle of the rate, Nesterov momentum, smoothed labels, no penalty on norms, and an average over the last steps.
+"paper" is that of Targ, Almeida and Lyman (arXiv 1603.08029): SGD with momentum 0.9, batches of 500, 82 epochs, a rate
+of 0.1 that falls tenfold after epochs 42 and 62, and an L2 penalty of 1e-4. The penalty is on W - I where a layer has
+an identity: the layers add theirs explicitly, so that W is what was learned beside it. "fast" is what has become usual
+since: one cycle of the rate, Nesterov momentum, smoothed labels, no penalty on norms, and an average over the last
+steps.
 """
 
 import dataclasses

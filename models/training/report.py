@@ -19,10 +19,11 @@ def headline(run) -> str:
     recipe, images = run.recipe, run.images
     shape = "x".join(map(str, images.train_x.shape[1:]))
     place = run.device if run.ranks.world == 1 else f"{run.ranks.world} ranks, {run.device.type}"
+    settings = run.settings
     return (
-        f"{run.settings.model}, {parameters:,} parameters, impl {run.settings.impl}, {run.settings.precision}, on {place}\n"
+        f"{settings.model}, {parameters:,} parameters, impl {settings.impl}, {settings.precision}, on {place}\n"
         f"{images.name}: {len(images.train_y):,} + {len(images.test_y):,} images {shape}\n"
-        f"recipe {run.settings.recipe_name}: {recipe.epochs} epochs of {run.steps_per_epoch} steps of "
+        f"recipe {settings.recipe_name}: {recipe.epochs} epochs of {run.steps_per_epoch} steps of "
         f"{recipe.batch_size} images" + (f"; goes on at epoch {run.epoch + 1}" if run.epoch or run.step else "")
     )
 

@@ -23,6 +23,7 @@ from .recipe import make_optimizer, make_schedule
 from .settings import Settings
 
 CHECKPOINT, WEIGHTS, METRICS = "checkpoint.safetensors", "model.safetensors", "metrics.jsonl"
+_SMALL = 500  # values of an image
 _ASK_RANKS = 20  # steps between two questions that all ranks have to answer
 
 
@@ -48,6 +49,8 @@ class Run:
         self.padding, self.flip = (images.padding, images.flip) if settings.augment else (0, False)
         self.description = build.describe(settings, images)
 
+        if self.device.type == "cpu" and images.train_x[0].numel() < _SMALL:
+            torch.set_num_threads(1)  # they would wait for each other more than they compute
         torch.manual_seed(settings.seed)
         self.model = build.network(self.description, impl=settings.impl, device=self.device)
         self.model.to(memory_format=torch.channels_last).train()

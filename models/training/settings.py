@@ -15,8 +15,8 @@ PRECISIONS = ("fp32", "bf16", "fp64")
 class Settings:
     """data: "digits" or a path (where it is read from may change between a run and its continuation).
 
-    model, options: for models.create. quantize: "W4A4", "W8A8", ... or None. recipe_name is for people to read. augment:
-    random shifts, and flips where mirrored images are of the same class. precision "bf16" is autocast.
+    model, options: for models.create. quantize: "W4A4", "W8A8", ... or None. recipe_name is for people to read.
+    augment: random shifts, and flips where mirrored images are of the same class. precision "bf16" is autocast.
     """
 
     data: str
@@ -73,7 +73,7 @@ def continued(stored: dict, given: dict) -> Settings:
     for name, value in given.items():
         if name not in _MOVABLE and value != known[name]:
             raise SettingsError(
-                f"the run was started with {name}={known[name]!r}, not {value!r}: leave it out to continue that run, or "
-                "begin another one in a folder of its own"
+                f"the run was started with {name}={known[name]!r}, not {value!r}: leave it out to continue that run, "
+                "or begin another one in a folder of its own"
             )
     return dataclasses.replace(settings, **{name: given[name] for name in _MOVABLE if name in given})

@@ -160,5 +160,5 @@ def test_a_checkpoint_of_other_images(tmp_path):
     found = start(tmp_path)
     found.save()
     found.data = found.data | {"sha256": "0"}
-    with pytest.raises(CheckpointError, match="was trained on .*digits"):
+    with pytest.raises(CheckpointError, match=r"was trained on .*digits"):
         found.resume()
