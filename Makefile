@@ -20,12 +20,12 @@ endif
 # test processes: one a core, but a GPU is not shared
 WORKERS ?= $(if $(filter cuda,$(TORCH)),0,auto)
 
-# where `make gpu` leaves its results
+# where `make gpu` and `make paper` leave their results
 OUT ?= bench/results/h200
 PIECE = --minutes 9 --out $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench gpu test test-long lint format inspect clean
+.PHONY: help demo train bench gpu paper test test-long lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -33,6 +33,9 @@ help: ## show this list
 
 demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
 	$(PY) -m demo --out out $(ARGS)
+
+train: $(READY) ## train a network: digits in half a minute; ARGS="--data DIR" for CIFAR
+	$(PY) -m models.train $(ARGS)
 
 bench: $(READY) ## the benchmark: every layer beside its peers; ARGS="layers --quick" for a first look
 	$(PY) -m bench $(ARGS)
@@ -49,6 +52,9 @@ gpu: $(READY) ## on a GPU, an hour and a half: its tests, tiles tuned, everythin
 	$(PY) -m bench choose $(OUT)
 	$(PY) -m bench report $(OUT)
 	$(PY) -m bench headline
+
+paper: $(READY) ## on a GPU: the paper's networks on DATA, into OUT, in pieces: call it again until it says no run is missing
+	$(PY) -m models.reproduce --data $(DATA) --graphs --peers --minutes 9 --out $(OUT)/paper $(ARGS)
 
 test: $(READY) ## the tests, without those marked long
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not long" $(or $(ARGS),tests)
