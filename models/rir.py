@@ -170,7 +170,7 @@ def _check_variant(inner_shortcut, outer_shortcut, shortcut, block_options):
     """The network's name in the paper. ValueError for what that network has no use for."""
     for name, value in (("inner_shortcut", inner_shortcut), ("outer_shortcut", outer_shortcut)):
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}: where it joins is the option outer_at")
+            raise ValueError(f"{name} must be True or False, got {value!r} (where an outer one joins: outer_at)")
     variant = VARIANTS[inner_shortcut, outer_shortcut]
     check_choice("shortcut", shortcut, ("pad", "projection"))
     if variant == "CNN" and shortcut != "pad":

@@ -1,4 +1,4 @@
-"""The 18-layer network: its parameter counts are the literature's, its numbers those of an implementation by others."""
+"""The four networks: their parameter counts are the literature's, their numbers those of formulas written again."""
 
 from types import SimpleNamespace
 
@@ -7,41 +7,69 @@ import torch
 import torch.nn.functional as F
 
 import rir_kernels
-from models.rir import RiR
+from models.rir import THIN, VARIANTS, RiR
 from rir_kernels import reference
 
-THIN = {"width": (16, 32, 64), "layers": reference}
+SMALL = {"width": (8, 12, 20), "depth": (1, 2, 1), "dtype": torch.float64}
+SWITCHES = {name: dict(zip(("inner_shortcut", "outer_shortcut"), key, strict=True)) for key, name in VARIANTS.items()}
+OUTER_PROJECTIONS = 48 * 96 + 96 * 192
+ONE_LAYER_A_BLOCK = sum(blocks * (9 * c**2 + 2 * c) for blocks, c in ((2, 96), (3, 192), (3, 384)))
 
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
+def scrambled(model):
+    """Norms with affine parameters and statistics that are not ones and zeros."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def built(variant, **options):
+    torch.manual_seed(0)
+    return scrambled(RiR(3, **SWITCHES[variant], **(SMALL | options)))
+
+
+@pytest.mark.parametrize("layers", [reference, rir_kernels], ids=["reference", "package"])
+@pytest.mark.parametrize("variant", SWITCHES)
+def test_parameter_count_of_the_wide_networks(layers, variant):
+    assert count(RiR(**SWITCHES[variant], layers=layers, device="meta")) == 9_469_940
+
+
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("variant", "options", "expected"),
     [
-        ({}, 9_469_940),
-        ({"outer_shortcut": "none"}, 9_469_940),  # ResNet Init
-        ({"shortcut": "none", "outer_streams": "both", "residual_fraction": 0.25}, 9_469_940),
-        ({"shortcut": "projection", "outer_shortcut": "none"}, 9_492_980),  # pytorchcv's rir_cifar10
-        ({"shortcut": "projection", "outer_shortcut": "none", "num_classes": 100}, 9_527_720),  # its rir_cifar100
-        ({"shortcut": "projection"}, 9_492_980 + 48 * 96 + 96 * 192),  # the outer ones as well
+        ("RiR", {"outer_streams": "both", "outer_at": "post_act", "residual_fraction": 0.25}, 9_469_940),
+        ("ResNet Init", {"shortcut": "projection"}, 9_492_980),  # pytorchcv's rir_cifar10
+        ("ResNet Init", {"shortcut": "projection", "num_classes": 100}, 9_527_720),  # its rir_cifar100
+        ("RiR", {"shortcut": "projection"}, 9_492_980 + OUTER_PROJECTIONS),  # the outer ones as well
+        ("ResNet", {"shortcut": "projection"}, 9_469_940 + 4 * OUTER_PROJECTIONS),  # the full width
+        ("CNN", {"head": "linear"}, 9_469_940 - 20 + 10),  # the norm's weight and bias go, a bias comes
+        ("RiR", {"layers_per_block": 1}, 9_469_940 - ONE_LAYER_A_BLOCK),
+        ("ResNet", {"layers_per_block": 3}, 9_469_940 + ONE_LAYER_A_BLOCK),
     ],
 )
 @pytest.mark.parametrize("layers", [reference, rir_kernels], ids=["reference", "package"])
-def test_parameter_count_of_the_wide_network(layers, options, expected):
-    assert count(RiR(layers=layers, device="meta", **options)) == expected
+def test_parameter_count_with_options(layers, variant, options, expected):
+    assert count(RiR(**SWITCHES[variant], layers=layers, device="meta", **options)) == expected
 
 
-def test_parameter_count_of_the_thin_network():
+@pytest.mark.parametrize("variant", SWITCHES)
+def test_parameter_count_of_the_thin_networks(variant):
     stem, head = 27 * 16 + 32, 64 * 10 + 20
     stages = [(16, 16, 4), (16, 32, 6), (32, 64, 6)]  # inputs, outputs, layers
     convs = sum(9 * (i * o + (n - 1) * o * o) + 2 * n * o for i, o, n in stages)
-    assert count(RiR(**THIN)) == stem + convs + head
+    assert count(RiR(**SWITCHES[variant], width=THIN)) == stem + convs + head
 
 
 def test_names():
-    names = list(RiR(**THIN, shortcut="projection").state_dict())
+    names = list(RiR(width=THIN, layers=reference, shortcut="projection").state_dict())
     assert names[0] == "stem.conv.weight"
     assert "stages.0.1.layers.1.conv_tr.weight" in names
     assert "stages.2.0.layers.0.projection.weight" in names
@@ -50,72 +78,98 @@ def test_names():
     assert "head.bn.bias" in names
     assert "head.conv.bias" not in names
     assert not any(name.startswith("stages.0.0.projection") for name in names)  # no shape changes there
+    names = list(built("ResNet", shortcut="projection", head="linear").state_dict())
+    assert {"stages.1.0.layers.0.conv.weight", "stages.1.0.projection.weight", "head.weight", "head.bias"} <= set(names)
 
 
-def pytorchcv_twin():
-    """A thin network of pytorchcv's in fp64, and ours with its weights."""
-    rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
-    torch.manual_seed(0)
-    theirs = rir_cifar.CIFARRiR(channels=[[8] * 4, [16] * 6, [32] * 6], init_block_channels=8, final_block_channels=64)
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-    theirs = theirs.double()
-    ours = RiR(**THIN, shortcut="projection", outer_shortcut="none", dtype=torch.float64)
-
-    def joined(first, second):
-        return {k: torch.cat([v, second[k]]) if v.dim() else v for k, v in first.items()}  # num_batches_tracked: no dim
-
-    init, final = theirs.features.init_block, theirs.output.final_conv
-    ours.stem.conv.load_state_dict(joined(init.res_conv.conv.state_dict(), init.trans_conv.conv.state_dict()))
-    ours.stem.bn.load_state_dict(joined(init.res_conv.bn.state_dict(), init.trans_conv.bn.state_dict()))
-    ours.head.conv.load_state_dict(final.conv.state_dict())
-    ours.head.bn.load_state_dict(final.bn.state_dict())
-
-    layers = [layer for stage in ours.stages for block in stage for layer in block.layers]
-    stages = (theirs.features.stage1, theirs.features.stage2, theirs.features.stage3)
-    for layer, unit in zip(layers, [unit for stage in stages for unit in stage.children()], strict=True):
-        layer.conv_rr.load_state_dict(unit.res_pass_conv.state_dict())
-        layer.conv_rt.load_state_dict(unit.res_cross_conv.state_dict())
-        layer.conv_tr.load_state_dict(unit.trans_cross_conv.state_dict())
-        layer.conv_tt.load_state_dict(unit.trans_pass_conv.state_dict())
-        layer.bn_r.load_state_dict(unit.res_postactiv.bn.state_dict())
-        layer.bn_t.load_state_dict(unit.trans_postactiv.bn.state_dict())
-        if unit.resize_identity:
-            layer.projection.load_state_dict(unit.identity_conv.state_dict())
-    return ours, theirs
+def conv_bn(state, name, x, training, stride=1, residual=0.0):
+    """A unit's convolution and norm, by its weights; the statistics stay as they are."""
+    weight = state[f"{name}.conv.weight"]
+    z = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+    statistics = (None, None) if training else (state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"])
+    return F.batch_norm(z, *statistics, state[f"{name}.bn.weight"], state[f"{name}.bn.bias"], training) + residual
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 29)])
-def test_the_network_is_pytorchcvs(size):
-    ours, theirs = pytorchcv_twin()
-    theirs.output.final_pool = torch.nn.AdaptiveAvgPool2d(1)  # theirs pools 8x8 windows: the same at 32x32 alone
-    x = torch.randn(4, 3, *size, dtype=torch.float64)
-    for mode in (True, False):  # training first, so that eval sees running statistics of a step
-        expected = theirs.train(mode)(x)
-        # fp64 through 18 norms: each may enlarge a rounding error of 1e-16 a few times; a wrong wire is above 1e-3
-        torch.testing.assert_close(ours.train(mode)(x), expected, rtol=1e-8, atol=1e-8)
+def plain_by_hand(model, x, *, shortcut, head, training):
+    """A CNN (shortcut None) or a ResNet from nothing but F.conv2d and F.batch_norm."""
+    state = model.state_dict()
+    x = F.relu(conv_bn(state, "stem", x, training))
+    for stage, blocks in enumerate(SMALL["depth"]):
+        for block in range(blocks):
+            name, stride = f"stages.{stage}.{block}", 2 if stage and not block else 1
+            residual = 0.0
+            if f"{name}.projection.weight" in state:
+                residual = F.conv2d(x, state[f"{name}.projection.weight"], stride=stride)
+            elif shortcut:
+                missing = SMALL["width"][stage] - x.shape[1]
+                residual = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, missing))
+            x = F.relu(conv_bn(state, f"{name}.layers.0", x, training, stride))
+            x = F.relu(conv_bn(state, f"{name}.layers.1", x, training, residual=residual))
+    if head == "linear":
+        return F.linear(x.mean((2, 3)), state["head.weight"], state["head.bias"])
+    return conv_bn(state, "head", x, training).mean((2, 3))
 
 
-def test_the_outer_shortcut_is_wired_by_default():
-    """Block by block from the layers: the default joins the residual stream before the last norm."""
-    torch.manual_seed(0)
-    model = RiR(**THIN, depth=(1, 1, 0), dtype=torch.float64).eval()
+@pytest.mark.parametrize("layers", [reference, rir_kernels], ids=["reference", "package"])
+@pytest.mark.parametrize("head", ["conv", "linear"])
+@pytest.mark.parametrize(("variant", "shortcut"), [("CNN", "pad"), ("ResNet", "pad"), ("ResNet", "projection")])
+def test_plain_networks_are_their_formulas(layers, variant, shortcut, head):
+    model = built(variant, shortcut=shortcut, head=head, layers=layers)
+    x = torch.randn(4, 3, 9, 11, dtype=torch.float64)
+    for training in (False, True):  # eval first: training moves the statistics
+        joins = None if variant == "CNN" else shortcut
+        expected = plain_by_hand(model, x, shortcut=joins, head=head, training=training)
+        # fp64 through 10 norms, each may enlarge a rounding error of 1e-16 a few times
+        torch.testing.assert_close(model.train(training)(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("variant", "outer"),
+    [("ResNet Init", {}), ("RiR", {}), ("RiR", {"outer_at": "post_act"}), ("RiR", {"outer_streams": "both"})],
+)
+@pytest.mark.parametrize("shortcut", ["pad", "projection"])
+def test_packed_networks_are_the_reference_ones(variant, shortcut, outer):
+    packed = built(variant, shortcut=shortcut, **outer)
+    naive = built(variant, shortcut=shortcut, layers=reference, **outer)
+    naive.stem.load_state_dict(packed.stem.state_dict())
+    naive.head.load_state_dict(packed.head.state_dict())
+    for ours, theirs in zip(packed.blocks(), naive.blocks(), strict=True):
+        theirs.load_state_dict(ours.to_reference().state_dict())
+    x = torch.randn(4, 3, 9, 11, dtype=torch.float64)
+    for training in (False, True):
+        # fp64 through 10 norms, each may enlarge a rounding error of 1e-16 a few times
+        torch.testing.assert_close(packed.train(training)(x), naive.train(training)(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["ResNet Init", "RiR"])
+def test_shortcuts_are_wired_by_default(variant):
+    """Layer by layer: the inner shortcut on every residual stream, the outer one before the block's last norm."""
+    model = built(variant, layers=reference, depth=(1, 1, 0)).eval()
     x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
     y = F.relu(model.stem.bn(model.stem.conv(x)))
-    for block, stride, pad in ((model.stages[0][0], 1, 0), (model.stages[1][0], 2, 8)):
-        r = F.pad(y[:, : y.shape[1] // 2, ::stride, ::stride], (0, 0, 0, 0, 0, pad))
-        y = block.layers[1](block.layers[0](y), outer=r)
-    y = model.head.bn(model.head.conv(y)).mean((2, 3))
+    r, t = y[:, :4], y[:, 4:]
+    for block, stride, pad in ((model.stages[0][0], 1, 0), (model.stages[1][0], 2, 2)):
+        outer = F.pad(r[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, pad))
+        for layer in block.layers:
+            inner = outer if layer is block.layers[0] else r  # both begin at the block's input
+            sum_r, sum_t = layer.conv_rr(r) + layer.conv_tr(t) + inner, layer.conv_rt(r) + layer.conv_tt(t)
+            if variant == "RiR" and layer is block.layers[-1]:
+                sum_r = sum_r + outer
+            r, t = F.relu(layer.bn_r(sum_r)), F.relu(layer.bn_t(sum_t))
+    y = model.head.bn(model.head.conv(torch.cat([r, t], dim=1))).mean((2, 3))
     # the same operations in the same order, apart from the pooling
     torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
 
 
-def test_every_parameter_learns():
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("CNN", {}), ("ResNet", {"shortcut": "projection"}), ("ResNet Init", {"shortcut": "projection"}),
+     ("RiR", {"shortcut": "projection", "outer_streams": "both"})],
+)  # fmt: skip
+def test_every_parameter_learns(variant, options):
     """One step at a small rate lowers the loss as far as the gradient promises."""
     torch.manual_seed(0)
-    model = RiR(**THIN, depth=(1, 1, 1), dtype=torch.float64, shortcut="projection", outer_streams="both")
+    model = RiR(**SWITCHES[variant], width=THIN, depth=(1, 1, 1), layers=reference, dtype=torch.float64, **options)
     x, target = torch.randn(8, 3, 9, 9, dtype=torch.float64), torch.arange(8)
     loss = F.cross_entropy(model(x), target)
     loss.backward()
@@ -131,7 +185,8 @@ def test_every_parameter_learns():
     assert gained.item() == pytest.approx(promised.item(), rel=1e-2)
 
 
-def test_impl_and_factory_reach_every_unit():
+@pytest.mark.parametrize("variant", SWITCHES)
+def test_impl_and_factory_reach_every_unit(variant):
     seen = []
 
     def recorded(cls):
@@ -142,20 +197,42 @@ def test_impl_and_factory_reach_every_unit():
         return build
 
     layers = SimpleNamespace(RiRBlock=recorded(reference.RiRBlock), ConvBNAct=recorded(reference.ConvBNAct))
-    RiR(width=(16, 32, 64), layers=layers, impl="torch", dtype=torch.float64)
-    assert seen == [(name, "torch", torch.float64) for name in ["ConvBNAct", *["RiRBlock"] * 8, "ConvBNAct"]]
+    model = RiR(**SWITCHES[variant], width=THIN, layers=layers, impl="torch", dtype=torch.float64, shortcut="pad")
+    inner = ["RiRBlock"] * 8 if SWITCHES[variant]["inner_shortcut"] else ["ConvBNAct"] * 16
+    assert seen == [(name, "torch", torch.float64) for name in ["ConvBNAct", *inner, "ConvBNAct"]]
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
     with pytest.raises(TypeError, match="impl"):
-        RiR(**THIN, impl="torch")  # the reference has no other implementations
+        RiR(**SWITCHES[variant], layers=reference, impl="torch")  # the reference has no other implementations
 
 
-def test_stem_and_head_start_from_he_normal():
+@pytest.mark.parametrize("variant", SWITCHES)
+def test_convolutions_start_from_he_normal(variant):
     torch.manual_seed(0)
-    model = RiR(layers=reference, depth=(0, 0, 0), num_classes=100)
-    for weight, fan_in in ((model.stem.conv.weight, 27), (model.head.conv.weight, 96)):
-        # the sample variance of n normals has the relative deviation sqrt(2 / n); 5 of them, and the seed is fixed
-        assert weight.var().item() == pytest.approx(2 / fan_in, rel=5 * (2 / weight.numel()) ** 0.5)
+    model = RiR(**SWITCHES[variant], width=(32, 48), depth=(1, 1), num_classes=100)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 4:
+            # the sample variance of n normals has the relative deviation sqrt(2 / n); 5 of them, and the seed is fixed
+            fan_in = weight[0].numel()
+            assert weight.var().item() == pytest.approx(2 / fan_in, rel=5 * (2 / weight.numel()) ** 0.5), name
 
 
-def test_width_and_depth_must_agree():
-    with pytest.raises(ValueError, match="one entry per stage"):
-        RiR(width=(16, 32), layers=reference)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": (16, 32)}, "one entry per stage"),
+        ({"width": (), "depth": ()}, "one entry per stage"),
+        ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ({"layers_per_block": 0}, "layers_per_block must be a positive int, got 0"),
+        ({"head": "mlp"}, "head must be one of 'conv', 'linear', got 'mlp'"),
+        ({"outer_shortcut": "none"}, "outer_shortcut must be True or False, got 'none'"),
+        ({"outer_at": "none"}, "outer_at must be one of 'pre_norm', 'post_act', got 'none'"),
+        ({"shortcut": "none"}, "shortcut must be one of 'pad', 'projection', got 'none'"),
+        ({"outer_shortcut": False, "outer_at": "pre_norm"}, "ResNet Init takes no option outer_at"),
+        ({"inner_shortcut": False, "residual_fraction": 0.5}, "ResNet takes no option residual_fraction"),
+        ({"num_layers": 2}, "RiR takes no option num_layers; .* residual_fraction, outer_at, outer_streams"),
+        (SWITCHES["CNN"] | {"shortcut": "projection"}, "a CNN has no shortcuts"),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RiR(**options)
