@@ -8,6 +8,8 @@ units). Every partial sum of a matrix product is an integer within K max|q_x| ma
 area, so that it is exact in fp32 below 2^24, in fp64 below 2^53, and in int32 below 2^31.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,9 +17,8 @@ from rir_kernels.spec import ConvBNActSpec
 
 
 def largest_sum(weight_shape, x_high: int, w_high: int) -> int:
-    """A bound of |acc| for a weight (C_out, C_in/groups, kh, kw) and codes up to these."""
-    _, channels, *kernel = weight_shape
-    return channels * kernel[0] * kernel[1] * x_high * w_high
+    """A bound of |acc| for a weight (C_out, C_in/groups, kh, kw), or a Linear's, and codes up to these."""
+    return math.prod(weight_shape[1:]) * x_high * w_high
 
 
 def accumulator_dtype(bound: int, dtype: torch.dtype) -> torch.dtype:

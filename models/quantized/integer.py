@@ -24,8 +24,8 @@ from .quantizer import Quantizer, rescale, without_autocast
 
 
 class IntegerQuantizer(nn.Module):
-    """forward(x, weight, spec) as Quantizer's, in evaluation mode alone: it holds the weight's codes itself, and takes from
-    `weight` no more than dtype and device.
+    """forward(x, weight, spec) as Quantizer's, in evaluation mode alone: it has the weight's codes itself, and takes
+    from `weight` no more than dtype and device.
 
     Buffers: codes (int8 in the weight's shape, or uint8, flat, two to a byte up to 4 bits), x_scale 0-dim, w_scale
     (C_out,).
@@ -36,7 +36,7 @@ class IntegerQuantizer(nn.Module):
         super().__init__()
         self.activation_bits, self.weight_bits = quantizer.activation_bits, quantizer.weight_bits
         self.signed = quantizer.signed
-        self.shape = tuple(weight.shape)
+        self.shape = (*weight.shape, 1, 1)[:4]  # a Linear is a 1x1 convolution
         self.largest_sum = quantizer.largest_sum(self.shape)
         wide = torch.promote_types(weight.dtype, torch.float32)
         w_scale = weight_scale(weight.to(wide), self.weight_bits)
@@ -62,7 +62,7 @@ class IntegerQuantizer(nn.Module):
 
     def weight_codes(self) -> torch.Tensor:
         """The codes of the weight (C_out, C_in/groups, kh, kw) in int8."""
-        return unpack(self.codes, self.shape) if self.weight_bits <= 4 else self.codes
+        return unpack(self.codes, self.shape) if self.weight_bits <= 4 else self.codes.view(self.shape)
 
     def extra_repr(self):
         sign = "signed" if self.signed else "unsigned"
