@@ -32,7 +32,7 @@ def test_one_stream_of_one_layer_becomes_zero(package, stream):
 
 
 def test_accuracies_are_those_of_a_network_whose_weights_are_zeroed(tmp_path):
-    """Where the norm's weight and bias are zero for some channels, these are zero: the same ablation, made otherwise."""
+    """Where a channel's norm has weight and bias 0, the channel is zero: the same ablation, made otherwise."""
     run = start(tmp_path)
     run.train()
     model = run.evaluated.eval()
