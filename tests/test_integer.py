@@ -99,6 +99,16 @@ def test_int8_product(dtype, sizes):
     assert product.dtype == torch.int32 and torch.equal(product.long(), a @ b)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (16, 9, 3), (17, 8, 8)])
+def test_int8_product_meets_what_cuda_asks_for(sizes, monkeypatch):
+    """More than 16 rows, the other sizes multiples of 8: a CPU would take anything."""
+    handed, original = [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: handed.append((*a.shape, b.shape[1])) or original(a, b))
+    m, k, n = sizes
+    exact.int8_product(torch.ones(m, k, dtype=torch.uint8), torch.ones(k, n, dtype=torch.int8))
+    assert all(rows > 16 and inner % 8 == columns % 8 == 0 for rows, inner, columns in handed) and len(handed) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tf32", ["ieee", "tf32"])
 @pytest.mark.parametrize("name", GEOMETRIES)

@@ -62,6 +62,20 @@ class Residual(nn.Module):
         return self.second(self.first(x), residual=self.projection(x))
 
 
+class Shifted(nn.Module):
+    """Numbers after a ReLU that are changed once more: by `change`, whose result is used or not."""
+
+    def __init__(self, change, use_result=True):
+        super().__init__()
+        self.change, self.use_result = change, use_result
+        self.layer = rir.RiRLayer(4, 4)
+
+    def forward(self, x):
+        x = F.relu(x)
+        changed = self.change(x)
+        return self.layer(changed if self.use_result else x)
+
+
 def block(**options):
     return rir.RiRBlock(4, 4, **options)
 
@@ -95,6 +109,11 @@ SIGNS = {
         lambda: [block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)],
         ["0.layers.0"],
     ),
+    "scaled up": (lambda: [Shifted(lambda x: 2 * x + 1 + x)], []),
+    "scaled by a negative number": (lambda: [Shifted(lambda x: x * -1.0)], ["0.layer"]),
+    "less": (lambda: [Shifted(lambda x: torch.add(x, x, alpha=-2))], ["0.layer"]),
+    "nobody knows": (lambda: [Shifted(lambda x: x - 1)], ["0.layer"]),
+    "in place": (lambda: [Shifted(lambda x: x.sub_(1), use_result=False)], ["0.layer"]),
     "by hand": (lambda: [nn.ReLU(), Residual(), Residual(None), block()], ["3.layers.0"]),
 }  # fmt: skip
 

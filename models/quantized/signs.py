@@ -65,6 +65,8 @@ def convolutions(model: nn.Module) -> list[Convolution]:
                 signed = conv.signed or (conv.module in found and found[conv.module].signed)
                 found[conv.module] = dataclasses.replace(conv, signed=signed)
         never_negative[node] = _is_never_negative(node, module, inputs)
+        if _is_in_place(node):
+            never_negative[node.args[0]] = never_negative[node]
     return list(found.values())
 
 
@@ -76,6 +78,11 @@ class _Tracer(fx.Tracer):
 def _first_input(node):
     """The node of x: a residual is never convolved."""
     return (node.args or tuple(node.kwargs.values()))[0]
+
+
+def _is_in_place(node):
+    named_so = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+    return named_so or node.target in (operator.iadd, operator.imul)
 
 
 def _of(module, signed):
