@@ -31,18 +31,18 @@ def list_models() -> list[str]:
 def create(name: str, num_classes: int = 10, **options) -> RiR:
     """The network `name` of list_models(), with new weights; `options` go to models.RiR, which documents them.
 
-    ValueError for a name that is not there, and for options that are part of the name (the switches and the width).
+    ValueError for a name that is not there, and for switches, which are part of the name. A width replaces the name's.
     """
     if name not in _NETWORKS:
         close = difflib.get_close_matches(str(name), _NETWORKS, 1)
         hint = f", did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"no network is called {name!r}{hint} There are: {', '.join(_NETWORKS)}")
-    decided = [option for option in options if option in _NETWORKS[name]]
+    decided = [option for option in options if option in ("inner_shortcut", "outer_shortcut")]
     if decided:
         raise ValueError(
             f"{', '.join(decided)} is decided by the name {name!r}: choose another name, or use models.RiR"
         )
-    return RiR(num_classes, **_NETWORKS[name], **options)
+    return RiR(num_classes, **_NETWORKS[name] | options)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ def test_a_name_is_a_variant_and_a_width(name):
     assert model.head.conv.weight.dtype == torch.float64
 
 
+def test_a_width_replaces_the_names():
+    model = models.create("rir18_thin", width=(4, 6, 8), depth=(1, 1, 1), device="meta")
+    assert [stage[0].layers[-1].bn.num_features for stage in model.stages] == [4, 6, 8]
+
+
 def test_the_default_is_ten_classes():
     assert models.create("rir18_thin", layers=reference)(torch.randn(1, 3, 8, 8)).shape == (1, 10)
 
@@ -43,7 +48,7 @@ def test_the_default_is_ten_classes():
         ("rir18wide", {}, "no network is called 'rir18wide', did you mean 'rir18_wide'.*cnn18_wide, .*rir18_thin"),
         ("vgg", {}, "no network is called 'vgg'[.;:]? .*cnn18_wide"),
         (18, {}, "no network is called 18"),
-        ("rir18_thin", {"width": (1, 2, 3), "inner_shortcut": False}, "width, inner_shortcut is decided by the name"),
+        ("rir18_thin", {"outer_shortcut": True, "inner_shortcut": False}, "outer_shortcut, inner_shortcut is decided"),
     ],
 )
 def test_what_is_refused(name, options, message):
