@@ -6,6 +6,7 @@ moment, meets the old file or the new one and never a part. Nothing is unpickled
 """
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save as serialize
 from .errors import CheckpointError
 
 FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KEY = "rir_kernels"  # of the JSON text within the header
 
 
@@ -39,7 +41,8 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], facts: dict) -> Non
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         kept = "; the checkpoint before it is kept" if path.exists() else ""
-        raise CheckpointError(f"{path} could not be written ({error.strerror or error}){kept}: make room") from error
+        advice = ": make room" if error.errno in _FULL else ""
+        raise CheckpointError(f"{path} could not be written ({error.strerror or error}){kept}{advice}") from error
 
 
 def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:

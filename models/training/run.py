@@ -36,6 +36,8 @@ class Run:
     def __init__(self, settings: Settings, images, out: str | Path, *, device="cpu", ranks: Ranks | None = None):
         self.settings, self.recipe = settings, settings.recipe
         self.out, self.device, self.ranks = Path(out), torch.device(device), ranks or Ranks()
+        if self.out.exists() and not self.out.is_dir():
+            raise SettingsError(f"{self.out} is a file, and a run needs a folder: take another --out")
         self.part = self.ranks.part(self.recipe.batch_size)
         self.steps_per_epoch = len(images.train_y) // self.recipe.batch_size
         if self.steps_per_epoch == 0:

@@ -144,6 +144,9 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             start(out, **changes)
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="file is a file, and a run needs a folder"):
+        start(tmp_path / "file")
     with pytest.raises(SettingsError, match="graphs are CUDA graphs, and this run is on cpu"):
         start(out, graphs=True).train()
     assert not out.exists()
