@@ -1,0 +1,146 @@
+"""A case is run by an implementation, by plain PyTorch, and exactly; and the three are compared.
+
+Budget of every result: twice PyTorch's error in the dtype, two roundings, and twice as far as the exact result itself
+moves when all that goes in moves within a rounding. The last is for the small calls that are drawn here: a norm of two
+or three values may enlarge a rounding a thousand times, of which PyTorch's own error shows one instance only.
+"""
+
+import torch
+
+from rir_kernels import functional, reference
+from tests.helpers import formula, make_call, output_gradient
+
+from .cases import Case
+
+MOVES = 3
+
+
+def check(case: Case, impl: str, device="cpu") -> None:
+    """AssertionError, whose last line is a command that shows it again, where `impl` is wrong or raises."""
+    try:
+        _check(case, impl, torch.device(device))
+    except Exception as error:
+        again = f"python -m tests.fuzz {impl} {device} '{case.as_text()}'"
+        raise AssertionError(f"{type(error).__name__}: {error}\nagain: {again}") from error
+
+
+def _check(case, impl, device):
+    tensors, options = build(case)
+    dtype = getattr(torch, case.dtype)
+    dy = output_gradient(tensors, options, margin=_margin(tensors, options, dtype)).to(dtype)
+
+    def exact(values):
+        return call(formula, values, options, dy.double(), case.wanted)
+
+    doubled = {name: t.double() for name, t in tensors.items()}
+    golden = exact(doubled)
+    generator = torch.Generator().manual_seed(case.seed)
+    moved = [exact({name: _nudged(t, dtype, generator) for name, t in doubled.items()}) for _ in range(MOVES)]
+    plain = call(reference.functional.conv_bn_act, tensors, options, dy, case.wanted)
+
+    there = {name: laid_out(t.to(device), _layout(case, name)) for name, t in tensors.items()}
+    before = {name: t.clone() for name, t in there.items()}
+    its_dy = laid_out(dy.to(device), case.layouts[3], True)
+    ours = call(functional.conv_bn_act, there, options | {"impl": impl}, its_dy, case.wanted)
+    for name, tensor in there.items():
+        assert torch.equal(tensor, before[name]), f"{name} was changed"
+    assert ours.keys() == golden.keys()
+    for name, expected in golden.items():
+        _compare(name, ours[name].cpu(), plain[name], expected, [m[name] for m in moved], dtype, golden)
+
+
+def _compare(name, ours, plain, exact, moved, dtype, golden):
+    assert ours.shape == exact.shape, f"{name} has the shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    error, plain_error = ((found.double() - exact).abs().max() for found in (ours, plain))
+    movement = torch.stack([(m - exact).abs().max() for m in moved]).max()
+    # the gradient of a bias that a norm takes out again is zero, and its error that of a sum like the norm's own
+    scale = golden["dbn_bias"] if name == "dbias" and "dbn_bias" in golden else exact
+    budget = 2 * plain_error + 2 * torch.finfo(dtype).eps * scale.abs().max() + 2 * movement
+    assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}, PyTorch's error {plain_error:.3e}"
+
+
+def build(case: Case):
+    """(tensors by name, options) of the call, dense and on the CPU."""
+    tensors, options = make_call(
+        channels=case.channels,
+        batch=case.batch,
+        size=case.size,
+        kernel=case.kernel,
+        residuals=case.residuals,
+        bias=case.bias,
+        affine=case.affine,
+        statistics=case.statistics,
+        dtype=getattr(torch, case.dtype),
+        norm_dtype=torch.float32 if case.fp32_norm else None,
+        seed=case.seed,
+        stride=case.stride,
+        padding=case.padding,
+        residual_at=case.residual_at,
+        branch_scale=case.branch_scale,
+        training=case.training,
+        momentum=case.momentum,
+        eps=case.eps,
+        activation=case.activation,
+    )
+    for name in tensors:
+        if _layout(case, name) == "one image":  # the same for all, so that a stride may be zero
+            tensors[name] = tensors[name][:1].expand_as(tensors[name]).contiguous()
+    return tensors, options
+
+
+def call(function, tensors, options, dy, wanted) -> dict:
+    """{name: tensor} of y, the running statistics after it and the gradients that are wanted; `tensors` as they lie."""
+    leaves = {name: t.detach() for name, t in tensors.items() if not name.startswith("running")}
+    buffers = {name: t.detach().clone() for name, t in tensors.items() if name.startswith("running")}
+    for name in wanted:
+        leaves[name].requires_grad_()
+    residual = tuple(leaves[name] for name in ("residual0", "residual1") if name in leaves)
+    rest = {name: t for name, t in leaves.items() if not name.startswith("residual")}
+    with torch.set_grad_enabled(bool(wanted)):
+        y = function(**rest, **buffers, residual=residual or None, **options)
+    results = {"y": y.detach(), **buffers}
+    if wanted:
+        gradients = torch.autograd.grad(y, [leaves[name] for name in wanted], dy.to(y.dtype))
+        results |= {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return results
+
+
+def laid_out(tensor, layout, is_gradient=False):
+    """The same values, lying otherwise."""
+    if tensor.dim() != 4 or layout == "contiguous":
+        return tensor.contiguous()
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = tensor.shape
+    if layout == "gaps":  # every other row of a wider tensor
+        found = tensor.new_zeros(n, c + 1, h, 2 * w)[:, 1:, :, ::2]
+    elif layout == "offset":
+        found = tensor.new_zeros(n * c * h * w + 1)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    elif layout == "turned":
+        found = tensor.new_zeros(w, c, n, h).permute(2, 1, 3, 0)
+    elif is_gradient:  # gradients of different images are different
+        return tensor
+    else:
+        return tensor[:1].contiguous().expand_as(tensor)
+    return found.copy_(tensor)
+
+
+def _layout(case, name):
+    places = {"x": 0, "weight": 1, "residual0": 2, "residual1": 2}
+    layout = case.layouts[places[name]] if name in places else "contiguous"
+    return "contiguous" if name == "weight" and layout == "one image" else layout
+
+
+def _margin(tensors, options, dtype):
+    """How near to zero an input of the ReLU may not be: its error, generously."""
+    inputs = {name: t.double() for name, t in tensors.items()}
+    z = call(formula, inputs, options | {"activation": None}, None, ())["y"]
+    return max(1e-9, 64 * torch.finfo(dtype).eps * (1 + z.abs().max().item()))
+
+
+def _nudged(tensor, dtype, generator):
+    """Each number times 1 + eps or 1 - eps."""
+    sign = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+    return tensor * (1 + torch.finfo(dtype).eps * sign)

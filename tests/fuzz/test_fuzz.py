@@ -1,0 +1,66 @@
+"""The operation on whatever is drawn, against fp64. A failure is made small, and ends with a command for it.
+
+HYPOTHESIS_PROFILE=long draws 2,000 calls for "torch" and 300 for "triton", other ones every time; else a few that are
+always the same.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from .cases import Case, cases
+from .judge import check
+
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": not LONG, "database": None}
+
+
+@settings(max_examples=2000 if LONG else 150, **SETTINGS)
+@given(cases("torch"))
+def test_torch(case):
+    check(case, "torch")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=300 if LONG else 20, **SETTINGS)
+@given(cases("triton"))
+def test_triton_in_the_interpreter(case):
+    check(case, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["torch", "hybrid", "triton"])
+def test_on_a_gpu(impl):
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+    @settings(max_examples=1000 if LONG else 100, **SETTINGS)
+    @given(cases("torch" if impl == "torch" else "triton"))
+    def run(case):
+        check(case, impl, "cuda")
+
+    run()
+
+
+def test_a_failure_ends_with_a_command(monkeypatch):
+    """Broken on purpose: the command at the end of the message is the call that was made."""
+    from rir_kernels import functional
+
+    right = functional.conv_bn_act
+    monkeypatch.setattr(functional, "conv_bn_act", lambda *args, **options: right(*args, **options) * 1.01)
+
+    @settings(max_examples=20, **SETTINGS)
+    @given(cases("torch"))
+    def run(case):
+        check(case, "torch")
+
+    with pytest.raises(AssertionError, match=r"y: error .*\nagain: python -m tests.fuzz torch cpu '") as failure:
+        run()
+    text = str(failure.value).split("again: python -m tests.fuzz torch cpu ")[1].strip().strip("'")
+    case = Case.from_text(text)
+    assert case.batch == 1  # made small
+    with pytest.raises(AssertionError, match=r"y: error"):
+        check(case, "torch")
+    monkeypatch.undo()
+    check(case, "torch")
