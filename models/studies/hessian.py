@@ -10,11 +10,12 @@ there says how hard the first steps are. With S_xx = E x x^T and S_yx = E target
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
+
+from bench.results import save_json
 
 BLOCKS = (1, 2, 4)
 SHORTCUT_DEPTHS = (1, 2, 3)
@@ -89,17 +90,12 @@ def write(results, folder):
     from matplotlib.figure import Figure
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        row | {"condition_number": row["condition_number"] if math.isfinite(row["condition_number"]) else None}
-        for row in results["rows"]
-    ]
-    (folder / "hessian.json").write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
+    save_json(folder / "hessian.json", results)
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for depth in SHORTCUT_DEPTHS:
-        line = [row for row in rows if row["shortcut_depth"] == depth and row["condition_number"] is not None]
+        line = [row for row in results["rows"] if row["shortcut_depth"] == depth and row["largest_entry"]]
         if line:
             axes.plot(
                 [row["blocks"] for row in line], [row["condition_number"] for row in line], "o-", label=f"n = {depth}"
