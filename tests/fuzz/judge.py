@@ -58,6 +58,8 @@ def _compare(name, ours, plain, exact, moved, dtype, golden):
     # the gradient of a bias that a norm takes out again is zero, and its error that of a sum like the norm's own
     scale = golden["dbn_bias"] if name == "dbias" and "dbn_bias" in golden else exact
     budget = 2 * plain_error + 2 * torch.finfo(dtype).eps * scale.abs().max() + 2 * movement
+    if dtype == torch.float64:  # so are the exact results: sums of up to some hundred terms of order one
+        budget += 64 * torch.finfo(dtype).eps * max(1.0, exact.abs().max().item())
     assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}, PyTorch's error {plain_error:.3e}"
 
 
