@@ -63,6 +63,8 @@ def cases(draw, impl: str) -> Case:
     channels = draw(st.tuples(*[st.one_of(st.integers(1, 8), st.sampled_from([15, 16, 17, 31, 33, 40]))] * 2))
     values = batch * out_size(size[0], kernel, stride, padding) * out_size(size[1], kernel, stride, padding)
     training = draw(st.booleans()) and values > 1  # one value has no variance: an error of its own
+    # a norm of a few values takes out nearly all of a gradient: what is left is the rounding of what went
+    has_gradients = values > 7 or not training
     residuals = draw(st.lists(st.integers(1, channels[1]), max_size=2))
     statistics = draw(st.booleans()) or not training
     bias, affine = draw(st.booleans()), draw(st.sampled_from(["both", "weight", "bias", "none"]))
@@ -89,6 +91,6 @@ def cases(draw, impl: str) -> Case:
         dtype=dtype,
         fp32_norm=dtype in ("float16", "bfloat16") and draw(st.booleans()),
         layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 4)),
-        wanted=tuple(name for name in TENSORS if name in there and draw(st.booleans())),
+        wanted=tuple(name for name in TENSORS if name in there and draw(st.booleans())) if has_gradients else (),
         seed=draw(st.integers(0, 999)),
     )
