@@ -45,7 +45,7 @@ def _check(case, impl, device):
     for name, tensor in there.items():
         assert torch.equal(tensor, before[name]), f"{name} was changed"
     assert ours.keys() == golden.keys()
-    scales = {"dbias": _terms_of_dbias(doubled, options, dy.double())} if "dbias" in golden else {}
+    scales = _term_sizes(doubled, options, dy.double()) if case.wanted else {}
     for name, expected in golden.items():
         scale = scales.get(name, expected.abs().max() if expected.numel() else None)
         _compare(name, ours[name].cpu(), plain[name], expected, [m[name] for m in moved], dtype, scale)
@@ -63,17 +63,30 @@ def _compare(name, ours, plain, exact, moved, dtype, scale):
     assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}, PyTorch's error {plain_error:.3e}"
 
 
-def _terms_of_dbias(tensors, options, dy):
-    """What the terms of the bias's gradient add up to, signs aside: the sum is zero where a norm takes the bias out."""
+def _term_sizes(tensors, options, dy):
+    """{name: size of the terms that a gradient adds up}, for what lies before the norm.
+
+    A norm takes out the bias and the length of the weight: their gradients, and what they leave in the others, are sums
+    that cancel, whose errors are those of their terms.
+
+    """
     c = tensors["weight"].shape[0]
     norm = {"running_mean": tensors["x"].new_zeros(c), "running_var": tensors["x"].new_ones(c)}
     found = tensors if not options["training"] and "running_var" in tensors else tensors | norm
     # with a momentum of 1 the running variance is the batch's, over n - 1: not smaller than what was divided by
     var = call(formula, found, options | {"momentum": 1.0}, None, ())["running_var"]
-    factor = abs(options["branch_scale"]) * (2 / (var + options["eps"])).sqrt()  # n / (n - 1) <= 2
+    factor = (2 / (var + options["eps"])).sqrt()  # n / (n - 1) <= 2
     if "bn_weight" in tensors:
         factor = factor * tensors["bn_weight"].abs()
-    return (dy.abs().sum((0, 2, 3)) * factor).max()
+    dz = dy.abs() * factor[:, None, None]
+    scaled = dz.sum((0, 2, 3)).max() * max(1.0, abs(options["branch_scale"]))
+    return {
+        "dx": scaled * tensors["weight"].abs().max(),
+        "dweight": scaled * tensors["x"].abs().max(),
+        "dbias": scaled,
+        "dresidual0": dz.max(),
+        "dresidual1": dz.max(),
+    }
 
 
 def build(case: Case):
