@@ -25,7 +25,7 @@ OUT ?= bench/results/h200
 PIECE = --minutes 9 --out $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train bench gpu paper test test-long lint format inspect clean
+.PHONY: help demo train bench gpu paper test test-long mutants lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -61,6 +61,9 @@ test: $(READY) ## the tests, without those marked long
 
 test-long: $(READY) ## all tests
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "" $(or $(ARGS),tests)
+
+mutants: $(READY) ## the kernels broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
+	$(PY) -m tests.mutants $(ARGS)
 
 lint: $(READY) ## ruff: rules and formatting
 	$(PY) -m ruff check .

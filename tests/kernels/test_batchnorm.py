@@ -208,3 +208,55 @@ def test_channel_slices_are_read_in_place_or_copied(target):
         )
         assert torch.equal(sums[0], dy.float().sum((0, 2, 3)))
         assert torch.equal(sums[1], (dy * z).float().sum((0, 2, 3)))
+
+
+@targets
+def test_programs_of_several_steps(target, monkeypatch):
+    """Small blocks of rows, three to a program, the last program's beyond the end: as for tensors a thousand times it.
+
+    The mean moves from block to block, so that merging them is most of the variance.
+    """
+    from rir_kernels.triton.config import RowsConfig
+    from rir_kernels.triton.launch import batchnorm
+
+    monkeypatch.setattr(batchnorm, "rows_config", lambda m, c: RowsConfig(4, 8, 3, 4))
+    z = rand((5, 8, 3, 3), target, seed=1) + torch.arange(5, device=target[0]).to(target[1])[:, None, None, None]
+    statistics = _statistics(z)
+    mean, var = _moments(z)
+    assert_close(statistics.mean, mean, torch.float32, terms=45, name="mean")
+    assert_close(statistics.var, var, torch.float32, terms=45, name="var")
+
+    dy, spec = rand((5, 8, 3, 3), target, seed=2), ConvBNActSpec(relu=False)
+    per_channel = {"mean": statistics.mean, "invstd": statistics.invstd, "gamma": None, "beta": None, "spec": spec}
+    sums = batchnorm.bn_reduce(dy, z, None, **per_channel)
+    xhat = (z.double() - _channels(mean)) * _channels(torch.rsqrt(var + 1e-5))
+    assert_close(sums[0], dy.double().sum((0, 2, 3)), torch.float32, terms=4 * 45, name="dbeta")
+    assert_close(sums[1], (dy.double() * xhat).sum((0, 2, 3)), torch.float32, terms=4 * 45, name="dgamma")
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0][1] == torch.float32])
+@pytest.mark.parametrize("splits", [1, 512, 1100])
+def test_sum_of_many_splits(target, splits):
+    """More than are added at a time, to the bit: integers."""
+    from rir_kernels.triton.launch import batchnorm
+
+    partial = small_integers((splits, 2, 9, 1), target, seed=1)[..., 0].contiguous()
+    for ours, which in zip(batchnorm.bn_sum(partial, 2.0), partial.unbind(1), strict=True):
+        assert torch.equal(ours, 2 * which.sum(0))
+
+
+@targets
+def test_the_relus_gradient_at_zero_and_at_a_nan(target):
+    """As torch's: none where the ReLU's input is zero, and a NaN passes it."""
+    from rir_kernels.triton.launch import batchnorm
+
+    z = torch.tensor([-1.0, 0.0, 1.0, float("nan")], device=target[0], dtype=target[1]).view(4, 1, 1, 1)
+    z = z.expand(4, 8, 1, 1).contiguous(memory_format=torch.channels_last)
+    dy, spec = torch.full_like(z, 3.0), ConvBNActSpec(post_norm=True)
+    zeros, ones = torch.zeros(8, device=target[0]), torch.ones(8, device=target[0])
+    per_channel = {"mean": zeros, "invstd": ones, "gamma": None, "beta": None, "spec": spec}
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(leaf.relu(), leaf, dy)
+    for mask in (None, z):  # told by z, and by a sum after the norm
+        dz, dres = batchnorm.bn_apply_grad(dy, z, mask, None, count=None, **per_channel, need_dres=True)
+        assert torch.equal(dz, expected) and torch.equal(dres, expected)

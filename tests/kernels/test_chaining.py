@@ -139,6 +139,15 @@ def test_strides_and_changes_of_width(target):
 
 
 @targets
+def test_a_scale_after_the_norm_is_part_of_the_sums(target):
+    """What the layer behind leaves knows nothing of it."""
+    layers = _layers(target, {}, {"kernel_size": 1})
+    options = {"residual_at": "post_norm", "branch_scale": 0.5, "impl": "triton"}
+    layers[0] = rir.ConvBNAct(8, 8, 1, **options, device=target[0], dtype=target[1])
+    _assert_as_the_long_way(layers, _chain, rand((2, 8, 4, 4), target, seed=1))
+
+
+@targets
 def test_backward_twice_and_in_parts(target):
     layers, x = _layers(target, {}, {}, {}), rand((2, 8, 4, 4), target, seed=1)
     y = [x.requires_grad_()]

@@ -105,6 +105,27 @@ def test_stages_go_first_and_then_the_cheapest_that_fits():
     assert below(min((tile for _, tile in ranked), key=needs), 1) is None
 
 
+def test_what_was_refused_is_not_tried_again():
+    from rir_kernels.triton.tile import ConvConfig
+
+    tried = []
+
+    def attempt(tile):
+        tried.append(tile.num_stages)
+        if tile.num_stages > 2:
+            raise OutOfResources(tile.num_stages, 2, "shared memory")
+        return tile
+
+    tile = ConvConfig((1, 4, 4), 64, 16, 4, num_stages=4)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="rir_kernels")
+            kept = ladder.on_the_ladder(
+                "launch", "kernel", tile, attempt, needs=lambda tile: tile.num_stages, ranked=lambda: []
+            )
+    assert kept.num_stages == 2 and tried == [4, 2, 2]
+
+
 def test_a_tile_that_was_asked_for_is_not_replaced(scarce):
     from rir_kernels.triton.config import use_tile
     from rir_kernels.triton.tile import ConvConfig

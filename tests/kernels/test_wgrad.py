@@ -118,6 +118,20 @@ def test_a_scale_and_a_second_run_bit_for_bit(target):
 
 
 @targets
+def test_many_slots_are_added_in_one_order(target, few_places):
+    """A program for each of 72 units: more slots than are added at a time, and the same bits again."""
+    from rir_kernels.triton.launch import wgrad
+
+    few_places(72)
+    x, dz = rand((2, 8, 8, 9), target, seed=1), rand((2, 8, 8, 9), target, seed=2)
+    with use_wgrad_tile(TILES["images, a step a unit"]):
+        first, second = (wgrad.conv_weight_grad(dz, x, kernel=(1, 1), spec=ConvBNActSpec()) for _ in range(2))
+    golden = torch.nn.grad.conv2d_weight(x.double(), (8, 8, 1, 1), dz.double())
+    assert torch.equal(first, second)
+    assert_close(first, golden, target[1], terms=144)
+
+
+@targets
 def test_no_images_give_zeros(target):
     from rir_kernels.triton.launch import wgrad
 

@@ -1,0 +1,8 @@
+"""The faults, each with the tests of that kernel alone which must notice it."""
+
+from .calls import CALLS
+from .convolution import CONVOLUTION
+from .norms import NORMS
+from .weight_gradient import WEIGHT_GRADIENT
+
+MUTANTS = [*CONVOLUTION, *NORMS, *WEIGHT_GRADIENT, *CALLS]

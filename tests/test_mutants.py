@@ -1,0 +1,47 @@
+"""The table of deliberate faults is sound: each changes one place of the source, and names tests that are there."""
+
+import dataclasses
+from pathlib import Path
+
+from tests.mutants.mutant import Mutant, problems
+from tests.mutants.runner import LIMIT, Outcome, verdict
+from tests.mutants.table import MUTANTS
+
+ROOT = Path(__file__).parents[1]
+SOUND = Mutant(
+    "one", "rir_kernels/chaining.py", "consumers: int = 0", "consumers: int = 1", ("tests/test_mutants.py::test_table",)
+)
+
+
+def test_table():
+    assert len(MUTANTS) >= 36
+    assert problems(MUTANTS, ROOT) == []
+
+
+def _problem(**changes):
+    (text,) = problems([dataclasses.replace(SOUND, **changes)], ROOT)
+    return text
+
+
+def test_what_is_wrong_with_a_table():
+    assert problems([SOUND], ROOT) == []
+    assert problems([SOUND, SOUND], ROOT) == ["one: two mutants of that name"]
+    assert "changes no source" in _problem(new=SOUND.old)
+    assert "is in rir_kernels/chaining.py 0 times, expected once" in _problem(old="no such text")
+    assert "times, expected once" in _problem(old="the")
+    assert "invalid syntax" in _problem(new="consumers: int = =")
+    assert _problem(file="rir_kernels/none.py").startswith("one: ")
+    assert _problem(tests=("tests/none.py",)) == "one: no file tests/none.py"
+    assert _problem(tests=("tests/test_mutants.py::test_none[x::y]",)) == "one: no test_none in tests/test_mutants.py"
+
+
+def test_what_counts_as_killed():
+    quick, slow = Outcome(0, 1.0, ""), Outcome(0, LIMIT * 0.6, "")
+    failed = Outcome(1, 1.0, "...\nFAILED tests/kernels/test_x.py::test_y[a b] - assert 1 == 2\n")
+    assert verdict(failed, quick) == ("killed", "kernels/test_x.py::test_y[a b]")
+    assert verdict(Outcome(0, 1.0, ""), quick) == ("SURVIVED", "")
+    assert verdict(Outcome(-11, 1.0, ""), quick) == ("killed", "signal 11")
+    assert verdict(Outcome(None, LIMIT, ""), quick)[0] == "killed"
+    assert verdict(Outcome(None, LIMIT, ""), slow)[0] == "error"
+    for status in (2, 3, 4, 5):  # interrupted, internal error, usage, nothing collected: no test has judged
+        assert verdict(Outcome(status, 1.0, "why"), quick)[0] == "error"
