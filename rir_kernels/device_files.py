@@ -4,10 +4,12 @@ A file is data, never code: what has not the expected form is ignored, with a wa
 a file that others than the owner of this code could have written.
 """
 
+import functools
 import json
 import os
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,19 @@ MOST_BYTES = 16 * 2**20  # a device's tiles take some hundred kilobytes
 def slug(name: str) -> str:
     """A device's name as the name of a file or folder."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def looked_up_once(function: Callable) -> Callable:
+    """functools.cache, for threads: what several ask for at a time is read, and warned of, once."""
+    cached, lock = functools.cache(function), threading.Lock()
+
+    @functools.wraps(function)
+    def look_up(*args):
+        with lock:
+            return cached(*args)
+
+    look_up.cache_clear = cached.cache_clear
+    return look_up
 
 
 def read_entries(path: Path, schema: int, field: str, parse: Callable, *, instead: str, command: str) -> dict:
@@ -45,9 +60,12 @@ def read_entries(path: Path, schema: int, field: str, parse: Callable, *, instea
 def _read(path):
     # a pipe must not block here, and what is looked at is what is read: the file may be replaced in between
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, encoding="utf-8") as file:
+    try:
         _check_origin(os.fstat(handle))
-        text = file.read(MOST_BYTES + 1)
+        with open(handle, encoding="utf-8", closefd=False) as file:
+            text = file.read(MOST_BYTES + 1)
+    finally:
+        os.close(handle)
     if len(text) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES} bytes")
     return text
