@@ -114,12 +114,16 @@ def load_all(*paths: str | Path) -> list[Results]:
 
 
 def save_json(path: str | Path, data: dict) -> Path:
+    """`save_text` of the data as JSON."""
+    return save_text(path, json.dumps(jsonable(data), indent=1) + "\n")
+
+
+def save_text(path: str | Path, text: str) -> Path:
     """Writes the file in one step: a reader, or a run that is killed, never meets half of one.
 
     Of several writers at a time the last one's file stays, whole.
     """
     path = Path(path)
-    text = json.dumps(jsonable(data), indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     # a draft of its own: two writers would mix in one
     draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
