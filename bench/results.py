@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,24 @@ def load_all(*paths: str | Path) -> list[Results]:
 
 
 def save_json(path: str | Path, data: dict) -> Path:
-    """Writes the file in one step: a reader, or a run that is killed, never meets half of one."""
+    """`save_text` of the data as JSON."""
+    return save_text(path, json.dumps(jsonable(data), indent=1) + "\n")
+
+
+def save_text(path: str | Path, text: str) -> Path:
+    """Writes the file in one step: a reader, or a run that is killed, never meets half of one.
+
+    Of several writers at a time the last one's file stays, whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(jsonable(data), indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    # a draft of its own: two writers would mix in one
+    draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 

@@ -3,10 +3,9 @@
 Elsewhere the rule of `dispatch` decides.
 """
 
-import functools
 from pathlib import Path
 
-from .device_files import read_entries, slug
+from .device_files import looked_up_once, read_entries, slug
 
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("choices")
@@ -21,7 +20,7 @@ def measured_choice(device_name: str, key: Key) -> str | None:
     return _load(FOLDER / f"{slug(device_name)}.json").get(key)
 
 
-@functools.cache
+@looked_up_once
 def _load(path) -> dict[Key, str]:
     return read_entries(
         path, SCHEMA, "choices", lambda entry: _entry(**entry),

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from . import dispatch, fused, ops
-from .layout import as_channels_last, as_rows, is_channels_last, to_format
+from .layout import as_channels_last, as_rows, is_channels_last
 from .spec import ConvBNActSpec
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
@@ -31,7 +31,7 @@ class Planned:
     spec: ConvBNActSpec
     training: bool
     save: bool  # for backward
-    channels_last: bool  # the format of input and output
+    copied: torch.Size | None  # the output's shape where x is contiguous, and the output is copied to that format
     in_place: bool  # whether the kernels can read the tensors where they are
     written: bool  # the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
@@ -114,11 +114,13 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
         torch.autograd.graph.increment_version([t for t in buffers if t is not None])
     if not planned.in_place:
         tensors = _in_channels_last(tensors)
+    # before the buffers are updated: where memory ends, nothing has changed
+    copy = planned.copied and torch.empty(planned.copied, dtype=tensors[0].dtype, device=tensors[0].device)
     if planned.save:
         y = ops.ConvBNActFunction.apply(planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors)
     else:
         (y,) = planned.plan(tensors + buffers, (momentum,))
-    return y if planned.channels_last else to_format(y, False)
+    return y if copy is None else copy.copy_(y)
 
 
 def prepare(kind, tensors, buffers, spec, training) -> None:
@@ -132,20 +134,23 @@ def prepare(kind, tensors, buffers, spec, training) -> None:
 
 def _plan(tensors, buffers, spec, training, save):
     momentum = importlib.import_module("rir_kernels.triton.launch.places").Slot(0)
+    channels_last, copied = is_channels_last(tensors[0]), None
 
     def forward(x, weight, bias, gamma, beta, *others):
+        nonlocal copied
         *residuals, running_mean, running_var, batches = others
         y, z, mean, _, invstd = fused.forward(
             x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
             training=training, save=save, impl="triton", momentum=momentum, batches=batches,
         )  # fmt: skip
+        copied = None if channels_last or not is_channels_last(y) else y.shape
         return (y, z, mean, invstd) if save else (y,)
 
     read = _in_channels_last(tensors)
     plan = _recorded(forward, read + buffers)
     in_place = all(a is b for a, b in zip(tensors, read, strict=True))
     written = training and any(t is not None for t in buffers)
-    return plan and Planned(plan, spec, training, save, is_channels_last(tensors[0]), in_place, written)
+    return plan and Planned(plan, spec, training, save, copied, in_place, written)
 
 
 def _recorded(function, tensors):

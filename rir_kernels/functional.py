@@ -190,6 +190,7 @@ def apply(
     elif kernels:
         statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
         y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
+        y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
         if training and running_mean is not None:
             count = y.shape[0] * y.shape[2] * y.shape[3]
             _update_running(running_mean, running_var, mean, var, momentum, count)
@@ -245,8 +246,9 @@ def _update_running(running_mean, running_var, mean, var, momentum, count):
         torch._foreach_mul_(running, 1 - momentum)
         torch._foreach_add_(running, batch)
     else:
-        for buffer, share in zip(running, batch, strict=True):
-            buffer.copy_(buffer.float() * (1 - momentum) + share)
+        updated = [buffer.float() * (1 - momentum) + share for buffer, share in zip(running, batch, strict=True)]
+        for buffer, value in zip(running, updated, strict=True):
+            buffer.copy_(value)
 
 
 def _autocast(x, weight, bias, residuals):

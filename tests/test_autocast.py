@@ -58,17 +58,6 @@ def test_what_is_convolved_may_differ_in_dtype(name):
     assert torch.equal(*results)
 
 
-def test_disabled_and_nested():
-    tensors, options = make_call(dtype=torch.float32, training=True)
-    plain = run(conv_bn_act, tensors, options)["y"]
-    assert torch.equal(run(call_within_autocast(enabled=False), tensors, options)["y"], plain)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(call_within_autocast(enabled=False), tensors, options)["y"], plain)
-        assert run(call_within_autocast(torch.float16), tensors, options)["y"].dtype == torch.float16
-        assert run(conv_bn_act, tensors, options)["y"].dtype == torch.bfloat16
-    assert torch.equal(run(conv_bn_act, tensors, options)["y"], plain)
-
-
 def test_fp64_is_left_alone_as_by_torch():
     tensors, options = make_call(training=True)
     expected = run(conv_bn_act, tensors, options)["y"]

@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
 from rir_kernels import dispatch
@@ -54,19 +53,6 @@ def step(module, inputs):
 def assert_close(ours, expected):
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-
-
-@pytest.mark.parametrize(("name", "inputs"), [("layer", packed), ("layer", streams), ("block", streams)])
-def test_row_37_one_graph_and_at_most_one_recompile(name, inputs):
-    module = MODULES[name]()
-    eager = copy.deepcopy(module)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
-    for batch in (4, 6, 3):
-        module.zero_grad(), eager.zero_grad()
-        x = inputs(batch)
-        assert_close(step(compiled, x), step(eager, x))
-    assert counter.frame_count <= 2  # the second with a symbolic batch
 
 
 @modules
@@ -127,24 +113,6 @@ def test_use_impl_within_the_compiled_function():
 
     x = packed()[0]
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x), **CLOSE)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("inputs", [packed, streams])
-@pytest.mark.parametrize("training", [True, False])
-def test_row_38_export(strict, inputs, training):
-    layer = rir.RiRLayer(8, 8).train(training)
-    batch = {0: torch.export.Dim("batch", min=2)}
-    program = torch.export.export(
-        layer, inputs(), dynamic_shapes={"x": batch} if inputs is packed else {"x": batch, "t": batch}, strict=strict
-    )
-    expected = copy.deepcopy(layer)
-    exported = program.module()
-    x = inputs(5)
-    for ours, theirs in zip(exported(*x), expected(*x), strict=True):
-        torch.testing.assert_close(ours, theirs, **CLOSE)
-    for name, buffer in exported.named_buffers():  # in training they were updated, the counter too
-        torch.testing.assert_close(buffer, expected.get_buffer(name), **CLOSE)
 
 
 @pytest.mark.interpreter

@@ -166,17 +166,6 @@ def test_unknown_options(option, value):
     call_refused(ValueError, f"{option} must be", f"got {value!r}", **{option: value})
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("impl", ["triton", "hybrid"])
-def test_row_60_bf16_in_the_interpreter(impl):
-    arguments = call_arguments()
-    half = {name: arguments[name].bfloat16() for name in ("x", "weight", "bias", "residual")}
-    message = f'impl="{impl}" refuses bfloat16 under TRITON_INTERPRET=1'
-    call_refused(TypeError, message, "wrong numbers", impl=impl, **half)
-    with rir.use_impl(impl):
-        call_refused(TypeError, message, **half)
-
-
 def test_kernels_refuse_fp64():
     double = {n: t.double() for n, t in call_arguments().items() if isinstance(t, torch.Tensor)}
     call_refused(

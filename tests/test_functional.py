@@ -261,10 +261,3 @@ def test_use_impl_is_per_thread():
         leave.set()
         thread.join()
     assert seen == {"other": "auto", "here": "reference"}
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_row_58_use_impl_is_undone_by_an_exception(error):
-    with pytest.raises(error), rir.use_impl("reference"):
-        raise error
-    assert dispatch._state.auto == "auto"

@@ -54,40 +54,6 @@ print(torch.cuda.is_initialized())
     assert run_python(code).split("\n") == ["[]", "[]", "False", ""]
 
 
-def test_row_42_without_triton():
-    code = (
-        BLOCK_TRITON
-        + CALL
-        + """
-assert call("auto").shape == (2, 4, 3, 3)
-assert rir.RiRLayer(4, 6)(torch.randn(2, 4, 5, 5)).shape == (2, 6, 5, 5)
-print(call("triton"))
-print(call("hybrid"))
-with rir.use_impl("triton"):
-    print(call("auto"))
-"""
-    )
-    for line, impl in zip(run_python(code, interpret="1").splitlines(), ("triton", "hybrid", "triton"), strict=True):
-        assert line.startswith(f'ImportError: impl="{impl}" needs triton >= 3.6')
-        assert "No module named 'triton'" in line and "pip install triton" in line
-
-
-def test_row_42_triton_too_old():
-    code = (
-        """
-import sys, types
-sys.modules["triton"] = types.ModuleType("triton")
-sys.modules["triton"].__version__ = "3.5.1"
-"""
-        + CALL
-        + """
-print(call("triton"))
-assert call("auto").shape == (2, 4, 3, 3)
-"""
-    )
-    assert run_python(code, interpret="1") == 'ImportError: impl="triton" needs triton >= 3.6, found 3.5.1\n'
-
-
 def test_row_01_neither_gpu_nor_interpreter():
     for line, impl in zip(
         run_python(CALL + "print(call('triton')); print(call('hybrid'))").splitlines(),

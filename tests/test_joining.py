@@ -146,36 +146,3 @@ def test_row_28_a_stream_changed_before_backward(make, changed):
             r_out.sum().backward()
     else:
         assert torch.equal(torch.autograd.grad(r_out.sum(), layer.weight)[0], expected[0])
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own use of it
-def test_row_39_function_transforms():
-    """torch.func's wrappers have no memory to compare; the numbers are those of the packed call."""
-    layer = rir.RiRLayer(2 * C, 6).double().eval()
-    batches = torch.randn(3, N, 2 * C, H, W, dtype=torch.float64)
-    parameters = dict(layer.named_parameters())
-
-    def pair(x):
-        return torch.cat(layer(*halves(x)), dim=1)
-
-    # fp64 sums of a few dozen terms, vectorized in another order
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(torch.vmap(pair)(batches), torch.vmap(layer)(batches), **close)
-    for ours, packed in zip(
-        torch.func.jvp(pair, (batches[0],), (batches[1],)),
-        torch.func.jvp(layer, (batches[0],), (batches[1],)),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, packed, **close)
-
-    def pair_loss(parameters):
-        return torch.cat(torch.func.functional_call(layer, parameters, halves(batches[0])), dim=1).sum()
-
-    def packed_loss(parameters):
-        return torch.func.functional_call(layer, parameters, (batches[0],)).sum()
-
-    ours, packed = torch.func.grad(pair_loss)(parameters), torch.func.grad(packed_loss)(parameters)
-    for name, expected in packed.items():
-        torch.testing.assert_close(ours[name], expected, **close)
-    stacked = {name: torch.stack([p, 2 * p]).detach() for name, p in parameters.items()}
-    torch.testing.assert_close(torch.vmap(pair_loss)(stacked), torch.vmap(packed_loss)(stacked), **close)

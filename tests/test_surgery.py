@@ -32,36 +32,6 @@ def assert_unchanged(model, before):
         assert identity == before[1][name][0] and torch.equal(value, before[1][name][1])
 
 
-def test_fuse_and_unfuse_leave_no_trace():
-    model = net()
-    before, y = snapshot(model), model.eval()(X)
-    model.train()
-    report = fuse_(model)
-    assert report.model is model
-    assert [(item.name, item.pattern, item.kind) for item in report.replaced] == [
-        ("stem", "P1", "Sequential"),
-        ("layers.0", "P4", "RiRLayer"),
-        ("layers.1", "P4", "RiRLayer"),
-    ]
-    assert isinstance(model.layers[0], reference.RiRLayer) and "FusedRiRLayer" in repr(model)
-    assert snapshot(model)[0] != before[0]
-    assert unfuse_(model) is model
-    assert_unchanged(model, before)
-    with fused_calls(0):
-        assert torch.equal(model.eval()(X), y)
-    assert unfuse_(model) is model  # twice is as good as once
-
-
-def test_fusing_keeps_attributes_and_parameters():
-    model = net()
-    _, state = snapshot(model)
-    attributes = [list(m.__dict__) for m in model.modules()]
-    fuse_(model)
-    assert [list(m.__dict__) for m in model.modules()] == attributes
-    for name, value in model.state_dict(keep_vars=True).items():
-        assert id(value) == state[name][0]
-
-
 def test_dry_run_reports_and_changes_nothing():
     model = net()
     before = snapshot(model)

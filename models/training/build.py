@@ -56,16 +56,28 @@ def network(description: dict, *, impl: str = "auto", device=None) -> nn.Module:
 def load(path, *, impl: str = "auto", device="cpu") -> tuple[nn.Module, dict]:
     """(the network of a checkpoint with its final or averaged weights, in eval mode, and the checkpoint's facts).
 
-    CheckpointError where the file is none, or where its tensors are not those of the network that it names.
+    CheckpointError where the file is none, or where its tensors are not those of the network that it names. That is
+    found on the meta device: a file that somebody made up takes no memory beyond its own.
     """
-    tensors, facts = checkpoint.load(path)
+    outline, facts = checkpoint.load_outline(path)
+    part = "average" if any(name.startswith("average.") for name in outline) else "model"
+    expected = section(outline, part)
     try:
-        model = network(facts["model"], impl=impl, device=device)
-    except (KeyError, SettingsError) as error:
+        _check_layers(facts["model"]["options"], len(expected))
+        skeleton = network(facts["model"], impl=impl, device="meta")
+    except Exception as error:  # what stands in it may be anything
         raise CheckpointError(f"{path}: no network can be built from what stands in it ({error})") from error
-    part = "average" if any(name.startswith("average.") for name in tensors) else "model"
-    restore(path, model, section(tensors, part))
+    checkpoint.check_fits(path, skeleton.state_dict(), expected)
+    model = network(facts["model"], impl=impl, device=device)
+    model.load_state_dict(section(checkpoint.load(path, part + ".")[0], part))
     return model.eval(), facts
+
+
+def _check_layers(options, tensors):
+    """ValueError for more layers than a file of so many tensors can have: each would become a module."""
+    layers = sum(options.get("depth", ())) * options.get("layers_per_block", 1)
+    if layers > tensors:
+        raise ValueError(f"{layers} layers, and {tensors} tensors")
 
 
 def _quantized(model, bits):
@@ -103,12 +115,6 @@ def integer(path, model: nn.Module) -> nn.Module:
         return to_integers(model)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def restore(path, model: nn.Module, found: dict[str, torch.Tensor]) -> None:
-    """Loads a state_dict, all of it or (CheckpointError) nothing."""
-    checkpoint.check_fits(path, model.state_dict(), found)
-    model.load_state_dict(found)
 
 
 def section(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:

@@ -20,6 +20,11 @@ from .errors import CheckpointError
 FORMAT = 1
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KEY = "rir_kernels"  # of the JSON text within the header
+# safetensors' names of what a run holds
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def save(path: str | Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
@@ -45,15 +50,30 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], facts: dict) -> Non
         raise CheckpointError(f"{path} could not be written ({error.strerror or error}){kept}{advice}") from error
 
 
-def load(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, on the CPU, and facts) as they were handed to `save`. CheckpointError for anything but such a file."""
+def load(path: str | Path, part: str = "") -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, on the CPU, and facts) as they were handed to `save`. CheckpointError for anything but such a file.
+
+    part: only the tensors whose names begin with it are read.
+    """
     with _opened(path) as file:
         facts = _facts(path, file.metadata())
-        return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (it is no mapping)
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(part)}, facts  # noqa: SIM118
+
+
+def load_outline(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Of `load`, without reading the tensors: on the meta device they have names, shapes and dtypes alone."""
+    with _opened(path) as file:
+        facts, outline = _facts(path, file.metadata()), {}
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{path}: {name} is of type {tensor.get_dtype()}, which no network here has")
+            outline[name] = torch.empty(tensor.get_shape(), dtype=_DTYPES[tensor.get_dtype()], device="meta")
+        return outline, facts
 
 
 def load_facts(path: str | Path) -> dict:
-    """Of `load`, without reading the tensors."""
+    """Of `load`, without looking at the tensors."""
     with _opened(path) as file:
         return _facts(path, file.metadata())
 
@@ -65,7 +85,7 @@ def _opened(path):
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, of a file too large to be mapped
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
@@ -73,7 +93,7 @@ def _facts(path, metadata):
     try:
         facts = json.loads((metadata or {})[_KEY])
         found = facts["format"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: a safetensors file, but not one that `python -m models.train` wrote") from error
     if found != FORMAT:
         raise CheckpointError(f"{path}: of format {found}, and this version reads format {FORMAT}")

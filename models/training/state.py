@@ -39,13 +39,14 @@ def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
 
 def restore(run, path) -> None:
     """Makes a new Run what the checkpoint at `path` was; CheckpointError, with nothing changed, where it cannot be."""
-    tensors, facts = checkpoint.load(path)
+    outline, facts = checkpoint.load_outline(path)
     if facts.get("data") != run.data:
         raise CheckpointError(f"{path} was trained on {facts.get('data')}, and these images are {run.data}")
     weights = {"model": run.model} | ({} if run.average is None else {"average": run.average.model})
     for part, model in weights.items():
-        checkpoint.check_fits(path, model.state_dict(), build.section(tensors, part))
-    checkpoint.check_fits(path, run.counted, build.section(tensors, "counted"))
+        checkpoint.check_fits(path, model.state_dict(), build.section(outline, part))
+    checkpoint.check_fits(path, run.counted, build.section(outline, "counted"))
+    tensors, _ = checkpoint.load(path)
     groups = [{**group, "params": list(group["params"])} for group in facts["groups"]]
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     state = _optimizer_state(path, parameters, build.section(tensors, "optimizer"))

@@ -3,10 +3,9 @@
 Only tiles that fit the GPU are taken, and a tile serves the very problem that it was measured on.
 """
 
-import functools
 from pathlib import Path
 
-from rir_kernels.device_files import read_entries, slug
+from rir_kernels.device_files import looked_up_once, read_entries, slug
 from rir_kernels.triton import cost, wgrad_cost
 from rir_kernels.triton.cost import Problem, stage_bytes
 from rir_kernels.triton.gpus import Gpu
@@ -31,7 +30,7 @@ def _measured(field, parse, problem, gpu):
     return _load(FOLDER / f"{slug(gpu.name)}.json", field, parse, gpu).get(problem) if gpu.name else None
 
 
-@functools.cache
+@looked_up_once
 def _load(path, field, parse, gpu):
     return read_entries(
         path, SCHEMA, field, lambda entry: parse(entry, gpu),

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
-from tests.citizen.networks import BLOCKS, BasicBlock, images, resnet_twins, twins
+from tests.citizen.networks import BLOCKS, BasicBlock, twins
 from tests.surgery_helpers import CLOSE, ShiftedNorm, fused_calls, randn, settle, step
 
 
@@ -52,22 +52,6 @@ def assert_same_step(compiled, original, x):
     found, expected = step(compiled, x), step(original, x)
     for (name, value), ours in zip(expected.items(), found.values(), strict=True):
         torch.testing.assert_close(ours, value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_row_37_one_graph_and_at_most_one_recompile(training):
-    twin = resnet_twins() if training else copy.deepcopy(_block_twins())
-    fused, original = (model.train(training) for model in twin)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fused, fullgraph=True, backend=counter)
-    for batch in (4, 6, 3):
-        if training:
-            assert_same_step(compiled, original, images(batch))
-            continue
-        x = randn(batch, 4, 8, 8)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), original(x), **CLOSE)
-    assert counter.frame_count <= 2  # the second with a symbolic batch
 
 
 def test_a_batch_that_is_marked_dynamic_compiles_once():

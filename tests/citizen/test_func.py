@@ -106,15 +106,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
-@pytest.mark.parametrize("impl", ["triton", "hybrid"])
-@pytest.mark.interpreter
-def test_row_39_the_kernels_refuse_transforms(impl, kind):
-    unit = rir.ConvBNAct(3, 4, 3, impl=impl).eval()
-    with pytest.raises(NotImplementedError, match=r"no rules for the transforms of torch\.func"):
-        TRANSFORMS[kind](unit, images(dtype=torch.float32))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_auto_leaves_transforms_to_torch(kind):

@@ -60,21 +60,6 @@ def test_only_modules():
         pass
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_a_cumulative_average_cannot_be_captured(impl, monkeypatch):
-    unit = rir.ConvBNAct(3, 4, 3, momentum=None, impl=impl)
-    unit(images(dtype=torch.float32))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    before = state(unit)
-    with pytest.raises(RuntimeError, match="momentum=None reads the number of batches on the host"):
-        unit(images(dtype=torch.float32))
-    assert_unchanged(unit, before)
-    unit.eval()(images(dtype=torch.float32))  # where nothing is read
-    unit.bn.momentum = 0.1
-    unit.train()(images(dtype=torch.float32))
-
-
 def on_gpu(impl):
     """A fused model and a twin that runs eagerly, in fp32."""
     model = resnet().float().cuda()
@@ -105,36 +90,6 @@ def test_replays_train_as_eager_calls_do(impl):
         torch.testing.assert_close(ours.grad, expected.grad, **CLOSE)
     for (name, ours), expected in zip(graphed.named_buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(ours, expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.gpu
-@gpu_impls
-@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
-def test_capture_by_hand(impl, warm):
-    """Cold: kernels are compiled and loaded during the capture, which only our own can be: cuDNN's plans cannot."""
-    if impl == "hybrid" and not warm:
-        pytest.skip("the vendor's library makes its handle and its plan outside of captures")
-    unit = rir.ConvBNAct(3, 24 if warm else 40, 3, impl=impl, device="cuda")  # a width of its own is not compiled yet
-    eager, x = copy.deepcopy(unit), images().float().cuda()
-    before = state(unit)
-    with rir.preserved_statistics(unit), torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3 * warm):
-                unit(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = unit(x)
-    assert_unchanged(unit, before)
-    for seed in (1, 2):
-        x.copy_(images(seed=seed))
-        graph.replay()
-        with torch.no_grad():
-            torch.testing.assert_close(y, eager(x.clone()), **CLOSE)
-    for ours, expected in zip(unit.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(ours, expected, **CLOSE)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import nn
 import rir_kernels as rir
 from tests.citizen.networks import BLOCKS, OPERATIONS, ResNet, images, resnet, resnet_twins
 from tests.helpers import assert_within_budget
-from tests.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
+from tests.surgery_helpers import assert_same, fused_calls, randn, settle
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
@@ -97,33 +97,6 @@ def test_copies_are_equal_and_independent(kind):
     assert_same(fused, original, images(), calls=OPERATIONS)
 
 
-def test_a_shallow_copy_shares_the_weights():
-    fused, _ = resnet_twins()
-    twin = copy.copy(fused)
-    assert twin.conv1 is fused.conv1 and torch.equal(twin.eval()(images()), fused.eval()(images()))
-    rir.unfuse_(twin)
-    assert type(twin) is ResNet and type(fused) is not ResNet
-
-
-def _outputs(rank, model, x, results):
-    results.put((rank, [type(m).__name__ for m in model.modules()], model(x).tolist()))
-
-
-def test_a_spawned_process_gets_the_fused_model():
-    fused, _ = resnet_twins()
-    x = images()
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_outputs, args=(7, fused.eval().requires_grad_(False), x, results))
-    process.start()
-    rank, classes, y = results.get(timeout=120)
-    process.join(60)
-    assert process.exitcode == 0 and rank == 7
-    assert classes == [type(m).__name__ for m in fused.modules()]
-    # another process may sum in another order, of other threads: outputs of order one to ten
-    torch.testing.assert_close(torch.tensor(y, dtype=x.dtype), fused(x), **CLOSE)
-
-
 @pytest.mark.parametrize("assign", [False, True])
 def test_checkpoints_go_both_ways(assign):
     fused, original = resnet_twins()
@@ -134,38 +107,6 @@ def test_checkpoints_go_both_ways(assign):
     assert_same(fused, other, images(), calls=OPERATIONS)
     original.load_state_dict(copy.deepcopy(fused.state_dict()), assign=assign)
     assert_same(fused, original, images(), calls=OPERATIONS)
-
-
-def test_checkpoints_that_do_not_fit():
-    """Same errors, same lists of keys as without fuse_."""
-    state = resnet().state_dict()
-    state["extra"] = state.pop("layer1.0.conv1.weight")
-    errors = []
-    for model in resnet_twins():
-        with pytest.raises(RuntimeError, match=r"Missing key.*conv1") as error:
-            model.load_state_dict(state)
-        errors.append(str(error.value).partition("\n")[2])
-        assert model.load_state_dict(state, strict=False) == (["layer1.0.conv1.weight"], ["extra"])
-        with pytest.raises(RuntimeError, match=r"size mismatch for conv1\.weight"):
-            model.load_state_dict({"conv1.weight": torch.zeros(1, 3, 3, 3)}, strict=False)
-    assert errors[0] == errors[1]
-
-
-@pytest.mark.parametrize("name", ["resnet", "RiRBlock", "ConvBNAct"])
-def test_checkpoints_from_before_batches_were_counted(name):
-    """nn.BatchNorm2d knows them by the version in the metadata, or by its absence; the counters stay as they are."""
-    model = resnet_twins()[0] if name == "resnet" else settle(BLOCKS[name]())
-    current = copy.deepcopy(model.state_dict())
-    old = type(current)((key, value) for key, value in current.items() if not key.endswith("tracked"))
-    old._metadata = current._metadata
-    with pytest.raises(RuntimeError, match="num_batches_tracked"):
-        model.load_state_dict(old)  # with today's metadata
-    aged = {path: versions | {"version": 1} for path, versions in current._metadata.items()}
-    for metadata in (aged, None):
-        old._metadata = metadata
-        assert model.load_state_dict(old) == ([], [])
-        for key, value in current.items():
-            assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_safetensors(tmp_path):

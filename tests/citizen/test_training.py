@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
-from tests.citizen.networks import BLOCKS, OPERATIONS, BasicBlock, Bottleneck, images, resnet, resnet_twins
+from tests.citizen.networks import BLOCKS, OPERATIONS, BasicBlock, Bottleneck, images, resnet_twins
 from tests.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
 
 STEPS = 20
@@ -124,22 +124,6 @@ def regions():
     return fused, model
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_row_55_checkpointing_counts_twice_as_nn_does(use_reentrant):
-    """Forward runs again in backward and sees the batch again: gradients are those without, statistics move twice."""
-    (fused, nns), (plain, _), x = regions(), regions(), randn(2, 4, 6, 6)
-    with set_checkpoint_early_stop(False):
-        found, theirs = (checkpointed_step(model, x, use_reentrant=use_reentrant) for model in (fused, nns))
-    leaf = x.clone().requires_grad_()
-    y = plain(leaf)
-    y.square().sum().backward()
-    torch.testing.assert_close(found, [leaf.grad, *(p.grad for p in plain.parameters())], **CLOSE)
-    torch.testing.assert_close(found, theirs, **CLOSE)
-    plain(x)  # the second time
-    assert_close_state(fused, plain, **CLOSE)
-    assert_close_state(fused, nns, **CLOSE)
-
-
 def test_checkpointing_that_stops_early():
     """The second forward ends with the last tensor that backward needs: what ends a region counts once."""
     fused, _ = regions()
@@ -163,16 +147,3 @@ def test_statistics_made_anew_for_an_average():
     for model in models:
         torch.optim.swa_utils.update_bn([images(seed=i) for i in range(3)], model)
     assert_close_state(*models, **CLOSE)
-
-
-def test_an_optimizer_made_before_fusing():
-    fused, original = resnet(), resnet()
-    optimizers = [torch.optim.AdamW(model.parameters(), 1e-3) for model in (fused, original)]
-    rir.fuse_(fused)
-    for model, optimizer in zip((fused, original), optimizers, strict=True):
-        for i in range(3):
-            optimizer.zero_grad()
-            model(images(seed=i)).square().sum().backward()
-            optimizer.step()
-    # where a gradient is next to nothing Adam divides rounding by rounding: by eps at least, 1e-16 / 1e-8 of a step
-    assert_close_state(fused, original, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Synchronized norms at the edges: extreme numbers, single values, groups of ranks, mistakes on one of them."""
+"""Synchronized norms at the edges: extreme numbers, single values, nothing at all."""
 
 import copy
 
@@ -12,13 +12,12 @@ from rir_kernels import dispatch
 from tests.distributed.ranks import (
     assert_same,
     counted_gathers,
-    norms,
     of_all_ranks,
     one_step,
     settled,
     whole_of,
 )
-from tests.distributed.test_sync_parts import CLOSE, _fused, _sequential
+from tests.distributed.test_sync_parts import CLOSE
 
 pytestmark = pytest.mark.xdist_group("distributed")  # processes of their own: not in two workers at once
 
@@ -152,97 +151,3 @@ def test_compiled_with_a_graph_break(odds):
 
 def test_copies_share_the_group(odds):
     assert all(rank["copy shares the group"] for rank in odds)
-
-
-def _in_groups():
-    """Ranks 0 and 1 are a group, and 2 and 3; then 0 to 2, and 3 is left out."""
-    rank = dist.get_rank()
-    mine = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
-    three = dist.new_group([0, 1, 2])
-    x = torch.randn(rank + 1, 4, 5, 5, generator=torch.Generator().manual_seed(rank)).double()
-    layer = rir.convert_sync_batchnorm(settled(rir.RiRLayer(4, 6)), mine)
-    pairs = one_step(layer, [x], 1)
-    layer.zero_grad()
-    triple = one_step(rir.convert_sync_batchnorm(layer, three), [x], 1)
-    return x, pairs, triple
-
-
-groups = of_all_ranks(4, _in_groups)
-
-
-def test_groups_of_ranks(groups):
-    x, pairs, triples = zip(*groups, strict=True)
-    layers = {}
-    for members in ([0, 1], [2, 3]):
-        layer = settled(rir.RiRLayer(4, 6))
-        found = whole_of([pairs[rank] for rank in members])
-        assert_same(found, one_step(layer, [torch.cat([x[rank] for rank in members])], 1), **CLOSE[torch.float64])
-        layer.zero_grad()
-        layers |= dict.fromkeys(members, layer)
-    for members in ([0, 1, 2], [3]):
-        layer = copy.deepcopy(layers[members[0]])
-        expected = one_step(layer, [torch.cat([x[rank] for rank in members])], 1)
-        results = [triples[rank] for rank in members]
-        # the norms came with the statistics of other groups
-        for result in [*results, expected]:
-            for name in ("bn.running_mean", "bn.running_var"):
-                del result[name]
-        assert_same(whole_of(results), expected, **CLOSE[torch.float64])
-
-
-def _faults():
-    """{what was wrong on rank 1: (the error, the result of the good call after it)}"""
-    rank = dist.get_rank()
-    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(rank)).double()
-    bad_inputs = {
-        "channels": (x[:, :3], ValueError),
-        "dtype": (x.float(), TypeError),
-        "dimensions": (x[0], ValueError),
-        "type": (x.tolist(), TypeError),
-    }
-    bad_norms = {
-        "eps": ({"eps": -1.0}, ValueError),
-        "momentum": ({"momentum": "0.1"}, TypeError),
-        "one buffer": ({"running_var": None}, ValueError),
-    }
-    results = {}
-    for make in (lambda: nn.BatchNorm2d(4), lambda: rir.ConvBNAct(4, 4, 3), lambda: _fused(_sequential())):
-        kind = type(make()).__name__
-        for fault, (bad, error) in bad_inputs.items():
-            model = rir.convert_sync_batchnorm(settled(make()))
-            if rank == 1:
-                with pytest.raises(error):
-                    model(bad)
-            results[kind, fault] = one_step(model, [x], 1)
-        for fault, (attributes, error) in bad_norms.items():
-            model = rir.convert_sync_batchnorm(settled(make()))
-            (norm,) = norms(model)
-            good = {name: getattr(norm, name) for name in attributes}
-            if rank == 1:
-                for name, value in attributes.items():
-                    setattr(norm, name, value)
-                with pytest.raises(error):
-                    model(x)
-                for name, value in good.items():
-                    setattr(norm, name, value)
-            results[kind, fault] = one_step(model, [x], 1)
-    return results
-
-
-faults = of_all_ranks(2, _faults)
-
-
-def test_a_mistake_on_one_rank_is_found_before_anything_is_exchanged(faults):
-    x = torch.cat(
-        [torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
-    ).double()
-    made = {
-        "BatchNorm2d": nn.BatchNorm2d(4),
-        "ConvBNAct": rir.ConvBNAct(4, 4, 3),
-        "FusedSequential": _fused(_sequential()),
-    }
-    expected = {kind: one_step(settled(model), [x], 1) for kind, model in made.items()}
-    assert len(faults[0]) == 21
-    for kind, fault in faults[0]:
-        # whatever the failed call had sent would have met the good one's
-        assert_same(whole_of([rank[kind, fault] for rank in faults]), expected[kind], **CLOSE[torch.float64])

@@ -1,7 +1,5 @@
 """A GPU that has too little for a tile gets a smaller one: the same numbers, one warning, and no second try."""
 
-import warnings
-
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
@@ -53,31 +51,6 @@ def _results(target, stride):
     dz = small_integers(z.shape, target, seed=3)
     dx, _ = conv.conv_data_grad(dz, weight, shape=tuple(x.shape), spec=spec)
     return z, dx, wgrad.conv_weight_grad(dz, x, kernel=(3, 3), spec=spec)
-
-
-@pytest.mark.parametrize("stride", [2, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("target", TARGETS[:1] + TARGETS[2:3])
-def test_a_smaller_tile_gives_the_same_and_is_kept(target, stride, scarce):
-    from rir_kernels.triton.launch import runtime
-
-    with pytest.warns(RuntimeWarning, match=r"needs \d+ of shared memory, and this GPU has 24576") as warned:
-        ours = _results(target, stride)
-    assert len([warning for warning in warned if "rir_kernels" in str(warning.message)]) == 1
-    names = {name for name, _, _ in scarce}
-    refused = {name for name, _, ran in scarce if not ran}
-    assert refused == names and len(names) == 2 + (stride == 2)  # every kernel met the ladder
-
-    steps = scarce.copy()
-    scarce.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="rir_kernels")
-        again = _results(target, stride)
-    assert scarce == [step for step in steps if step[2]]  # what was refused is not tried again
-    with runtime.intercepted(lambda kernel, programs, *args, **options: kernel[(programs,)](*args, **options)):
-        ladder._kept.clear()
-        plenty = _results(target, stride)
-    for one, other, golden in zip(ours, again, plenty, strict=True):
-        assert torch.equal(one, other) and torch.equal(one, golden)
 
 
 def test_stages_go_first_and_then_the_cheapest_that_fits():

@@ -98,16 +98,6 @@ def test_same_bits_in_both_memory_formats_and_output_in_the_inputs(impl, target)
 
 
 @targets
-def test_bit_identical_from_run_to_run(target):
-    tensors, options, dy = _call(CASES["P4 stride 2, two residuals"], target, True)
-    first = run(_fused("triton"), tensors, options, dy)
-    for _ in range(1 if target[0].type == "cpu" else 250):  # programs run one after the other in the interpreter
-        again = run(_fused("triton"), tensors, options, dy)
-        for name, tensor in first.items():
-            assert torch.equal(tensor, again[name]), name
-
-
-@targets
 @impls
 def test_only_what_is_asked_for(target, impl, monkeypatch):
     """Frozen tensors get None, and the kernels behind their gradients do not run."""

@@ -1,0 +1,100 @@
+"""The table of bad inputs and faults, docs/faults.md, from docs/faults.json and the tests named after its rows.
+
+    python -m bench.faults --out docs                                              # write the page again
+    python -m bench.faults --out docs --junit FILE --where "CPU, interpreter"      # and note where a run has seen them
+
+A test of row 7 is called test_row_07_<what>. FILE is what pytest --junitxml wrote; of each place the newest run stays.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .results import save_text
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = re.compile(r"test_row_(\d\d)_\w+")
+INTRODUCTION = """\
+# Bad inputs and faults
+
+What is done about them, and the tests that show it, written by `python -m bench.faults --out docs`; "seen" is how many
+of a row's tests passed in a recorded run, parametrized ones counted one by one: those that need what a place has not
+are skipped there.
+"""
+
+
+def tests_by_row(folder: Path) -> dict[int, list[tuple[str, str]]]:
+    """{row: [(file, test)]} of all tests named test_row_NN_... below the folder, read and not imported."""
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (name := NAME.fullmatch(node.name)):
+                found[int(name[1])].append((path.relative_to(folder.parent).as_posix(), node.name))
+    return dict(found)
+
+
+def outcomes(junit: Path) -> tuple[str, dict[int, dict[str, int]]]:
+    """(the day of the run, {row: {"passed": n, "skipped": n, "failed": n}}) of a JUnit file."""
+    root = ElementTree.parse(junit).getroot()
+    suite = root if root.tag == "testsuite" else root.find("testsuite")
+    counts = defaultdict(lambda: {"passed": 0, "skipped": 0, "failed": 0})
+    for case in suite.iter("testcase"):
+        if name := NAME.match(case.get("name", "")):
+            failed = case.find("failure") is not None or case.find("error") is not None
+            outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
+            counts[int(name[1])][outcome] += 1
+    return suite.get("timestamp", "")[:10], dict(counts)
+
+
+def note(rows: list[dict], junit: Path, where: str, versions: dict[str, str]) -> None:
+    """Writes into the rows what the run has seen of them; a row that it had no test of keeps what it has."""
+    day, counts = outcomes(junit)
+    for row in rows:
+        if row["row"] in counts:
+            seen = {place["where"]: place for place in row.get("seen", [])}
+            seen[where] = {"where": where, "day": day, **versions, **counts[row["row"]]}
+            row["seen"] = [seen[place] for place in sorted(seen)]
+
+
+def page(rows: list[dict], tests: dict[int, list[tuple[str, str]]]) -> str:
+    """docs/faults.md."""
+    lines = [INTRODUCTION, "| row | fault | behaviour | tests | last seen |", "|---|---|---|---|---|"]
+    for row in rows:
+        found = "<br>".join(f"[{name}](../{path})" for path, name in tests.get(row["row"], ()))
+        seen = "<br>".join(map(_seen, row.get("seen", ())))
+        lines.append(f"| {row['row']} | {row['fault']} | {row['behaviour']} | {found or 'none'} | {seen} |")
+    return "\n".join(lines) + "\n"
+
+
+def _seen(place):
+    counts = ", ".join(f"{place[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed") if place[outcome])
+    return f"{place['where']}, {place['day']}, torch {place['torch']}, triton {place['triton']}: {counts}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.faults", description="The table of bad inputs and faults.")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR", help="of faults.json and faults.md")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="what a run of pytest wrote with --junitxml")
+    parser.add_argument("--where", metavar="TEXT", help='where it ran, as "CPU, interpreter"')
+    options = parser.parse_args(arguments)
+    if (options.junit is None) != (options.where is None):
+        parser.error("--junit and --where go together")
+    data = options.out / "faults.json"
+    rows = json.loads(data.read_text(encoding="utf-8"))
+    if options.junit is not None:
+        from .provenance import versions
+
+        found = versions()
+        note(rows, options.junit, options.where, {name: found[name] for name in ("torch", "triton")})
+        save_text(data, json.dumps(rows, indent=1) + "\n")
+    save_text(options.out / "faults.md", page(rows, tests_by_row(ROOT / "tests")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
