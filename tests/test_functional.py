@@ -121,28 +121,6 @@ def test_without_statistics_training_uses_the_batchs(impl):
     torch.testing.assert_close(ours["y"], run(formula, tensors, options)["y"], **CLOSE)
 
 
-@modes
-def test_auto_on_a_cpu_is_torch(training):
-    tensors, options = make_call(dtype=torch.float32, training=training, residuals=(4,), padding=1)
-    dy = output_gradient(tensors, options)
-    auto, named = (run(functools.partial(conv_bn_act, impl=i), tensors, options, dy) for i in ("auto", "torch"))
-    for name, expected in named.items():
-        assert torch.equal(auto[name], expected), name
-
-
-@impls
-@modes
-def test_row_10_an_empty_batch_is_torchs(impl, training):
-    tensors, options = make_call(batch=0, residuals=(2,), bias=True, training=training)
-    ours = run(functools.partial(conv_bn_act, impl=impl), tensors, options, dy=torch.zeros(0, 6, 5, 4))
-    assert ours["y"].shape == (0, 6, 5, 4)
-    for name in ("running_mean", "running_var"):
-        assert torch.equal(ours[name], tensors[name])
-    for name, tensor in tensors.items():
-        if not name.startswith("running"):
-            assert torch.equal(ours[f"d{name}"], torch.zeros_like(tensor)), name
-
-
 @pytest.mark.parametrize("impl", [*IMPLS, pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_a_residual_without_channels_adds_nothing(impl):
     tensors, options = make_call(training=True, dtype=torch.float32)

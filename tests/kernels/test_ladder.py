@@ -1,5 +1,7 @@
 """A GPU that has too little for a tile gets a smaller one: the same numbers, one warning, and no second try."""
 
+import warnings
+
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
