@@ -1,10 +1,15 @@
 """The table of deliberate faults is sound: each changes one place of the source, and names tests that are there."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 from tests.mutants.mutant import Mutant, problems
-from tests.mutants.runner import LIMIT, Outcome, verdict
+from tests.mutants.runner import LIMIT, OUT_OF_TIME, Outcome, verdict
 from tests.mutants.table import MUTANTS
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +41,23 @@ def test_what_is_wrong_with_a_table():
 
 
 def test_what_counts_as_killed():
-    quick, slow = Outcome(0, 1.0, ""), Outcome(0, LIMIT * 0.6, "")
+    passed = Outcome(0, 1.0, "")
     failed = Outcome(1, 1.0, "...\nFAILED tests/kernels/test_x.py::test_y[a b] - assert 1 == 2\n")
-    assert verdict(failed, quick) == ("killed", "kernels/test_x.py::test_y[a b]")
-    assert verdict(Outcome(0, 1.0, ""), quick) == ("SURVIVED", "")
-    assert verdict(Outcome(-11, 1.0, ""), quick) == ("killed", "signal 11")
-    assert verdict(Outcome(None, LIMIT, ""), quick)[0] == "killed"
-    assert verdict(Outcome(None, LIMIT, ""), slow)[0] == "error"
+    assert verdict(failed) == ("killed", "kernels/test_x.py::test_y[a b]")
+    assert verdict(passed) == ("SURVIVED", "")
+    assert verdict(Outcome(-signal.SIGSEGV, 1.0, "")) == ("killed", "SIGSEGV")
+    for out_of_time in OUT_OF_TIME:
+        late = Outcome(out_of_time, LIMIT, "")
+        assert verdict(late, passed) == ("killed", "out of time")
+        assert verdict(late, late)[0] == "error"
     for status in (2, 3, 4, 5):  # interrupted, internal error, usage, nothing collected: no test has judged
-        assert verdict(Outcome(status, 1.0, "why"), quick)[0] == "error"
+        assert verdict(Outcome(status, 1.0, "why"))[0] == "error"
+
+
+@pytest.mark.long
+def test_a_run_sees_the_fault_and_a_run_without_it_does_not():
+    """In a process of its own, as the command has it: it forks, and has imported nothing of the checkout."""
+    command = [sys.executable, "-m", "tests.mutants", "--only", "joined streams: gradients swapped"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "killed 1 of 1"

@@ -37,7 +37,7 @@ INFERENCE = tuple(
     for dtype in ("float32", "float16")
 )
 UPSTREAM = _kernels("upstream", "test_integers_bit_for_bit", "one box-odd sides")
-POINTERS = _kernels("boxes", "test_pointers_read_what_descriptors_do", "stride", "odd")
+POINTERS = _kernels("boxes", "test_pointers_read_what_descriptors_do", "stride")
 BOUNDS = ("tests/kernels/test_bounds.py::test_a_convolution_writes_nothing_beyond",)
 OFFSETS = ("tests/kernels/test_offsets.py",)
 

@@ -1,79 +1,124 @@
-"""Runs a selection of tests in a copy of the checkout, with a fault in one file or without."""
+"""Runs selections of tests in copies of the checkout, each with a fault in one file or without.
+
+A run is a fork of this process, which has imported what takes long and is the same for all, and nothing of the checkout
+that a fault could be in. Limits are of processor time: on a busy machine the verdicts are the same.
+"""
 
 import importlib.util
 import os
 import re
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .mutant import Mutant
 
-LIMIT = 20.0  # seconds of a run
+LIMIT = 20  # seconds of a run
+ASLEEP = 30 * LIMIT  # until one that waits for something is ended
 COPIED = ("rir_kernels", "tests", "models", "bench", "demo", "pyproject.toml")
 PASSED, FAILED = 0, 1  # pytest's; every other status means that no test has judged
+OUT_OF_TIME = -signal.SIGXCPU, -signal.SIGALRM
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tests, with the mutant's fault or without any; limit in seconds, None: as long as it takes."""
+
+    tests: tuple[str, ...]
+    mutant: Mutant | None = None
+    limit: int | None = LIMIT
 
 
 @dataclass(frozen=True)
 class Outcome:
-    status: int | None  # pytest's exit status, minus the signal that ended it; None: out of time
+    status: int  # pytest's exit status, or minus the signal that ended it
     seconds: float
     output: str
 
     @property
     def first_failure(self) -> str:
         """The test that failed, its folder left out, or what ended the run."""
-        if self.status is None:
-            return f"out of time ({LIMIT:.0f} s)"
+        if self.status in OUT_OF_TIME:
+            return "out of time"
         if self.status < 0:
-            return f"signal {-self.status}"
+            return signal.Signals(-self.status).name
         found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - |$)", self.output, re.MULTILINE)
-        return found[1] if found else "a failure that pytest does not name"
+        return found[1] if found else " ".join(self.output.split()[-20:])
 
 
-def run_tests(root: Path, tests: tuple[str, ...], mutant: Mutant | None = None, limit: float | None = LIMIT) -> Outcome:
-    """Of pytest in a copy of the checkout `root`, which has the mutant's fault."""
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = Path(folder).resolve()
-        for name in COPIED:
-            source = root / name
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy / name)
-        if mutant is not None:
-            (copy / mutant.file).write_text(mutant.source(root))
-            # compiled from the text as it was, which a clock too coarse would take for the new one
-            Path(importlib.util.cache_from_source(str(copy / mutant.file))).unlink(missing_ok=True)
-        return _pytest(copy, tests, limit)
+def outcomes(root: Path, runs: Iterable[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
+    """Each run's, as they end; `workers` at a time."""
+    os.environ["TRITON_INTERPRET"] = "1"  # the tests are chosen by what runs there, on a GPU's machine too
+    for name in ("numpy", "pytest", "torch", "triton.language"):
+        importlib.import_module(name)
+    waiting, running = list(runs), {}
+    while waiting or running:
+        while waiting and len(running) < workers:
+            run, folder = waiting.pop(0), tempfile.TemporaryDirectory(prefix="mutant-")
+            running[_start(root, run, Path(folder.name).resolve())] = run, folder
+        pid, status, usage = os.wait3(0)
+        run, folder = running.pop(pid)
+        output = Path(folder.name, "output").read_text(errors="replace")
+        folder.cleanup()
+        yield run, Outcome(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, output)
 
 
-def _pytest(folder, tests, limit):
-    # on a GPU's machine too in the interpreter, by which the tests are chosen
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-    begin = time.monotonic()
+def _start(root, run, folder):
+    """The process that runs it in a copy of the checkout."""
+    for name in COPIED:
+        (shutil.copytree if (root / name).is_dir() else shutil.copy2)(root / name, folder / name)
+    if run.mutant is not None:
+        faulty = folder / run.mutant.file
+        faulty.write_text(run.mutant.source(root))
+        # compiled from the text as it was, which a clock too coarse would take for the new one
+        Path(importlib.util.cache_from_source(str(faulty))).unlink(missing_ok=True)
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    status = 70  # none of pytest's
     try:
-        done = subprocess.run(
-            [*command, "-p", "tests.mutants.imported", *tests],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        return Outcome(None, limit, str(error.output))
-    return Outcome(done.returncode, time.monotonic() - begin, done.stdout)
+        status = int(_pytest(folder, run))
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
-def verdict(mutated: Outcome, baseline: Outcome) -> tuple[str, str]:
-    """("killed", by what), ("SURVIVED", "") or ("error", why no test has judged)."""
+def _pytest(folder, run):
+    """In a process of its own, which is the folder's from here on."""
+    import pytest
+
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    signal.alarm(ASLEEP)
+    if run.limit is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (run.limit, run.limit + 5))
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path, "rir_kernels").is_dir())]
+    for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
+        del sys.modules[name]
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "tests.mutants.imported"]
+    return pytest.main([*options, *run.tests])
+
+
+def verdict(mutated: Outcome, alone: Outcome | None = None) -> tuple[str, str]:
+    """("killed", by what), ("SURVIVED", "") or ("error", why no test has judged).
+
+    alone: where the run was out of time, the same tests without the fault, in half of the time.
+    """
     if mutated.status == PASSED:
         return "SURVIVED", ""
-    if mutated.status is None and baseline.seconds > LIMIT / 2:
-        return "error", f"out of time, as the tests without a fault almost are ({baseline.seconds:.0f} s)"
-    if mutated.status is None or mutated.status == FAILED or mutated.status < 0:
+    if mutated.status in OUT_OF_TIME and (alone is None or alone.status != PASSED):
+        return "error", f"out of time, and without the fault the tests take more than {LIMIT // 2} s too"
+    if mutated.status == FAILED or mutated.status < 0:
         return "killed", mutated.first_failure
-    return "error", f"pytest ended with status {mutated.status}: {mutated.output.strip().splitlines()[-1:]}"
+    return "error", f"pytest ended with status {mutated.status}: {mutated.first_failure}"
 
 
 def run_all(root: Path, mutants: list[Mutant], workers: int, report) -> int:
@@ -81,30 +126,33 @@ def run_all(root: Path, mutants: list[Mutant], workers: int, report) -> int:
 
     Returns how many were killed: none where a test fails without a fault.
     """
-    with ThreadPoolExecutor(workers) as pool:
-        if not _pass_without_a_fault(root, mutants, workers, pool, report):
-            return 0
-
-        def judge(mutant):
-            outcome = run_tests(root, mutant.tests, mutant)
-            # how long the tests take by themselves is asked only where that decides
-            alone = run_tests(root, mutant.tests) if outcome.status is None else outcome
-            return mutant, *verdict(outcome, alone), outcome.seconds
-
-        killed = 0
-        for mutant, *found in pool.map(judge, mutants):
-            report(mutant, *found)
-            killed += found[0] == "killed"
-        return killed
-
-
-def _pass_without_a_fault(root, mutants, workers, pool, report):
-    """Every selection once, many to a run: most of a short one is imports."""
     tests = sorted({test for mutant in mutants for test in mutant.tests})
-    shares = [tuple(tests[worker::workers]) for worker in range(min(workers, len(tests)))]
+    # every selection once, many to a run
+    shares = [Run(tuple(tests[worker::workers]), limit=None) for worker in range(min(workers, len(tests)))]
     passed = True
-    for outcome in pool.map(lambda share: run_tests(root, share, limit=None), shares):
+    for _, outcome in outcomes(root, shares, workers):
         good = outcome.status == PASSED
         report(None, "passed" if good else "error", "" if good else outcome.first_failure, outcome.seconds)
         passed &= good
-    return passed
+    if not passed:
+        return 0
+
+    killed, late = 0, {}
+    for run, outcome in outcomes(root, (Run(mutant.tests, mutant) for mutant in mutants), workers):
+        if outcome.status in OUT_OF_TIME:
+            late[run.mutant] = outcome
+            continue
+        killed += _reported(report, run.mutant, outcome)
+    alone = {run.tests: outcome for run, outcome in outcomes(root, _without_fault(late), workers)}
+    return killed + sum(_reported(report, mutant, late[mutant], alone[mutant.tests]) for mutant in late)
+
+
+def _without_fault(mutants):
+    return [Run(tests, limit=LIMIT // 2) for tests in dict.fromkeys(mutant.tests for mutant in mutants)]
+
+
+def _reported(report, mutant, outcome, alone=None) -> bool:
+    """Whether the mutant was killed."""
+    word, text = verdict(outcome, alone)
+    report(mutant, word, text, outcome.seconds)
+    return word == "killed"
