@@ -109,22 +109,3 @@ def test_residuals_may_lie_otherwise(make, residual_at, memory_format):
         y = conv_bn_act(x, weight, **options, impl=impl)
         assert y.is_contiguous(memory_format=memory_format)
         torch.testing.assert_close(y, formula(x, weight, **options), **CLOSE)
-
-
-@pytest.mark.parametrize(
-    "dy",
-    [
-        torch.ones(()).double().expand(2, 4, 5, 6),  # what sum().backward() hands down
-        randn(2, 4, 5, 6, memory_format=LAST),
-        randn(2, 8, 5, 6)[:, ::2],
-        randn(2, 4, 6, 5).transpose(2, 3),
-    ],
-    ids=["stride 0", "channels_last", "sliced", "transposed"],
-)
-@pytest.mark.parametrize("make", [INPUTS["contiguous"], INPUTS["channels_last"], INPUTS["expanded channels"]])
-def test_row_13_output_gradients_may_lie_otherwise(make, dy):
-    x, weight = make().requires_grad_(), randn(4, 3, 3, 3).requires_grad_()
-    ours = torch.autograd.grad(conv_bn_act(x, weight, padding=1, training=True), (x, weight), dy)
-    golden = torch.autograd.grad(formula(x, weight, padding=1, training=True), (x, weight), dy)
-    for gradient, expected in zip(ours, golden, strict=True):
-        torch.testing.assert_close(gradient, expected, **CLOSE)

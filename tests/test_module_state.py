@@ -81,17 +81,6 @@ def test_every_batch_is_counted_once(make):
     assert [int(bn.num_batches_tracked) for bn in norms(module)] == [3] * len(norms(module))
 
 
-@pytest.mark.parametrize("momentum", [None, 0.0, 1.0, 0.25])
-def test_momentum_rule_is_batch_norms(momentum):
-    layer, x = rir.RiRLayer(4, 6, momentum=momentum, shortcut="none"), [torch.randn(3, 4, 5, 5) for _ in range(3)]
-    bn = nn.BatchNorm2d(6, momentum=momentum)
-    for batch in x:
-        layer(batch)
-        bn(conv_formula(batch, layer.weight, padding=1))
-    for name, expected in bn.state_dict().items():
-        torch.testing.assert_close(layer.bn.state_dict()[name], expected, **CLOSE)
-
-
 @modules
 def test_a_frozen_norm_uses_and_keeps_its_statistics(make):
     module, x = scrambled(make()), torch.randn(3, 4, 7, 5)
@@ -101,52 +90,3 @@ def test_a_frozen_norm_uses_and_keeps_its_statistics(make):
         bn.eval()
     for name, result in module_results(module, x).items():
         assert torch.equal(result, expected[name]), name
-
-
-@modules
-def test_frozen_parameters_get_no_gradient(make):
-    module, x = make(), torch.randn(3, 4, 7, 5)
-    expected = module_results(module, x)
-    for bn in norms(module):
-        bn.requires_grad_(False)
-    for name, result in module_results(module, x).items():
-        assert result is None if name.endswith(("bn.weight", "bn.bias")) else torch.equal(result, expected[name]), name
-    assert not module.requires_grad_(False)(x).requires_grad
-
-
-@modules
-def test_row_29_two_forwards_then_two_backwards(make):
-    module, batches = make(), [torch.randn(3, 4, 7, 5) for _ in range(2)]
-
-    def gradients(backward_last):
-        twin = copy.deepcopy(module)
-        losses = []
-        for batch in batches:
-            loss = twin(batch).square().sum()
-            losses.append(loss) if backward_last else loss.backward()
-        for loss in losses:
-            loss.backward()
-        return [p.grad for p in twin.parameters()]
-
-    for together, apart in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(together, apart, **CLOSE)
-
-
-@pytest.mark.parametrize("without", ["affine", "track_running_stats", "tracking any longer"])
-@modes
-def test_row_23_norms_without_parameters_or_statistics(without, training):
-    layer = rir.RiRLayer(4, 6)
-    if without == "tracking any longer":
-        layer = scrambled(layer)
-        layer.bn.track_running_stats = False
-    else:
-        layer.bn = nn.BatchNorm2d(6, **{without: False})
-    layer.train(training)
-    x = torch.randn(3, 4, 5, 5)
-    bn = copy.deepcopy(layer.bn)
-    z = conv_formula(x, layer.weight.detach(), padding=1)
-    z[:, :2] += x[:, :2]
-    torch.testing.assert_close(layer(x), bn(z).relu(), **CLOSE)
-    assert layer.bn.state_dict().keys() == bn.state_dict().keys()
-    for name, expected in bn.state_dict().items():
-        torch.testing.assert_close(layer.bn.state_dict()[name], expected, **CLOSE)

@@ -102,32 +102,6 @@ def test_large_mean_small_deviation(target, ratio):
     assert ((statistics.var.double() - var).abs() <= 1e-3 * var).all()
 
 
-@targets
-def test_constant_channel_and_half_precision_limits(target):
-    """Variance 0 gives rsqrt(eps); values near fp16's largest do not overflow the fp32 sums."""
-    z = rand((2, 3, 8, 8), target, seed=1)
-    z[:, 1] = 2.5
-    z[:, 2] = 60000.0
-    statistics = _statistics(z)
-    assert statistics.var[1:].tolist() == [0.0, 0.0]
-    assert statistics.mean[1].item() == 2.5
-    assert torch.isfinite(statistics.invstd).all()
-    assert abs(statistics.invstd[1].item() - 1e5**0.5) < 1e-3
-
-
-@targets
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_channel(target, value):
-    from rir_kernels.triton.launch import batchnorm
-
-    z = rand((2, 6, 4, 4), target, seed=1)
-    z[1, 2, 3, 3] = value
-    statistics = _statistics(z)
-    y = batchnorm.bn_apply(z, statistics, gamma=None, beta=None, residuals=(), spec=ConvBNActSpec())
-    assert y[:, 2].isnan().all()  # the ReLU passes a NaN, as torch's does
-    assert torch.isfinite(y[:, [0, 1, 3, 4, 5]]).all()
-
-
 def _layer_formula(z, mean, var, gamma, beta, residuals, spec):
     xhat = (z - _channels(mean)) * torch.rsqrt(_channels(var) + spec.eps)
     u = spec.norm_scale * (_channels(gamma) * xhat + _channels(beta))
