@@ -1,8 +1,7 @@
 """Bad inputs: the error's class, what it says, and that nothing has changed when it comes.
 
 Here implementations, devices, dtypes, types and options; shapes and statistics are in test_error_shapes.py. The number
-in a test's name is a kind of bad input: 1 no device for the kernels, 2 and 3 devices, 4 and 5 dtypes, 60 bf16 in the
-interpreter. A machine without triton (42) is in test_imports.py, use_impl (58) in test_functional.py.
+in a test's name is that of the fault in docs/faults.md: 1 no device for the kernels, 2 and 3 devices, 4 and 5 dtypes.
 """
 
 import math
