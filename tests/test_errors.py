@@ -1,7 +1,6 @@
 """Bad inputs: the error's class, what it says, and that nothing has changed when it comes.
 
-Implementations, types and options; the numbered kinds of bad input (devices, dtypes, shapes, sizes) are in negative/,
-bf16 in the interpreter (60) here, use_impl (58) in test_functional.py.
+Implementations, types and options; the kinds of bad input that docs/faults.md numbers are in negative/.
 """
 
 import math
