@@ -169,7 +169,14 @@ def test_channel_slices_are_read_in_place_or_copied(target):
     z = small_integers((2, 8, 4, 4), target, seed=1)
     identity = batchnorm.Statistics(*(torch.full((8,), v, device=target[0]) for v in (0.0, 1.0, 1.0)))
     wide = small_integers((2, 24, 4, 4), target, seed=2)
-    for residual in (wide[:, 3:9], wide[:1, :8].expand(2, 8, 4, 4), wide[:, :5].contiguous(), wide[:, :8].mT):
+    assert batchnorm.evenly_spaced(wide[:, 8:16]).data_ptr() == wide[:, 8:16].data_ptr()
+    for residual in (
+        wide[:, 3:9],
+        wide[:, 8:16],
+        wide[:1, :8].expand(2, 8, 4, 4),
+        wide[:, :5].contiguous(),
+        wide[:, :8].mT,
+    ):
         y = batchnorm.bn_apply(z, identity, gamma=None, beta=None, residuals=[residual], spec=spec)
         golden = z.clone()
         golden[:, : residual.shape[1]] += residual

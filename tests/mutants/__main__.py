@@ -26,6 +26,8 @@ def main(argv=None) -> int:
 
     if unknown := set(arguments.only or ()) - {mutant.name for mutant in MUTANTS}:
         parser.error(f"no mutant is named {', '.join(sorted(unknown))}: see --list")
+    if arguments.workers < 1:
+        parser.error(f"--workers must be 1 or more, got {arguments.workers}")
     if wrong := problems(MUTANTS, ROOT):
         for line in wrong:
             console.print(f"[red]{escape(line)}[/]", soft_wrap=True)
@@ -36,9 +38,11 @@ def main(argv=None) -> int:
             console.print(escape(f"{mutant.name}  {mutant.file}  {' '.join(mutant.tests)}"), soft_wrap=True)
         return 0
 
+    width = max(len(mutant.name) for mutant in mutants)
+
     def report(mutant, verdict, text, seconds):
         name = mutant.name if mutant else "no fault"
-        line = f"[{COLOURS[verdict]}]{verdict:8}[/] {escape(f'{name:42} {seconds:5.1f} s  {text}')}"
+        line = f"[{COLOURS[verdict]}]{verdict:8}[/] {escape(f'{name:{width}} {seconds:5.1f} s  {text}'.rstrip())}"
         console.print(line, soft_wrap=True)
 
     begin = time.monotonic()

@@ -213,10 +213,8 @@ CONVOLUTION = [
         "[dz[:, : spec.shortcut_channels]]", "[dz[:, : spec.shortcut_channels - 1]]", SHORTCUT,
     ),
     Mutant(
-        "residual joined before and after the norm", LAUNCH,
-        "addends = () if spec.post_norm else residuals", "addends = residuals",
-        ("tests/kernels/test_layer.py::test_within_the_budget"
-         "[train-triton-cpu-float32-P3 residual after the norm]",),
+        "inference: residual joined before the norm", LAUNCH,
+        "POST_NORM=spec.post_norm and not gradient", "POST_NORM=False", INFERENCE,
     ),
     Mutant(
         "weight packed without a turn", PACKING,
