@@ -211,7 +211,7 @@ def test_row_15_huge_strides_of_dimensions_of_one(shape, impl, where):
     """They mean nothing: the same bits as of dense tensors (from ATen, which may convolve otherwise, its rounding)."""
 
     def lie(x):
-        return x.as_strided(x.shape, [2**40 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
+        return x.as_strided(x.shape, [2**40 + 1 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
 
     n, c, *size = shape
     tensors, options = make_call(
@@ -228,19 +228,24 @@ def test_row_15_huge_strides_of_dimensions_of_one(shape, impl, where):
 
 @ways
 @modes
-def test_row_15_more_than_2_to_the_31_apart(training, impl, where):
-    """Two images further apart than 32 bits can count: numbers as in the test before. No page between is touched."""
+@pytest.mark.parametrize("images", [2, 3])
+def test_row_15_more_than_2_to_the_31_apart(images, training, impl, where):
+    """Images further apart than 32 bits can count, or where only their stride can be: numbers as in the test before.
+
+    No page between them is touched.
+    """
+    step = 2**31 // (images - 1) + 64
 
     def far(x):
         _, c, _, w = x.shape
-        memory = torch.empty(2**31 + 256, dtype=x.dtype, device=x.device)
-        return memory.as_strided(x.shape, (2**31 + 64, 1, w * c, c)).copy_(x)
+        memory = torch.empty((images - 1) * step + 128, dtype=x.dtype, device=x.device)
+        return memory.as_strided(x.shape, (step, 1, w * c, c)).copy_(x)
 
     # one pixel out: what is read as evenly spaced rows is so far apart as well
-    case = {"channels": (8, 8), "batch": 2, "size": (3, 3), "residuals": (8,), "residual_at": "post_norm"}
+    case = {"channels": (8, 8), "batch": images, "size": (3, 3), "residuals": (8,), "residual_at": "post_norm"}
     tensors, options = make_call(dtype=torch.float16, norm_dtype=torch.float32, training=training, **case)
     tensors = moved(tensors, where)
-    dy = torch.randn(2, 8, 1, 1, generator=torch.Generator().manual_seed(9)).half().to(where)
+    dy = torch.randn(images, 8, 1, 1, generator=torch.Generator().manual_seed(9)).half().to(where)
     results = []
     for place in (lambda x: x.contiguous(memory_format=LAST), far):
         call = {name: t.clone() for name, t in tensors.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import dispatch, fused
+from rir_kernels import dispatch, eager, fused
 from tests.helpers import conv_formula, make_call, module_results, output_gradient, run, scrambled
 from tests.kernels.targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 from tests.negative.forms import by, by_every_form, check_call, forms, launches, make_pair, modes, moved, norms, ways  # noqa: F401
@@ -76,7 +76,7 @@ def test_row_22_momentum_is_a_number():
 
 
 @ways
-@pytest.mark.parametrize("momentum", [0, 0.0, 1.0, -0.5])
+@pytest.mark.parametrize("momentum", [0, 0.0, 1, 2.0])
 def test_row_22_momentum_is_not_limited(momentum, impl, where):
     """0 freezes to the bit, 1 replaces, and others are as torch has them: twice, as the second call has a plan."""
     tensors, options = make_call(dtype=torch.float32, kernel=1, training=True, momentum=momentum)
@@ -379,6 +379,11 @@ def test_row_30_the_kernels_are_not_asked_to_save(monkeypatch, device):
         with dispatch.watched(), mode():
             conv_bn_act(**leaves, **others)
     assert asked == [False, False, True]
+    monkeypatch.setattr(eager, "_planned", {})
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            conv_bn_act(**leaves, **others)
+    assert [planned.save for planned in eager._planned.values()] == [False, True]  # the first two share one
 
 
 @ways
