@@ -69,8 +69,8 @@ class ConvBNActFunction(torch.autograd.Function):
             y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
         if weight is None:
             x, z = None, x.detach()
-        # after the norm the ReLU's mask is that of the sum, which z alone does not tell
-        told_by_z = not (spec.post_norm and residuals)
+        # after the norm the ReLU's mask is that of the sum: z alone does not tell it, nor what a factor has turned
+        told_by_z = not (spec.post_norm and (residuals or spec.norm_scale <= 0))
         if told_by_z:
             recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         mask = None if told_by_z or not spec.relu else y

@@ -30,6 +30,22 @@ def test_triton_in_the_interpreter(case):
     check(case, "triton")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("factor", [-1.5, 0.0])
+def test_a_factor_after_the_norm_that_is_not_positive(factor, training):
+    """Found by drawing: it turns the sign that the ReLU's gradient depends on."""
+    check(
+        Case(
+            batch=2, size=(6, 7), channels=(3, 5), kernel=3, stride=1, padding=0, residuals=(), residual_at="post_norm",
+            branch_scale=factor, bias=False, affine="both", statistics=True, training=training, momentum=0.1, eps=1e-5,
+            activation="relu", dtype="float32", fp32_norm=False, layouts=("contiguous",) * 4,
+            wanted=("x", "weight", "bn_weight", "bn_bias"), seed=0,
+        ),
+        "triton",
+    )  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "hybrid", "triton"])
 def test_on_a_gpu(impl):

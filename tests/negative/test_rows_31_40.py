@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
 from rir_kernels.device_files import read_entries
-from rir_kernels.triton import measured
+from rir_kernels.triton import config, measured
 from rir_kernels.triton.config import conv_config
 from rir_kernels.triton.cost import Problem
 from rir_kernels.triton.gpus import Gpu
@@ -215,6 +215,7 @@ def test_row_34_configurations_are_looked_up_once(tmp_path, monkeypatch):
     (tmp_path / "made-up-gpu-9.json").write_text("{")
     problem, gpu = Problem(2, 4, 4, 8, 8, (3, 3), 4, (1, 1)), Gpu(name="Made-up GPU 9")
     measured._load.cache_clear()
+    config._chosen.cache_clear()
     try:
         with pytest.warns(UserWarning, match="is ignored, tiles are chosen by rule") as warned:
             tiles = _on_threads(8, lambda index: conv_config(problem, True, gpu))

@@ -76,7 +76,7 @@ class Memory:
         return lambda *args, **options: self.kept.append(function(*args, **options)) or self.kept[-1]
 
     def again(self, _function):
-        return lambda *_args, **_options: self.kept.pop(0)
+        return lambda *_args, **_options: self.kept.pop(0).detach()  # without what was written to it in the step before
 
 
 class Recorder:
