@@ -14,6 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "rir_kernels" / "triton"
 
 
+def of_a_run(device: torch.device) -> dict:
+    """All of it, by the names that it has in results."""
+    commit, dirty = git_state()
+    return {
+        "device": describe(device),
+        "versions": versions(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "sources_hash": sources_hash(),
+    }
+
+
 def sources_hash() -> str:
     """SHA-256 over the names and contents of the kernels' sources and tiles, in the order of their names."""
     digest = hashlib.sha256()

@@ -92,15 +92,12 @@ def _results(device, settings, selection, command, absent):
     torch.backends.cudnn.benchmark = True
     if tf32_allowed():  # what convolutions do is what the matrix product's ceiling is measured with
         torch.set_float32_matmul_precision("high")
-    commit, dirty = provenance.git_state()
+    found = provenance.of_a_run(device)
+    found["versions"] |= peers.versions()
     return Results(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=shlex.join(["python", "-m", "bench", *command]),
-        device=provenance.describe(device),
-        versions=provenance.versions() | peers.versions(),
-        git_commit=commit,
-        git_dirty=dirty,
-        sources_hash=provenance.sources_hash(),
+        **found,
         settings={
             **dataclasses.asdict(settings),
             "quick": selection.quick,

@@ -16,10 +16,10 @@ from pathlib import Path
 from bench import provenance
 from bench.results import save_json
 from models.data import load
-from models.training import checkpoint, log, settings
+from models.training import checkpoint, log, settings, state
 from models.training.command import carry_out
 from models.training.console import say
-from models.training.errors import COMMAND_ERRORS
+from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined
 from models.training.run import CHECKPOINT, Run
 
@@ -71,18 +71,21 @@ def main(argv: list[str] | None = None) -> int:
 def _run_all(args, device):
     out, runs = Path(args.out), plan(args)
     end = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
-    images = load(args.data)
+    images = load(args.data).to(device)
     stopped = False
     for folder, label, given in runs:
         chosen = settings.from_arguments(given, on_gpu=device.type == "cuda")
-        run = Run(chosen, images, out / folder, device=device)
-        run.resume()
-        if run.finished:
-            continue
+        facts = _facts(out / folder)
+        if facts:
+            chosen = _continued(out / folder, facts, chosen)
+            if state.finished(facts):
+                continue
         left = (end - time.monotonic()) / 60
         if left <= 0:
             break
         say(f"\n{folder} ({label})")
+        run = Run(chosen, images, out / folder, device=device)
+        run.resume()
         stopped = carry_out(run, save_every=30, minutes=None if args.minutes is None else left)
         if stopped:
             break
@@ -90,13 +93,26 @@ def _run_all(args, device):
     return 130 if stopped else 0
 
 
+def _facts(folder):
+    """Of the run in the folder; None where there is none."""
+    path = folder / CHECKPOINT
+    return checkpoint.load_facts(path) if path.exists() else None
+
+
+def _continued(folder, facts, chosen):
+    """The run's own settings; SettingsError where they are not those asked for: the table compares runs alike."""
+    try:
+        return settings.continued(facts["settings"], chosen.flat())
+    except SettingsError as error:
+        raise SettingsError(f"{folder}: {error}") from error
+
+
 def summarize(out: Path, runs, device) -> None:
     """results.json, table.md and curves.png of the finished runs among `runs`."""
     found = {}
     for folder, label, _ in runs:
-        path = out / folder / CHECKPOINT
-        facts = checkpoint.load_facts(path) if path.exists() else None
-        if facts and facts["position"]["epoch"] == facts["settings"]["recipe"]["epochs"]:
+        facts = _facts(out / folder)
+        if facts and state.finished(facts):
             found.setdefault(label, []).append({"seconds": facts["seconds"], "records": facts["records"]})
     if not found:
         say(f"\nno run in {out} is finished yet: the same command goes on")
@@ -106,10 +122,7 @@ def summarize(out: Path, runs, device) -> None:
     save_json(
         out / "results.json",
         {
-            "device": provenance.describe(device),
-            "versions": provenance.versions(),
-            "git_commit": provenance.git_state()[0],
-            "sources_hash": provenance.sources_hash(),
+            **provenance.of_a_run(device),
             "missing_runs": missing,
             "rows": rows,
         },

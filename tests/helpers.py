@@ -1,5 +1,6 @@
 """Oracles that tests share: the operation's formula, one call with every result, and the budget for errors."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,14 +12,23 @@ from rir_kernels import reference
 from rir_kernels.streams import pack_weight
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    """fp64 and a fixed seed in every test of the file that imports it."""
+@contextlib.contextmanager
+def in_fp64():
+    """fp64 by default, and a fixed seed."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """`in_fp64` in every test of the file that imports it."""
+    with in_fp64():
+        yield
 
 
 def pair(value):

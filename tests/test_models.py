@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import rir_kernels
 from models.rir import THIN, VARIANTS, RiR
 from rir_kernels import reference
+from tests.helpers import scrambled
 
 SMALL = {"width": (8, 12, 20), "depth": (1, 2, 1), "dtype": torch.float64}
 SWITCHES = {name: dict(zip(("inner_shortcut", "outer_shortcut"), key, strict=True)) for key, name in VARIANTS.items()}
@@ -18,17 +19,6 @@ ONE_LAYER_A_BLOCK = sum(blocks * (9 * c**2 + 2 * c) for blocks, c in ((2, 96), (
 
 def count(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def scrambled(model):
-    """Norms with affine parameters and statistics that are not ones and zeros."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-            torch.nn.init.normal_(module.running_mean)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 def built(variant, **options):

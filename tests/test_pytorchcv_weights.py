@@ -5,6 +5,7 @@ import torch
 
 import models
 from models.rir import THIN
+from tests.helpers import scrambled
 
 rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
 
@@ -15,12 +16,8 @@ def thin_of_theirs(num_classes=10):
     net = rir_cifar.CIFARRiR(
         [[8] * 4, [16] * 6, [32] * 6], init_block_channels=8, final_block_channels=64, num_classes=num_classes
     ).double()
-    for module in net.modules():
+    for module in scrambled(net).modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-            torch.nn.init.normal_(module.running_mean)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
             module.num_batches_tracked.fill_(7)
     return net
 

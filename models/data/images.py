@@ -1,5 +1,6 @@
 """What a data set is here, and what is raised for one that cannot be read."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -61,10 +62,29 @@ class Images:
         std = [(count * s - t * t) ** 0.5 / count for t, s in pairs]
         return tuple(torch.tensor(v, dtype=torch.float64, device=self.train_x.device) for v in (mean, std))
 
+    @cached_property
+    def fingerprint(self) -> dict:
+        """What tells two data sets apart, as plain data: name, counts, scale, and a hash of pixels and labels."""
+        digest = hashlib.sha256()
+        for name in _TENSORS:
+            digest.update(getattr(self, name).cpu().contiguous().numpy())
+        return {
+            "name": self.name,
+            "train": len(self.train_y),
+            "test": len(self.test_y),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "sha256": digest.hexdigest()[:16],
+        }
+
     def to(self, device) -> "Images":
-        """A copy whose tensors are on `device`."""
-        names = ("train_x", "train_y", "test_x", "test_y")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        """These with their tensors on `device`: themselves where they are there."""
+        if self.train_x.device == torch.empty(0, device=device).device:  # "cuda" is the current one of several
+            return self
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+
+_TENSORS = ("train_x", "train_y", "test_x", "test_y")
 
 
 def assemble(name, classes, train, test, flip=None) -> Images:

@@ -1,8 +1,9 @@
 """The numbers of every epoch: as JSON lines, and as curves."""
 
 import json
-import os
 from pathlib import Path
+
+from bench.results import save_text
 
 
 def append(path: Path, record: dict) -> None:
@@ -14,9 +15,7 @@ def append(path: Path, record: dict) -> None:
 
 def write(path: Path, records: list[dict]) -> None:
     """Replaces the file by these lines, in one step."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(draft, path)
+    save_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def draw(runs: dict[str, list[dict]], path: Path) -> None:

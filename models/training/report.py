@@ -38,10 +38,7 @@ def write(run) -> None:
             "model": run.description | {"parameters": sum(p.numel() for p in run.model.parameters())},
             "data": run.data,
             "ranks": run.ranks.world,
-            "device": provenance.describe(run.device),
-            "versions": provenance.versions(),
-            "git_commit": provenance.git_state()[0],
-            "sources_hash": provenance.sources_hash(),
+            **provenance.of_a_run(run.device),
             "result": result(run),
         },
     )

@@ -4,7 +4,6 @@ Every random number of the data is a function of the seed and the epoch (models.
 two numbers, and a run that is continued from a checkpoint ends with the bits of one that never stopped.
 """
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Run:
                 f"{images.name} has {len(images.train_y)} images to train on: fewer than a batch of "
                 f"{self.recipe.batch_size}; take a smaller batch_size"
             )
-        self.data = fingerprint(images)
+        self.data = images.fingerprint
         self.scale = build.scale({"data": self.data}, self.device)
         self.images = images.to(self.device)
         self.padding, self.flip = (images.padding, images.flip) if settings.augment else (0, False)
@@ -219,18 +218,3 @@ class Run:
         if self.ranks.world > 1 and self.step % _ASK_RANKS:
             return False
         return self.ranks.any(stop(), self.device)
-
-
-def fingerprint(images) -> dict:
-    """What tells two data sets apart: their names, counts, and a hash of pixels and labels."""
-    digest = hashlib.sha256()
-    for tensor in (images.train_x, images.train_y, images.test_x, images.test_y):
-        digest.update(tensor.cpu().contiguous().numpy())
-    return {
-        "name": images.name,
-        "train": len(images.train_y),
-        "test": len(images.test_y),
-        "mean": images.mean.tolist(),
-        "std": images.std.tolist(),
-        "sha256": digest.hexdigest()[:16],
-    }

@@ -43,6 +43,10 @@ class Settings:
         """Plain data, for JSON."""
         return dataclasses.asdict(self)
 
+    def flat(self) -> dict:
+        """{name: value} as `from_arguments` takes them: fields of Settings and of Recipe, the recipe by its name."""
+        return {**dataclasses.asdict(self.recipe), **dataclasses.asdict(self), "recipe": self.recipe_name}
+
     @classmethod
     def from_dict(cls, data: dict) -> "Settings":
         return cls(**{**data, "recipe": Recipe(**data["recipe"])})
@@ -69,7 +73,7 @@ def from_arguments(given: dict, *, on_gpu: bool) -> Settings:
 def continued(stored: dict, given: dict) -> Settings:
     """Settings as a checkpoint has them; SettingsError where something else was asked for now."""
     settings = Settings.from_dict(stored)
-    known = {**stored["recipe"], **stored, "recipe": settings.recipe_name}
+    known = settings.flat()
     for name, value in given.items():
         if name not in _MOVABLE and value != known[name]:
             raise SettingsError(

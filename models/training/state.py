@@ -37,6 +37,11 @@ def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, facts
 
 
+def finished(facts: dict) -> bool:
+    """Whether a checkpoint with these facts is that of a run with all of its epochs."""
+    return facts["position"]["epoch"] == facts["settings"]["recipe"]["epochs"]
+
+
 def restore(run, path) -> None:
     """Makes a new Run what the checkpoint at `path` was; CheckpointError, with nothing changed, where it cannot be."""
     outline, facts = checkpoint.load_outline(path)

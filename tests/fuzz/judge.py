@@ -5,6 +5,8 @@ moves when all that goes in moves within a rounding. The last is for the small c
 or three values may enlarge a rounding a thousand times, of which PyTorch's own error shows one instance only.
 """
 
+import dataclasses
+
 import torch
 
 from rir_kernels import functional, reference
@@ -68,7 +70,6 @@ def _term_sizes(tensors, options, dy):
 
     A norm takes out the bias and the length of the weight: their gradients, and what they leave in the others, are sums
     that cancel, whose errors are those of their terms.
-
     """
     c = tensors["weight"].shape[0]
     norm = {"running_mean": tensors["x"].new_zeros(c), "running_var": tensors["x"].new_ones(c)}
@@ -91,27 +92,11 @@ def _term_sizes(tensors, options, dy):
 
 def build(case: Case):
     """(tensors by name, options) of the call, dense and on the CPU."""
-    tensors, options = make_call(
-        channels=case.channels,
-        batch=case.batch,
-        size=case.size,
-        kernel=case.kernel,
-        residuals=case.residuals,
-        bias=case.bias,
-        affine=case.affine,
-        statistics=case.statistics,
-        dtype=getattr(torch, case.dtype),
-        norm_dtype=torch.float32 if case.fp32_norm else None,
-        seed=case.seed,
-        stride=case.stride,
-        padding=case.padding,
-        residual_at=case.residual_at,
-        branch_scale=case.branch_scale,
-        training=case.training,
-        momentum=case.momentum,
-        eps=case.eps,
-        activation=case.activation,
-    )
+    given = dataclasses.asdict(case)
+    for name in ("dtype", "fp32_norm", "layouts", "wanted"):
+        del given[name]
+    dtype, norm_dtype = getattr(torch, case.dtype), torch.float32 if case.fp32_norm else None
+    tensors, options = make_call(dtype=dtype, norm_dtype=norm_dtype, **given)
     for name in tensors:
         if _layout(case, name) == "one image":  # the same for all, so that a stride may be zero
             tensors[name] = tensors[name][:1].expand_as(tensors[name]).contiguous()

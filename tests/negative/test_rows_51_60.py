@@ -34,7 +34,7 @@ from tests.distributed.test_wrappers import SIZES
 from tests.distributed.test_wrappers import _state as distributed_state
 from tests.distributed.test_wrappers import images as distributed_images
 from tests.distributed.test_wrappers import model as distributed_model
-from tests.helpers import module_results, scrambled
+from tests.helpers import in_fp64, module_results, scrambled
 from tests.negative.ranks_of_rows import WRAPPED, of_the_ranks
 from tests.refusals import call_arguments, call_refused
 from tests.surgery_helpers import CLOSE, Doubled, ShiftedNorm, assert_same, fused_calls, net, randn, settle
@@ -50,17 +50,14 @@ def ranks():
 
 
 @pytest.fixture
-def in_fp64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+def fp64():
+    with in_fp64():
+        yield
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES.keys())
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
-def test_row_51_copies_are_equal_and_independent(make, duplicate, in_fp64):
+def test_row_51_copies_are_equal_and_independent(make, duplicate, fp64):
     """Same bits, and what happens to a copy stays there."""
     module, x = scrambled(make()), torch.randn(3, 4, 7, 5)
     twin = duplicate(module)

@@ -77,11 +77,15 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(run.Run, "_update", interrupted)
-    status, text = call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        status, text = call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130
     assert "goes on" in text
     assert run.checkpoint.load_facts(tmp_path / run.CHECKPOINT)["position"] == {"epoch": 0, "step": 1}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
