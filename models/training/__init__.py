@@ -1,1 +1,1 @@
-"""How a network is trained: recipe.py what it is taught by, trainer.py the loop, checkpoint.py what survives a kill."""
+"""How a network is trained: recipe.py what it is taught by, run.py the loop, checkpoint.py what survives a kill."""
