@@ -1,0 +1,11 @@
+"""What must never be run."""
+
+import os
+
+
+class Executed:
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self._path}",)
