@@ -1,48 +1,23 @@
 """The launch path below the kernels: Triton's own launcher, against a CUDA driver that writes launches down."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
-
 import pytest
 import torch
 
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.packing import _pack_weight_kernel
+from tests.simulated_helpers import needs_compiler, simulated
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
-
-PROGRAM = Path(__file__).parents[1] / "simulated" / "launches.py"
-HEADER = Path(sysconfig.get_paths()["include"], "Python.h")
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("cc") is None or not HEADER.exists(),
-    reason="Triton's launcher needs a C compiler and Python's headers",
-)
-
-
-def _launches(folder, **environment):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    environment["PYTHONPATH"] = os.pathsep.join([str(PROGRAM.parents[2]), *sys.path])
-    result = subprocess.run(
-        [sys.executable, PROGRAM, folder], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
-    return _launches(tmp_path_factory.mktemp("driver"))
+    return simulated("launches.py", tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture(scope="module")
 def launches_before_hopper(tmp_path_factory):
-    return _launches(tmp_path_factory.mktemp("driver"), SIMULATED_ARCH="80", RIR_KERNELS_OVERLAP="1")
+    return simulated("launches.py", tmp_path_factory.mktemp("driver"), SIMULATED_ARCH="80", RIR_KERNELS_OVERLAP="1")
 
 
 @needs_compiler
@@ -94,7 +69,7 @@ def test_addresses_that_come_again_are_not_encoded_again(launches):
 @needs_compiler
 def test_launches_overlap_where_that_is_asked_for(launches, tmp_path):
     """All of a layer's, by both ways: then each kernel waits by itself (what the compile gate checks)."""
-    for asked, cases in ((0, launches), (1, _launches(tmp_path, RIR_KERNELS_OVERLAP="1"))):
+    for asked, cases in ((0, launches), (1, simulated("launches.py", tmp_path, RIR_KERNELS_OVERLAP="1"))):
         made = [launch for found in cases.values() for way in ("long", "first", "second") for launch in found[way]]
         assert len(made) > 80 and {launch[5] for launch in made} == {asked}
 
