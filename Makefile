@@ -25,7 +25,7 @@ OUT ?= bench/results/h200
 PIECE = --minutes 9 --out $(OUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train bench gpu paper test test-long mutants lint format inspect clean
+.PHONY: help demo train bench gpu paper test test-long mutants fuzz soak sanitize audit lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -65,6 +65,18 @@ test-long: $(READY) ## all tests
 mutants: $(READY) ## the kernels broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
 	$(PY) -m tests.mutants $(ARGS)
 
+fuzz: $(READY) ## 2,000 random calls of "torch" and 300 of the kernels, or of all on a GPU, against fp64
+	HYPOTHESIS_PROFILE=long $(PY) -m pytest -q tests/fuzz $(ARGS)
+
+soak: $(READY) ## train, kill, resume, fuse, unfuse, save, load at random: ARGS="--minutes 60"
+	$(PY) -m tests.soak $(ARGS)
+
+sanitize: $(READY) ## on a GPU: the kernels' tests under compute-sanitizer, logs into OUT
+	scripts/sanitize.sh $(PY) $(OUT)/sanitizer $(ARGS)
+
+audit: $(READY) ## known vulnerabilities of the installed packages; needs the network
+	scripts/audit.sh $(PY) $(ARGS)
+
 lint: $(READY) ## ruff: rules and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -77,7 +89,7 @@ inspect: $(READY) ## the compile gate: every kernel compiled for a GPU that need
 	$(PY) -m rir_kernels.triton.inspect --arch sm_90 $(ARGS)
 
 clean: ## remove build outputs, reports and caches; keeps .venv
-	rm -rf out dist build .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf out dist build .audit .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print | xargs rm -rf
 
 .venv/.ready-%: pyproject.toml requirements/%.txt scripts/setup-venv.sh Makefile

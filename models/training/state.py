@@ -51,10 +51,12 @@ def restore(run, path) -> None:
     for part, model in weights.items():
         checkpoint.check_fits(path, model.state_dict(), build.section(outline, part))
     checkpoint.check_fits(path, run.counted, build.section(outline, "counted"))
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    _check_optimizer(path, parameters, build.section(outline, "optimizer"))
+    # all that was looked at so far are names and shapes: only now is memory taken
     tensors, _ = checkpoint.load(path)
     groups = [{**group, "params": list(group["params"])} for group in facts["groups"]]
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    state = _optimizer_state(path, parameters, build.section(tensors, "optimizer"))
+    state = _optimizer_state(parameters, build.section(tensors, "optimizer"))
 
     for part, model in weights.items():
         model.load_state_dict(build.section(tensors, part))
@@ -69,13 +71,18 @@ def restore(run, path) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
 
 
-def _optimizer_state(path, parameters, tensors):
+def _check_optimizer(path, parameters, outline):
+    for name, tensor in outline.items():
+        index, _, key = name.partition(".")
+        parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
+        if parameter is None or not key or parameter.shape != tensor.shape:
+            raise CheckpointError(f"{path} is a checkpoint of another model: its {name} fits no parameter")
+
+
+def _optimizer_state(parameters, tensors):
     state = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        parameter = parameters[int(index)] if index.isdigit() and int(index) < len(parameters) else None
-        if parameter is None or parameter.shape != tensor.shape:
-            raise CheckpointError(f"{path} is a checkpoint of another model: its {name} fits no parameter")
         # fused updates walk through memory: a buffer has to lie as its parameter does
-        state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(tensor)
+        state.setdefault(int(index), {})[key] = torch.empty_like(parameters[int(index)]).copy_(tensor)
     return state
