@@ -4,6 +4,8 @@ Both sides run the same formula in fp64 where nothing else is said; they differ 
 hundred summands. fp32 is compared with fp64 on the same numbers: 1e-4 leaves a few hundred roundings of 6e-8.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,8 +91,8 @@ def _dtype(case):
     return torch.float32 if case.startswith(("triton", "hybrid")) else torch.float64
 
 
-RUNS = [(case, 2) for case in CASES]
-RUNS += [(case, 4) for case in CASES if _dtype(case) == torch.float64 or case == "triton, a chain"]
+LONG = "triton, a chain", *(case for case in CASES if _dtype(case) == torch.float64 and case != "RiRLayer")
+RUNS = [(2, tuple(CASES)), (4, ("RiRLayer",)), (4, LONG)]  # (ranks, cases): processes are started once for each
 
 
 def _data(case, dtype):
@@ -124,23 +126,28 @@ def _steps(cases, device):
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """By the number of ranks, what each of them got."""
-    found = {}
+    """What each rank got in one of the runs."""
 
-    def on(world):
-        if world not in found:
-            folder = tmp_path_factory.mktemp("ranks") / str(world)
-            found[world] = run_on_ranks(world, _steps, [c for c, w in RUNS if w == world], "cpu", folder=folder)
-        return found[world]
+    @functools.cache
+    def on(world, cases):
+        folder = tmp_path_factory.mktemp("ranks") / str(world)
+        return run_on_ranks(world, _steps, cases, "cpu", folder=folder)
 
     return on
 
 
-@pytest.mark.parametrize(("case", "world"), RUNS)
-def test_parts_of_a_batch_are_the_whole(steps, case, world):
+@pytest.mark.parametrize(
+    ("case", "run"),
+    [
+        pytest.param(case, run, marks=[pytest.mark.long] * (run[1] is LONG), id=f"{case}-{run[0]}")
+        for run in RUNS
+        for case in run[1]
+    ],
+)
+def test_parts_of_a_batch_are_the_whole(steps, case, run):
     if _dtype(case) == torch.float32 and torch.cuda.is_available() and not dispatch.interpreting():
         pytest.skip("kernels run on the GPU here: see test_on_gpus")
-    _assert_parts_are_the_whole(case, steps(world))
+    _assert_parts_are_the_whole(case, steps(*run))
 
 
 def _assert_parts_are_the_whole(case, ranks):

@@ -1,18 +1,33 @@
 """Where and in what precision the kernel tests run, and what error that precision allows."""
 
+from itertools import product
+
 import pytest
 import torch
 
 
-def _target(device, name):
-    mark = pytest.mark.gpu if device == "cuda" else pytest.mark.interpreter
-    return pytest.param((torch.device(device), getattr(torch, name)), marks=mark, id=f"{device}-{name}")
+def _target(device, name, *marks):
+    where = pytest.mark.gpu if device == "cuda" else pytest.mark.interpreter
+    return pytest.param((torch.device(device), getattr(torch, name)), marks=[where, *marks], id=f"{device}-{name}")
 
 
 # the interpreter's bf16 products are wrong (triton multiplies the raw bits), so bf16 is tested on a GPU alone
 TARGETS = [_target("cpu", "float32"), _target("cpu", "float16")] + [
     _target("cuda", name) for name in ("bfloat16", "float16", "float32")
 ]
+# where a case takes the interpreter seconds: fp16 is for the long suite there
+FP16_LONG = [TARGETS[0], _target("cpu", "float16", pytest.mark.long), *TARGETS[2:]]
+
+
+def crossed(share, **axes):
+    """Each target with each combination of the axes' named values: one in `share`, diagonally, and the others long."""
+    params = []
+    for (number, target), *values in product(enumerate(TARGETS), *(enumerate(axis.items()) for axis in axes.values())):
+        is_long = (number + sum(index for index, _ in values)) % share != 0
+        marks = [*target.marks, *[pytest.mark.long] * is_long]
+        name = "-".join([target.id, *(name for _, (name, _) in values)])
+        params.append(pytest.param(*target.values, *(value for _, (_, value) in values), marks=marks, id=name))
+    return pytest.mark.parametrize(["target", *axes], params)
 
 
 @pytest.fixture(autouse=True)

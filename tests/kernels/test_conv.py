@@ -6,12 +6,13 @@ import torch.nn.functional as F
 
 from rir_kernels.spec import ConvBNActSpec
 
-from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 # (N, C_in, C_out, H, W, kernel, stride, padding): every class of tile, mask, parity and channel padding
 CASES = {
+    "many images": (40, 8, 8, 2, 2, (3, 3), (1, 1), (1, 1)),
     "3x3": (2, 8, 16, 6, 6, (3, 3), (1, 1), (1, 1)),
     "3x3 valid": (2, 8, 8, 5, 7, (3, 3), (1, 1), (0, 0)),
     "3x3 wide padding": (1, 8, 8, 3, 3, (3, 3), (1, 1), (2, 2)),
@@ -31,9 +32,8 @@ CASES = {
     "1x1 stride 2 odd channels": (2, 6, 10, 5, 6, (1, 1), (2, 2), (0, 0)),
     "1x3": (2, 8, 8, 4, 6, (1, 3), (1, 1), (0, 1)),
     "3x1 stride (1, 2)": (2, 8, 8, 4, 6, (3, 1), (1, 2), (1, 0)),
-    "many images": (40, 8, 8, 2, 2, (3, 3), (1, 1), (1, 1)),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+cases = crossed(2, case=CASES)
 targets = pytest.mark.parametrize("target", TARGETS)
 
 
@@ -54,7 +54,6 @@ def _golden(spec, x, weight, dz):
 
 
 @cases
-@targets
 def test_forward_and_both_gradients(case, target):
     from rir_kernels.triton.launch import conv, wgrad
 
@@ -70,7 +69,6 @@ def test_forward_and_both_gradients(case, target):
 
 
 @cases
-@targets
 def test_integers_bit_for_bit(case, target):
     """No tolerance: with sparse -1, 0, 1 every sum is exact, so a single wrong tap, mask or channel is seen."""
     from rir_kernels.triton.launch import conv, wgrad

@@ -13,7 +13,7 @@ from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.shapes import SHAPE_TABLE
 from rir_kernels.triton.tile import ConvConfig
 
-from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+from .targets import assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
 
 def _tile(box, block_c=64, **kind):
@@ -21,14 +21,14 @@ def _tile(box, block_c=64, **kind):
 
 
 TILES = {
-    "one box": _tile((2, 2, 4)),
+    "blocks of pixels": _tile((2, 4, 8), 16, fold=True),  # where both sides are even
     "two rows": _tile((2, 1, 8), rows=2),
     "four rows": _tile((1, 1, 16), rows=4),
     "two groups": _tile((1, 4, 4), groups=2),
     "three groups": _tile((1, 4, 4), groups=3),
     "rows and groups": _tile((2, 1, 8), groups=2, rows=2),
     "no padding": _tile((16, 1, 1), groups=2, skips=True),
-    "blocks of pixels": _tile((2, 4, 8), 16, fold=True),  # where both sides are even
+    "one box": _tile((2, 2, 4)),
 }
 # (N, C_in, C_out, H, W, kernel, padding): tiles that hang over in every direction, rows that are none
 SHAPES = {
@@ -45,16 +45,14 @@ SHAPES = {
 
 
 @pytest.fixture
-def chosen(request):
-    with use_tile(TILES[request.param]):
+def chosen(tile):
+    with use_tile(tile):
         yield
 
 
 @pytest.mark.usefixtures("poisoned", "chosen")
-@pytest.mark.parametrize("chosen", TILES, indirect=True)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
-def test_every_tile_computes_the_same(target, shape):
+@crossed(6, shape=SHAPES, tile=TILES)
+def test_every_tile_computes_the_same(target, shape, tile):
     _check_integers(target, shape)
 
 
@@ -68,8 +66,7 @@ THIN = {
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("shape", THIN.values(), ids=THIN.keys())
-@pytest.mark.parametrize("target", TARGETS)
+@crossed(2, shape=THIN)
 def test_blocks_of_pixels_compute_the_same(target, shape):
     from rir_kernels.triton.launch import runtime
 
@@ -121,14 +118,15 @@ def _check_integers(target, shape):
 
 
 @pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize(
-    "chosen, h", [("two rows", 5), ("rows and groups", 5), ("blocks of pixels", 6)], indirect=["chosen"]
+@crossed(
+    2,
+    tile={name: TILES[name] for name in ("two rows", "rows and groups", "blocks of pixels")},
+    post_norm={"before the norm": False, "after the norm": True},
 )
-@pytest.mark.parametrize("post_norm", [False, True])
-@pytest.mark.parametrize("target", TARGETS)
-def test_residuals_and_bias_join_every_row(target, post_norm, h):
+def test_residuals_and_bias_join_every_row(target, tile, post_norm):
     from rir_kernels.triton.launch import conv
 
+    h = 6 if tile.fold else 5
     spec = ConvBNActSpec(padding=(1, 1), post_norm=post_norm, branch_scale=0.5)
     x, weight = rand((2, 8, h, 6), target, seed=1), rand((72, 8, 3, 3), target, seed=2, scale=0.1)
     residuals = rand((2, 40, h, 6), target, seed=3), rand((2, 72, h, 6), target, seed=4)

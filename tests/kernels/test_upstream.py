@@ -10,7 +10,7 @@ from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import holds_upstream, use_tile
 from rir_kernels.triton.tile import ConvConfig
 
-from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+from .targets import FP16_LONG, TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 from .test_tiles import TILES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -25,17 +25,14 @@ SHAPES = {
     "without padding": (2, 16, 8, 5, 7, (3, 3), (0, 0), 0),
     "1x1": (2, 24, 8, 3, 4, (1, 1), (0, 0), 0),
 }
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+NORMS = {"relu": (True, True), "no relu": (False, True), "not affine": (True, False)}  # (relu, affine)
 ROUNDED = 1e-2  # a ReLU's input nearer to zero may fall on either side of it
 
 
 @pytest.fixture
-def tile(request):
-    with use_tile(TILES[request.param]):
+def chosen(tile):
+    with use_tile(tile):
         yield
-
-
-tiles = pytest.mark.parametrize("tile", TILES, indirect=True)
 
 
 def _operands(shape, target, make):
@@ -67,11 +64,9 @@ def _terms(dx, z, mean, invstd, gamma, beta, relu):
     return u, dy, dy * xhat
 
 
-@shapes
-@tiles
-@pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
-@pytest.mark.usefixtures("tile")
-def test_integers_bit_for_bit(shape, target):
+@crossed(6, tile=TILES, shape=SHAPES)
+@pytest.mark.usefixtures("chosen")
+def test_integers_bit_for_bit(target, tile, shape):
     """Every sum is exact, so a single wrong pixel, channel or mask is seen; dx stays what it is without the sums."""
     from rir_kernels.triton.launch import batchnorm, conv
 
@@ -93,14 +88,13 @@ def test_integers_bit_for_bit(shape, target):
     assert all(torch.equal(*pair) for pair in zip(sums, theirs, strict=True))
 
 
-@pytest.mark.parametrize("relu, affine", [(True, True), (False, True), (True, False)])
-@tiles
-@targets
-@pytest.mark.usefixtures("tile")
-def test_as_exact_as_the_reduction(target, relu, affine):
+@crossed(4, tile=TILES, norm=NORMS)
+@pytest.mark.usefixtures("chosen")
+def test_as_exact_as_the_reduction(target, tile, norm):
     """Sums of the dx that is stored, rounded; scaled as `bn_sum` is told."""
     from rir_kernels.triton.launch import batchnorm, conv
 
+    relu, affine = norm
     spec, z, weight, dz = _operands(SHAPES["over the edges"], target, rand)
     norm = _channels(z, seed=4, affine=affine)
     if relu:  # |gamma| is at least one
@@ -164,7 +158,7 @@ def test_where_they_are_not_computed(target):
 
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 @pytest.mark.parametrize("training", [True, False])
-@targets
+@pytest.mark.parametrize("target", FP16_LONG)
 def test_two_layers_by_way_of_each_other(target, impl, training):
     """The second layer's backward hands its sums to the first, whose gradients are those of its own reduction."""
     from rir_kernels.triton.launch import batchnorm

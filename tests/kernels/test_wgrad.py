@@ -1,7 +1,6 @@
 """Every kind of tile of the weight gradient, bit for bit on integers, and the rule that chooses among them."""
 
 import dataclasses
-from itertools import product
 from math import prod
 
 import pytest
@@ -16,20 +15,9 @@ from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 from rir_kernels.triton.wgrad_config import use_wgrad_tile
 from rir_kernels.triton.wgrad_cost import Split, WgradProblem, WgradTile
 
-from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
 targets = pytest.mark.parametrize("target", TARGETS)
-
-
-def crossed(share, **axes):
-    """Each target with each combination of the axes' named values: one in `share`, diagonally, and the others long."""
-    params = []
-    for (number, target), *values in product(enumerate(TARGETS), *(enumerate(axis.items()) for axis in axes.values())):
-        is_long = (number + sum(index for index, _ in values)) % share != 0
-        marks = [*target.marks, *[pytest.mark.long] * is_long]
-        name = "-".join([target.id, *(name for _, (name, _) in values)])
-        params.append(pytest.param(*target.values, *(value for _, (_, value) in values), marks=marks, id=name))
-    return pytest.mark.parametrize(["target", *axes], params)
 
 
 def _tile(walk, box, rows=1, steps=2, block_co=16, block_ci=16, pack=1, skips=False):

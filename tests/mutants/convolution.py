@@ -36,7 +36,7 @@ INFERENCE = tuple(
     f"tests/kernels/test_layer.py::test_inference_with_a_gradient_normalizes_the_z_that_it_saves[cpu-{dtype}]"
     for dtype in ("float32", "float16")
 )
-UPSTREAM = _kernels("upstream", "test_integers_bit_for_bit", "one box-odd sides")
+UPSTREAM = _kernels("upstream", "test_integers_bit_for_bit", "three groups-odd sides")
 POINTERS = _kernels("boxes", "test_pointers_read_what_descriptors_do", "stride")
 BOUNDS = ("tests/kernels/test_bounds.py::test_a_convolution_writes_nothing_beyond",)
 OFFSETS = ("tests/kernels/test_offsets.py",)
@@ -62,7 +62,7 @@ CONVOLUTION = [
         "conv: groups of channels share one weight", TAPS,
         "weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)\n        sums",
         "weight = _load_weight(w_desc, tap, c, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)\n        sums",
-        _tiles("many channels-two groups"),
+        _tiles("many channels-three groups"),
     ),
     Mutant(
         "conv: sums in 16 bits", TAPS,
@@ -72,7 +72,7 @@ CONVOLUTION = [
     ),
     Mutant(
         "rows: weight not flipped in the data gradient", TAPS,
-        "rows[row + i if SIGN == 1 else row + TAPS - 1 - i]", "rows[row + i]", _tiles("even-two rows"),
+        "rows[row + i if SIGN == 1 else row + TAPS - 1 - i]", "rows[row + i]", _tiles("over the edges-rows and groups"),
     ),
     Mutant(
         "rows: the data gradient padded like the forward pass", TAPS,
@@ -80,14 +80,14 @@ CONVOLUTION = [
     ),
     Mutant(
         "inside: edge of the wrong side in the data gradient", TAPS,
-        "first_i = (h == (0 if SIGN == 1 else H - 1))", "first_i = (h == 0)", _tiles("many images-no padding"),
+        "first_i = (h == (0 if SIGN == 1 else H - 1))", "first_i = (h == 0)", _tiles("even-no padding"),
     ),
     Mutant(
-        "inside: taps of the edges skipped", TAPS, "if taps >= 6:", "if taps > 6:", _tiles("many images-no padding")
+        "inside: taps of the edges skipped", TAPS, "if taps >= 6:", "if taps > 6:", _tiles("even-no padding")
     ),
     Mutant(
         "inside: a corner computed twice, another skipped", TAPS,
-        "corner % 2 * (W - 1)", "0 * (W - 1)", _tiles("many images-no padding"),
+        "corner % 2 * (W - 1)", "0 * (W - 1)", _tiles("even-no padding"),
     ),
     Mutant(
         "fold: mask of the taps dropped", TAPS,
