@@ -27,14 +27,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
 
 
+PRECISION, BENCHMARK = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+
+
 @pytest.fixture(autouse=True)
 def torch_settings():
-    """What a command says to torch for its whole process ends with the test that ran it."""
-    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    yield
-    if torch.get_float32_matmul_precision() != precision:
-        torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.benchmark = benchmark
+    """What a command told torch for its whole process, within a test or a module's fixture, no other test meets."""
+    if torch.get_float32_matmul_precision() != PRECISION:
+        torch.set_float32_matmul_precision(PRECISION)
+    torch.backends.cudnn.benchmark = BENCHMARK
 
 
 @pytest.fixture
