@@ -92,9 +92,12 @@ class _Ranks:
         if running_mean is None:
             return
         unbiased = self.var * (self.count / (self.count - 1).clamp(min=1))  # torch's SyncBatchNorm: NaN for one pixel
-        for buffer, batch in ((running_mean, self.mean), (running_var, unbiased)):
-            updated = (1 - momentum) * buffer.to(batch.dtype) + momentum * batch
-            buffer.copy_(torch.where(self.count > 0, updated, buffer))
+        moved = [
+            torch.where(self.count > 0, (1 - momentum) * buffer.to(batch.dtype) + momentum * batch, buffer)
+            for buffer, batch in ((running_mean, self.mean), (running_var, unbiased))
+        ]
+        running_mean.copy_(moved[0])  # once nothing more is allocated: both or none
+        running_var.copy_(moved[1])
 
 
 class _FusedCall:

@@ -12,11 +12,10 @@ _SCHEDULE = ("last_epoch", "_step_count", "_last_lr")  # the rest of a scheduler
 
 def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, facts) of a Run, for checkpoint.save."""
-    optimizer, schedule = run.optimizer.state_dict(), run.schedule.state_dict()
     tensors = build.sectioned("model", run.model.state_dict())
     if run.average is not None:
         tensors |= build.sectioned("average", run.average.model.state_dict())
-    for index, values in optimizer["state"].items():
+    for index, values in run.optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{index}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)
         }
@@ -24,17 +23,20 @@ def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
     tensors["random.cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(run.device)
-    facts = {
-        "model": run.description,
-        "settings": run.settings.as_dict(),
-        "data": run.data,
+    facts = {"model": run.description, "settings": run.settings.as_dict(), "data": run.data, **_place(run)}
+    return tensors, facts
+
+
+def _place(run):
+    """Where the run stands, as plain data."""
+    schedule = run.schedule.state_dict()
+    return {
         "position": {"epoch": run.epoch, "step": run.step},
         "records": run.records,
         "seconds": run.seconds,
-        "groups": optimizer["param_groups"],
+        "groups": run.optimizer.state_dict()["param_groups"],
         "schedule": {name: schedule[name] for name in _SCHEDULE},
     }
-    return tensors, facts
 
 
 def finished(facts: dict) -> bool:
@@ -53,6 +55,9 @@ def restore(run, path) -> None:
     checkpoint.check_fits(path, run.counted, build.section(outline, "counted"))
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     _check_optimizer(path, parameters, build.section(outline, "optimizer"))
+    found = {name: tensor for name, tensor in build.section(outline, "random").items() if name == "cpu"}
+    checkpoint.check_fits(path, {"cpu": torch.get_rng_state()}, found)
+    _check_place(path, run, facts)
     # all that was looked at so far are names and shapes: only now is memory taken
     tensors, _ = checkpoint.load(path)
     groups = [{**group, "params": list(group["params"])} for group in facts["groups"]]
@@ -77,6 +82,30 @@ def _check_optimizer(path, parameters, outline):
         parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
         if parameter is None or not key or parameter.shape != tensor.shape:
             raise CheckpointError(f"{path} is a checkpoint of another model: its {name} fits no parameter")
+
+
+def _check_place(path, run, facts):
+    for name, own in _place(run).items():
+        alike = isinstance(facts.get(name), list) if name == "records" else _alike(facts.get(name), own)
+        if not alike:
+            raise CheckpointError(f"{path} does not say where its run stood: its {name} is missing or damaged")
+    epoch, step, lines = facts["position"]["epoch"], facts["position"]["step"], len(facts["records"])
+    if not (epoch in range(run.recipe.epochs + 1) and step in range(run.steps_per_epoch) and lines == epoch):
+        raise CheckpointError(
+            f"{path} stood at step {step} of epoch {epoch} with {lines} records, and its run has "
+            f"{run.recipe.epochs} epochs of {run.steps_per_epoch} steps"
+        )
+
+
+def _alike(found, own):
+    """Whether plain data has the keys, lengths and types of `own`; JSON knows lists and numbers of one kind only."""
+    if isinstance(own, dict):
+        return isinstance(found, dict) and found.keys() == own.keys() and all(_alike(found[k], own[k]) for k in own)
+    if isinstance(own, list | tuple):
+        return isinstance(found, list) and len(found) == len(own) and all(map(_alike, found, own))
+    if isinstance(own, int | float) and not isinstance(own, bool):
+        return isinstance(found, int | float) and not isinstance(found, bool)
+    return type(found) is type(own)
 
 
 def _optimizer_state(parameters, tensors):

@@ -156,6 +156,54 @@ def test_a_checkpoint_of_another_model(changes, message, tmp_path):
     assert (found.epoch, found.step, found.records) == (0, 0, [])
 
 
+def without(name):
+    return lambda facts: facts.pop(name)
+
+
+DAMAGES = {
+    "no place": (without("position"), "its position is missing"),
+    "no records": (without("records"), "its records is missing"),
+    "no groups": (without("groups"), "its groups is missing"),
+    "no schedule": (without("schedule"), "its schedule is missing"),
+    "a group less": (lambda facts: facts["groups"].pop(), "its groups is missing or damaged"),
+    "a parameter less": (lambda facts: facts["groups"][0]["params"].pop(), "its groups"),
+    "a rate that is a word": (lambda facts: facts["groups"][0].update(lr="fast"), "its groups"),
+    "a schedule that is a number": (lambda facts: facts.update(schedule=3), "its schedule"),
+    "beyond the end": (lambda facts: facts["position"].update(epoch=4), "step 0 of epoch 4 .* has 3 epochs of 3 steps"),
+    "before the beginning": (lambda facts: facts["position"].update(step=-1), "step -1 of epoch 0"),
+    "between two steps": (lambda facts: facts["position"].update(step=0.5), r"step 0\.5 of"),
+    "a record too many": (lambda facts: facts["records"].append({}), "with 1 records"),
+}
+
+
+def assert_refused(folder, message, change):
+    """What a run left is changed and continued: nothing of the new run changes."""
+    start(folder).save()
+    path = folder / run.CHECKPOINT
+    tensors, facts = checkpoint.load(path)
+    change(tensors, facts)
+    checkpoint.save(path, tensors, facts)
+    found = start(folder, seed=1)
+    before, random = weights(found), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=message):
+        found.resume()
+    assert_same_bits(weights(found), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (found.epoch, found.step, found.records) == (0, 0, [])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_says_something_impossible(damage, tmp_path):
+    change, message = DAMAGES[damage]
+    assert_refused(tmp_path, message, lambda tensors, facts: change(facts))
+
+
+def test_a_checkpoint_without_random_numbers(tmp_path):
+    assert_refused(tmp_path / "without", "no cpu", lambda tensors, facts: tensors.pop("random.cpu"))
+    short = {"random.cpu": torch.zeros(7, dtype=torch.uint8)}
+    assert_refused(tmp_path / "short", r"cpu is torch.uint8 \(7,\)", lambda tensors, facts: tensors.update(short))
+
+
 def test_a_checkpoint_of_other_images(tmp_path):
     found = start(tmp_path)
     found.save()
