@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     setting(how, "--norm-decay", action=argparse.BooleanOptionalAction, help="weight decay on norms and biases too")
     setting(how, "--label-smoothing", type=float, metavar="X")
     setting(how, "--ema", type=float, metavar="X", help="average the weights, keeping this part each step")
-    setting(how, "--augment", action=argparse.BooleanOptionalAction, help="random shifts, and flips of photographs")
+    setting(how, "--augment", action=argparse.BooleanOptionalAction, help="shifts, flips of photographs")
 
     where = found.add_argument_group("where and how it runs")
     where.add_argument("--out", metavar="DIR", help="default: out/train/MODEL-RECIPE-SEED")

@@ -1,8 +1,10 @@
 """Augmentation: every batch against one image at a time, and what the plans draw."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import affine_transform  # scikit-learn, which brings the digits, needs SciPy
 
 from models.data import augment  # not its test_batches: pytest would take that for a test
 
@@ -57,6 +59,58 @@ def test_nothing_but_the_order(images):
     now = plan(padding=0, flip=False)
     found, _ = augment.batch(x, y, now, 0, COUNT, padding=0)
     assert torch.equal(found, x[now.order])
+
+
+JITTER = augment.Jitter(shift=0.5, turn=10, zoom=0.1)
+
+
+def test_motion(images):
+    """Against SciPy's interpolation, which takes a matrix in (row, column) and counts from the first pixel."""
+    x, y = images
+    now = augment.plan_epoch(COUNT, seed=0, epoch=0, padding=PADDING, flip=True, jitter=JITTER)
+    found, labels = augment.batch(x, y, now, 100, 200, padding=PADDING)
+    assert found.dtype == torch.uint8
+    assert torch.equal(labels, now.order[100:200])
+    still = one_by_one(x, now, 100, 200, PADDING).double().numpy()
+    middle = (np.array(x.shape[2:]) - 1) / 2
+    for each, image, motion in zip(found, still, now.motion[100:200].double().numpy(), strict=True):
+        matrix = motion[::-1, 1::-1]
+        offset = middle - matrix @ middle + motion[::-1, 2]
+        for plane, pixels in zip(each, image, strict=True):
+            exact = affine_transform(pixels, matrix, offset, order=1, mode="grid-constant")
+            assert np.abs(plane.numpy() - exact).max() <= 0.5 + 1e-3  # rounded, from fp32
+
+
+def test_motions_are_within_their_limits():
+    now = augment.plan_epoch(COUNT, seed=0, epoch=0, padding=PADDING, flip=True, jitter=JITTER)
+    (a, b, x), (c, d, y) = now.motion.double().permute(1, 2, 0)
+    assert torch.equal(a, d)
+    assert torch.equal(b, -c)
+    found = {"shift": (x, 0.5), "shift down": (y, 0.5), "turn": (torch.atan2(c, a).rad2deg(), 10)}
+    found["zoom"] = (a.hypot(c) - 1, 0.1)
+    for name, (drawn, limit) in found.items():
+        assert drawn.abs().max() <= limit * (1 + 1e-5), name
+        assert drawn.min() < -0.97 * limit, name  # 1,000 are all above that with a chance of 3e-7
+        assert drawn.max() > 0.97 * limit, name
+    drawn = torch.stack([each for each, _ in found.values()])
+    assert (drawn.corrcoef() - torch.eye(4)).abs().max() < 0.16  # independent: five standard deviations
+    plain = plan()
+    assert plain.motion is None
+    assert all(torch.equal(getattr(now, name), getattr(plain, name)) for name in ("order", "top", "left", "mirror"))
+
+
+@pytest.mark.gpu
+def test_motion_on_a_gpu(images):
+    x, y = images
+    now = augment.plan_epoch(COUNT, seed=0, epoch=0, padding=PADDING, flip=True, jitter=JITTER)
+    expected, _ = augment.batch(x, y, now, 0, 500, padding=PADDING)
+    x, y, now = x.cuda(), y.cuda(), now.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, _ = augment.batch(x, y, now, 0, 500, padding=PADDING)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (found.cpu().int() - expected.int()).abs().max() <= 1  # a half may be rounded either way
 
 
 @pytest.mark.gpu

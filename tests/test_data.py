@@ -53,7 +53,7 @@ def test_digits():
     assert images.train_x.shape == (1437, 1, 8, 8)
     assert images.test_x.shape == (360, 1, 8, 8)
     assert images.classes == tuple("0123456789")
-    assert (images.padding, images.flip, images.channels, images.num_classes) == (1, False, 1, 10)
+    assert (images.padding, images.flip, images.channels, images.num_classes) == (0, False, 1, 10)
     assert images.train_x.dtype == images.test_x.dtype == torch.uint8
     assert images.train_y.dtype == images.test_y.dtype == torch.long
     shares = images.train_y.bincount() / 1437 - images.test_y.bincount() / 360

@@ -12,12 +12,22 @@ class DataError(ValueError):
     """A data set that cannot be read: which file, what is wrong with it, and what to do."""
 
 
+@dataclass(frozen=True)
+class Jitter:
+    """How far a training image may be moved, either way. shift: pixels, or parts; turn: degrees; zoom: part of 1."""
+
+    shift: float
+    turn: float
+    zoom: float
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """Two parts of a data set. train_x, test_x: uint8 (N, C, H, W); train_y, test_y: int64 (N,), places in `classes`.
 
     name: a line that says what it is. padding: by how many pixels a random crop may shift an image. flip: whether
-    mirrored images are images of the same class, as photographs are and writing is not.
+    mirrored images are images of the same class, as photographs are and writing is not. jitter: for images so small
+    that a whole pixel is a long way.
     """
 
     name: str
@@ -28,6 +38,7 @@ class Images:
     test_y: torch.Tensor
     padding: int
     flip: bool
+    jitter: Jitter | None = None
 
     @property
     def channels(self) -> int:

@@ -47,7 +47,9 @@ class Run:
         self.data = images.fingerprint
         self.scale = build.scale({"data": self.data}, self.device)
         self.images = images.to(self.device)
-        self.padding, self.flip = (images.padding, images.flip) if settings.augment else (0, False)
+        self.padding, self.flip, self.jitter = 0, False, None
+        if settings.augment:
+            self.padding, self.flip, self.jitter = images.padding, images.flip, images.jitter
         self.description = build.describe(settings, images)
 
         if self.device.type == "cpu" and images.train_x[0].numel() < _SMALL:
@@ -116,6 +118,7 @@ class Run:
                 epoch=self.epoch,
                 padding=self.padding,
                 flip=self.flip,
+                jitter=self.jitter,
             ).to(self.device)
             started = time.monotonic()
             while self.step < self.steps_per_epoch:

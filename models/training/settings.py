@@ -7,7 +7,7 @@ from .errors import SettingsError
 from .recipe import Recipe, recipe
 
 # 1,437 small images: what of a recipe is meant for 50,000
-DIGITS = {"epochs": 25, "batch_size": 64}
+DIGITS = {"epochs": 40, "batch_size": 64}
 PRECISIONS = ("fp32", "bf16", "fp64")
 
 
@@ -16,7 +16,7 @@ class Settings:
     """data: "digits" or a path (where it is read from may change between a run and its continuation).
 
     model, options: for models.create. quantize: "W4A4", "W8A8", ... or None. recipe_name is for people to read.
-    augment: random shifts, and flips where mirrored images are of the same class. precision "bf16" is autocast.
+    augment: what Images.padding, flip and jitter allow is done to them at random. precision "bf16" is autocast.
     """
 
     data: str

@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
 
 def test_without_augmentation_images_are_as_they_are(tmp_path):
     found = start(tmp_path, augment=False)
-    assert (found.padding, found.flip) == (0, False)
+    assert (found.padding, found.flip, found.jitter) == (0, False, None)
     assert start(tmp_path).padding == 1
 
 
