@@ -30,7 +30,8 @@ def plain_training(first, chosen):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0)
     records, step = [], 0
     for epoch in range(recipe.epochs):
-        plan = plan_epoch(len(data.train_y), seed=chosen.seed, epoch=epoch, padding=1, flip=False)
+        count, moved = len(data.train_y), {"padding": 1, "flip": True, "jitter": data.jitter}
+        plan = plan_epoch(count, seed=chosen.seed, epoch=epoch, **moved)
         losses, right = [], 0
         for number in range(3):
             x, y = batch(data.train_x, data.train_y, plan, 32 * number, 32 * number + 32, padding=1)
@@ -88,9 +89,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
 
 
 def test_without_augmentation_images_are_as_they_are(tmp_path):
-    found = start(tmp_path, augment=False)
-    assert (found.padding, found.flip, found.jitter) == (0, False, None)
-    assert start(tmp_path).padding == 1
+    assert images().jitter is not None
+    for augment, expected in ((True, (1, True, images().jitter)), (False, (0, False, None))):
+        found = start(tmp_path, augment=augment)
+        assert (found.padding, found.flip, found.jitter) == expected
 
 
 def test_the_kept_weights_give_the_recorded_accuracy(tmp_path):
