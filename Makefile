@@ -65,7 +65,7 @@ test-long: $(READY) ## all tests
 mutants: $(READY) ## the kernels broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
 	$(PY) -m tests.mutants $(ARGS)
 
-fuzz: $(READY) ## 2,000 random calls of "torch" and 300 of the kernels, or of all on a GPU, against fp64
+fuzz: $(READY) ## 2,000 random calls of "torch", 300 of the kernels, a quarter as many layers; on a GPU all; against fp64
 	HYPOTHESIS_PROFILE=long $(PY) -m pytest -q tests/fuzz $(ARGS)
 
 soak: $(READY) ## train, kill, resume, fuse, unfuse, save, load at random: ARGS="--minutes 60"

@@ -1,5 +1,6 @@
 """python -m tests.fuzz torch|hybrid|triton cpu|cuda 'CASE': one call again, as a failure of test_fuzz.py printed it."""
 
+import json
 import os
 import sys
 
@@ -8,7 +9,11 @@ if "cpu" in sys.argv:
 
 from .cases import Case
 from .judge import check
+from .layers import LayerCase, check_layer
 
 impl, device, text = sys.argv[1:]
-check(Case.from_text(text), impl, device)
+if "num_layers" in json.loads(text):
+    check_layer(LayerCase.from_text(text), impl, device)
+else:
+    check(Case.from_text(text), impl, device)
 print("right")

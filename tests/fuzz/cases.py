@@ -11,8 +11,20 @@ DTYPES = {"torch": ("float64", "float32", "float16", "bfloat16"), "triton": ("fl
 TENSORS = ("x", "weight", "bias", "bn_weight", "bn_bias", "residual0", "residual1")
 
 
+class Written:
+    """Mixin of dataclasses whose fields are plain data."""
+
+    def as_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str):
+        data = json.loads(text)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Written):
     """One call of functional.conv_bn_act. layouts: of x, weight, the residuals and y's gradient, in this order.
 
     wanted: which of the tensors want a gradient; without any the call is under no_grad. momentum and eps as there.
@@ -39,14 +51,6 @@ class Case:
     layouts: tuple[str, str, str, str]
     wanted: tuple[str, ...]
     seed: int
-
-    def as_text(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_text(cls, text: str) -> "Case":
-        data = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int) -> int:

@@ -6,6 +6,7 @@ or three values may enlarge a rounding a thousand times, of which PyTorch's own 
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -17,16 +18,23 @@ from .cases import Case
 MOVES = 3
 
 
-def check(case: Case, impl: str, device="cpu") -> None:
-    """AssertionError, whose last line is a command that shows it again, where `impl` is wrong or raises."""
-    try:
-        _check(case, impl, torch.device(device))
-    except Exception as error:
-        again = f"python -m tests.fuzz {impl} {device} '{case.as_text()}'"
-        raise AssertionError(f"{type(error).__name__}: {error}\nagain: {again}") from error
+def repeatable(check):
+    """check(case, impl, device), whose AssertionErrors end with a command that shows them again."""
+
+    @functools.wraps(check)
+    def checking(case, impl, device="cpu"):
+        try:
+            check(case, impl, torch.device(device))
+        except Exception as error:
+            again = f"python -m tests.fuzz {impl} {device} '{case.as_text()}'"
+            raise AssertionError(f"{type(error).__name__}: {error}\nagain: {again}") from error
+
+    return checking
 
 
-def _check(case, impl, device):
+@repeatable
+def check(case: Case, impl: str, device) -> None:
+    """AssertionError where `impl` is wrong or raises."""
     tensors, options = build(case)
     dtype = getattr(torch, case.dtype)
     dy = output_gradient(tensors, options, margin=_margin(tensors, options, dtype)).to(dtype)

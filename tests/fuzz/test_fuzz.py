@@ -1,17 +1,18 @@
 """The operation on whatever is drawn, against fp64. A failure is made small, and ends with a command for it.
 
-HYPOTHESIS_PROFILE=long draws 2,000 calls for "torch" and 300 for "triton", other ones every time; else a few that are
-always the same.
+HYPOTHESIS_PROFILE=long draws 2,000 calls for "torch" and 300 for "triton", and a quarter as many layers and blocks,
+other ones every time; else a few that are always the same.
 """
 
 import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from .cases import Case, cases
 from .judge import check
+from .layers import LayerCase, check_layer, layer_cases
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": not LONG, "database": None}
@@ -28,6 +29,19 @@ def test_torch(case):
 @given(cases("triton"))
 def test_triton_in_the_interpreter(case):
     check(case, "triton")
+
+
+@settings(max_examples=500 if LONG else 40, **SETTINGS)
+@given(layer_cases("torch"))
+def test_layers_by_torch(case):
+    check_layer(case, "torch")
+
+
+@pytest.mark.interpreter
+@settings(max_examples=75 if LONG else 5, **SETTINGS)
+@given(layer_cases("triton"))
+def test_layers_in_the_interpreter(case):
+    check_layer(case, "triton")
 
 
 @pytest.mark.interpreter
@@ -51,12 +65,20 @@ def test_a_factor_after_the_norm_that_is_not_positive(factor, training):
 def test_on_a_gpu(impl):
     torch.backends.cudnn.conv.fp32_precision = "ieee"
 
+    drawn = "torch" if impl == "torch" else "triton"
+
     @settings(max_examples=1000 if LONG else 100, **SETTINGS)
-    @given(cases("torch" if impl == "torch" else "triton"))
+    @given(cases(drawn))
     def run(case):
         check(case, impl, "cuda")
 
+    @settings(max_examples=250 if LONG else 25, **SETTINGS)
+    @given(layer_cases(drawn))
+    def run_layers(case):
+        check_layer(case, impl, "cuda")
+
     run()
+    run_layers()
 
 
 def test_a_failure_ends_with_a_command(monkeypatch):
@@ -80,3 +102,24 @@ def test_a_failure_ends_with_a_command(monkeypatch):
         check(case, "torch")
     monkeypatch.undo()
     check(case, "torch")
+
+
+def test_a_layer_that_is_wrong(monkeypatch):
+    """Broken on purpose: the transient stream comes twice."""
+    from rir_kernels import modules
+
+    right = modules.join
+    monkeypatch.setattr(modules, "join", lambda r, t: right(r, t) if r.shape != t.shape else right(t, t))
+
+    @settings(max_examples=40, phases=[Phase.generate], **SETTINGS)
+    @given(layer_cases("torch"))
+    def run(case):
+        check_layer(case, "torch")
+
+    with pytest.raises(AssertionError, match="NOT EQUIVALENT") as failure:
+        run()
+    case = LayerCase.from_text(str(failure.value).split("again: python -m tests.fuzz torch cpu ")[1].strip().strip("'"))
+    with pytest.raises(AssertionError, match="NOT EQUIVALENT"):
+        check_layer(case, "torch")
+    monkeypatch.undo()
+    check_layer(case, "torch")
