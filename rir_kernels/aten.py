@@ -6,6 +6,8 @@ Runs anywhere, in every float dtype, differentiable any number of times; the def
 import torch
 import torch.nn.functional as F
 
+from .streams import add_to_first_channels
+
 
 def conv_bn_act(
     x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum
@@ -22,7 +24,13 @@ def before_norm(x, weight, bias, residuals, spec) -> torch.Tensor:
     if weight is not None:
         z = F.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
     z = joined(z, residuals, spec)
-    return _add(z, spec.shortcut(x)) if spec.shortcut_channels else z
+    return add_to_first_channels(z, _shortcut(x, spec)) if spec.shortcut_channels else z
+
+
+def _shortcut(x, spec):
+    """spec.shortcut(x), with a gradient in x's memory format: that of a slice of channels is contiguous."""
+    surplus = x.shape[1] - spec.shortcut_channels
+    return spec.shortcut(F.pad(x, (0, 0, 0, 0, 0, -surplus)) if surplus else x)
 
 
 def after_norm(y, residuals, spec) -> torch.Tensor:
@@ -30,7 +38,7 @@ def after_norm(y, residuals, spec) -> torch.Tensor:
     if spec.norm_scale != 1.0:
         y = y * spec.norm_scale
     for residual in residuals if spec.post_norm else ():
-        y = _add(y, residual)
+        y = add_to_first_channels(y, residual)
     return F.relu(y) if spec.relu else y
 
 
@@ -39,13 +47,5 @@ def joined(z, residuals, spec):
     if spec.conv_scale != 1.0:
         z = z * spec.conv_scale
     for residual in () if spec.post_norm else residuals:
-        z = _add(z, residual)
+        z = add_to_first_channels(z, residual)
     return z
-
-
-def _add(z, residual):
-    """z + [residual | 0]"""
-    channels = residual.shape[1]
-    if channels == z.shape[1]:
-        return z + residual
-    return torch.cat([z[:, :channels] + residual, z[:, channels:]], dim=1)

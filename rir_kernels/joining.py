@@ -1,6 +1,13 @@
-"""Two streams as one tensor, without a copy where they already lie side by side."""
+"""Two streams as one tensor and back, without a copy where they lie side by side, forward and backward.
+
+Slices would do for the values. Their gradients, though, are copied one by one into contiguous tensors of zeros, and
+those are added up: seven passes over an activation for two streams, and its memory format is lost for all that follows.
+"""
 
 import torch
+import torch.nn.functional as F
+
+from .dispatch import plainly_eager
 
 
 def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -13,6 +20,18 @@ def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not _adjacent(r, t):
         return torch.cat([r, t], dim=1)
     return _Join.apply(r, t)
+
+
+def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the first `channels` channels of x, the others): views. The reverse of `join`, in backward as well.
+
+    Where autograd records, torch refuses to change them in place, as it does with the parts of torch.split.
+    """
+    if channels == x.shape[1]:
+        return x, x[:, channels:]
+    if torch.is_grad_enabled() and x.requires_grad and plainly_eager():
+        return _Split.apply(x, channels)
+    return x[:, :channels], x[:, channels:]
 
 
 def _adjacent(r, t) -> bool:
@@ -46,8 +65,30 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # apart from forward: torch.func asks for it
-        ctx.split = inputs[0].shape[1]
+        ctx.channels = inputs[0].shape[1]
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[:, : ctx.split], grad[:, ctx.split :]
+        return split(grad, ctx.channels)
+
+
+class _Split(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, channels):
+        return x[:, :channels], x[:, channels:]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.widths = [stream.shape[1] for stream in output]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dr, dt):
+        if dr is None or dt is None:
+            # padding keeps the format of what it pads
+            before, behind = (width if grad is None else 0 for width, grad in zip(ctx.widths, (dr, dt), strict=True))
+            grad = dt if dr is None else dr
+            return None if grad is None else F.pad(grad, (0, 0, 0, 0, before, behind)), None
+        return join(dr, dt), None

@@ -10,7 +10,7 @@ from torch import nn
 from . import conversion, norm_state, reference
 from .arguments import check_block, check_conv_bn_act, check_layer
 from .dispatch import check_impl
-from .joining import join
+from .joining import join, split
 from .spec import ConvBNActSpec, spec_of_conv
 from .streams import (
     PACKED,
@@ -99,13 +99,13 @@ class RiRLayer(nn.Module):
         residuals = []
         if self.projection is not None:
             check_projected(x, self.in_channels, self.projection.weight)
-            residuals.append(self.projection(x[:, : self.in_residual]))
+            residuals.append(self.projection(split(x, self.in_residual)[0]))
         if outer is not None:
             residuals.append(outer)
         y = norm_state.conv_bn_act(
             self.bn, x, self.weight, spec=self._spec(), residuals=tuple(residuals), impl=self.impl
         )
-        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+        return y if packed else split(y, self.out_residual)
 
     def _spec(self) -> ConvBNActSpec:
         identity = self.shortcut != "none" and self.projection is None
@@ -194,7 +194,7 @@ class RiRBlock(nn.Module):
         y = self.layers[-1](x, outer=outer if self.outer_shortcut == "pre_norm" else None)
         if self.outer_shortcut == "post_act" and outer.shape[1] > 0:
             y = add_to_first_channels(y, outer)
-        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+        return y if packed else split(y, self.out_residual)
 
     def _outer_channels(self):
         """(in, out) of the outer shortcut's part on each stream; the transient one's is empty unless it has one."""
@@ -207,9 +207,10 @@ class RiRBlock(nn.Module):
         check_packed(x, self.in_channels)
         (r_in, r_out), (t_in, t_out) = self._outer_channels()
         if (r_in, t_in) == (r_out, t_out) and self.stride == 1:
-            return x[:, : r_in + t_in]
-        r = self._shortcut(x[:, :r_in], r_out, self.projection)
-        return join(r, self._shortcut(x[:, r_in : r_in + t_in], t_out, self.projection_t)) if t_out else r
+            return split(x, r_in + t_in)[0]
+        r, t = split(x, r_in)
+        r = self._shortcut(r, r_out, self.projection)
+        return join(r, self._shortcut(t, t_out, self.projection_t)) if t_out else r
 
     def _shortcut(self, stream, channels, projection):
         if projection is None:

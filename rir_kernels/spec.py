@@ -53,7 +53,8 @@ class ConvBNActSpec:
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """The part of x that joins the sum, as a view."""
-        x = x[:, : self.shortcut_channels]
+        if x.shape[1] != self.shortcut_channels:
+            x = x[:, : self.shortcut_channels]
         return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
 
 

@@ -158,4 +158,4 @@ def add_to_first_channels(y, residual):
             f"residual must have the shape (N, C_res, H_out, W_out) with C_res <= C_out, got {tuple(residual.shape)} "
             f"for the output {tuple(y.shape)}"
         )
-    return y + F.pad(residual, (0, 0, 0, 0, 0, missing))
+    return y + (F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing else residual)

@@ -1,11 +1,13 @@
-"""forward(r, t): two streams as one tensor, copied only where they do not lie side by side."""
+"""forward(r, t): two streams as one tensor and back, copied only where they do not lie side by side."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
 from rir_kernels import functional
-from rir_kernels.joining import join
+from rir_kernels.joining import join, split
+from rir_kernels.layout import is_channels_last
 
 LAST = torch.channels_last
 N, C, H, W = 2, 4, 5, 3
@@ -130,3 +132,92 @@ def test_gradcheck_twice():
 
     assert torch.autograd.gradcheck(function, (r, t))
     assert torch.autograd.gradgradcheck(function, (r, t))
+
+
+@pytest.mark.parametrize("channels", [3, 0, 2 * C])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_split_is_two_views(channels, requires_grad):
+    x = buffer(memory_format=LAST).requires_grad_(requires_grad)
+    for ours, expected in zip(split(x, channels), (x[:, :channels], x[:, channels:]), strict=True):
+        assert torch.equal(ours, expected)
+        assert ours.data_ptr() == expected.data_ptr()
+        assert ours.stride() == expected.stride()
+
+
+PARTS = {"both": (True, True), "the first": (True, False), "the second": (False, True)}
+
+
+@pytest.mark.parametrize("wanted", PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+def test_gradients_of_a_split_keep_their_format(wanted, memory_format):
+    x, dy = buffer(memory_format=memory_format).requires_grad_(), buffer(memory_format=memory_format)
+    streams, gradients = split(x, 3), (dy[:, :3], dy[:, 3:].clone())  # apart: they must be copied
+    roots = [(s, g) for s, g, want in zip(streams, gradients, wanted, strict=True) if want]
+    (found,) = torch.autograd.grad([s for s, _ in roots], x, [g for _, g in roots])
+    keep = torch.tensor([wanted[0]] * 3 + [wanted[1]] * (2 * C - 3))
+    assert torch.equal(found, dy * keep[:, None, None])
+    assert found.is_contiguous(memory_format=memory_format)
+
+
+def test_gradients_side_by_side_are_not_copied():
+    x, dy, seen = buffer(memory_format=LAST).requires_grad_(), buffer(memory_format=LAST), []
+    x.register_hook(lambda grad: seen.append((grad.data_ptr(), grad.stride())))
+    join(*split(x, 3)).backward(dy)
+    assert seen == [(dy.data_ptr(), dy.stride())]
+    assert torch.equal(x.grad, dy)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators, and whether every image that they make is channels_last."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.in_format = set(), True
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.names.add(operator.overloadpacket.__name__)
+        made = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+        self.in_format &= all(is_channels_last(t) for t in made if t.shape[2:] == (H, W))
+        return result
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_chain_of_layers_goes_back_in_its_format(packed):
+    """No gradient is copied into zeros or turned into the other format: slices would do both in every layer."""
+    layers = [rir.RiRLayer(2 * C, 2 * C), rir.RiRBlock(2 * C, 2 * C), rir.RiRLayer(2 * C, 2 * C, shortcut="none")]
+    streams = (buffer(memory_format=LAST).requires_grad_(),)
+    streams = streams if packed else split(*streams, C)
+    for layer in layers:
+        streams = layer.to(memory_format=LAST)(*streams)
+        streams = streams if isinstance(streams, tuple) else (streams,)
+    with Seen() as seen:
+        torch.autograd.backward(streams, [torch.ones_like(stream) for stream in streams])
+    assert "convolution_backward" in seen.names
+    assert "slice_backward" not in seen.names
+    assert seen.in_format
+
+
+def test_gradcheck_of_a_split():
+    x = buffer().double()[:1, :, :3, :2].clone().requires_grad_()
+    for function in (
+        lambda x: join(*split(x.square(), 3)).square(),
+        lambda x: split(x.square(), 3)[0].square(),
+        lambda x: split(x.square(), 3)[1].square(),
+        lambda x: torch.cat(split(x.square(), 3)[::-1], dim=1).square(),
+    ):
+        assert torch.autograd.gradcheck(function, (x,), check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, (x,))
+
+
+def test_streams_that_are_changed_in_place():
+    """As the parts of torch.split: refused where autograd records, fine elsewhere."""
+    layer, x = rir.RiRLayer(2 * C, 2 * C), buffer()
+    r, _ = layer(*halves(x))
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        r.mul_(2)
+    with torch.no_grad():
+        r, t = layer(*halves(x))
+        before = t.clone()
+        r.mul_(2)
+        assert torch.equal(t, before)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from rir_kernels.layout import to_format
+
 from .images import Jitter
 
 
@@ -105,7 +107,9 @@ def normalise(
     """
     mean, std = (values.float().view(-1, 1, 1) for values in (mean, std))
     scaled = x.float().sub_(mean).div_(torch.where(std > 0, std, 1.0))
-    return scaled.to(dtype, memory_format=torch.channels_last)
+    return to_format(
+        scaled.to(dtype), channels_last=True
+    )  # .to() would leave grey images as they lie, and call it that
 
 
 def test_batches(x: torch.Tensor, y: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

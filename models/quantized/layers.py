@@ -13,7 +13,7 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels import norm_state
-from rir_kernels.joining import join
+from rir_kernels.joining import join, split
 from rir_kernels.spec import ConvBNActSpec, spec_of_conv
 from rir_kernels.streams import PACKED, as_streams
 from rir_kernels.validation import as_residuals, check_packed, check_streams
@@ -55,13 +55,13 @@ class QuantizedRiRLayer(Quantized, rir.RiRLayer):
         z = self.quantizer(x, self.weight, spec)
         residuals = []
         if self.projection is not None:
-            residuals.append(self.projection(x[:, : self.in_residual]))
+            residuals.append(self.projection(split(x, self.in_residual)[0]))
         elif spec.shortcut_channels:
             residuals.append(spec.shortcut(x))
         if outer is not None:
             residuals.append(outer)
         y = norm_state.norm_act(self.bn, z, spec=_without_conv(spec), residuals=tuple(residuals), impl=self.impl)
-        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+        return y if packed else split(y, self.out_residual)
 
 
 class QuantizedConvBNAct(Quantized, rir.ConvBNAct):

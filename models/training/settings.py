@@ -7,7 +7,7 @@ from .errors import SettingsError
 from .recipe import Recipe, recipe
 
 # 1,437 small images: what of a recipe is meant for 50,000
-DIGITS = {"epochs": 40, "batch_size": 64}
+DIGITS = {"epochs": 60, "batch_size": 64}
 PRECISIONS = ("fp32", "bf16", "fp64")
 
 

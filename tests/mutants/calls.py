@@ -96,8 +96,16 @@ CALLS = [
     ),
     Mutant(
         "joined streams: gradients swapped", "rir_kernels/joining.py",
-        "return grad[:, : ctx.split], grad[:, ctx.split :]", "return grad[:, ctx.split :], grad[:, : ctx.split]",
+        "return split(grad, ctx.channels)", "return split(grad, ctx.channels)[::-1]",
         (f"{JOINING}::test_gradcheck_twice",),
+    ),
+    Mutant(
+        "split streams: gradients swapped", "rir_kernels/joining.py", "return join(dr, dt), None",
+        "return join(dt, dr), None", (f"{JOINING}::test_gradcheck_of_a_split",),
+    ),
+    Mutant(
+        "split streams: one gradient in the other's channels", "rir_kernels/joining.py", "0, 0, 0, 0, before, behind",
+        "0, 0, 0, 0, behind, before", (f"{JOINING}::test_gradients_of_a_split_keep_their_format",),
     ),
     Mutant(
         "joined streams: a gap between them read", "rir_kernels/joining.py",

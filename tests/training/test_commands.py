@@ -140,7 +140,7 @@ def test_evaluating_what_is_no_run(tmp_path, capsys):
 
 def test_settings_that_were_not_given_have_defaults():
     found = settings.from_arguments({}, on_gpu=False)
-    assert (found.data, found.model, found.recipe.epochs, found.precision) == ("digits", "rir18_thin", 40, "fp32")
+    assert (found.data, found.model, found.recipe.epochs, found.precision) == ("digits", "rir18_thin", 60, "fp32")
     found = settings.from_arguments({"data": "folder"}, on_gpu=True)
     assert (found.model, found.recipe.epochs, found.recipe.batch_size) == ("rir18_wide", 82, 500)
     assert found.precision == "bf16"

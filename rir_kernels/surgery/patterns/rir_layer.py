@@ -1,7 +1,7 @@
 """rir_kernels.reference.RiRLayer: P4, with its options and both call forms."""
 
 from ... import reference
-from ...joining import join
+from ...joining import join, split
 from ...reference.functional import check_dtypes
 from ...streams import PACKED, as_streams, check_image
 from ..guards import call_obstacle
@@ -26,7 +26,7 @@ class FusedRiRLayer(Fused):
         check_dtypes(*streams, outer, *self._weights())
         x = x if packed else join(*streams)
         check_image("x", x, self.in_channels)
-        residuals = [] if self.projection is None else [self.projection(x[:, : self.in_residual])]
+        residuals = [] if self.projection is None else [self.projection(split(x, self.in_residual)[0])]
         if outer is not None:
             residuals.append(outer)
         identity = self.shortcut != "none" and self.projection is None
@@ -38,7 +38,7 @@ class FusedRiRLayer(Fused):
             branch_scale=self.branch_scale,
             impl=self._rir_fusion.impl,
         )
-        return y if packed else (y[:, : self.out_residual], y[:, self.out_residual :])
+        return y if packed else split(y, self.out_residual)
 
 
 def _find(module):

@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import nn
 
-from ...joining import join
+from ...joining import join, split
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -35,7 +35,7 @@ class FusedRiRUnit(Fused):
             shortcut_channels=0 if self.resize_identity else channels,
             impl=self._rir_fusion.impl,
         )
-        return y[:, :channels], y[:, channels:]
+        return split(y, channels)
 
 
 def _find(unit):
