@@ -34,6 +34,20 @@ def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, :channels], x[:, channels:]
 
 
+def producer(x: torch.Tensor) -> tuple[torch.autograd.graph.Node | None, bool]:
+    """The node of the graph that x comes from, looked for behind `join` and `split`; whether x is all of its output."""
+    node, whole = x.grad_fn, True
+    if isinstance(node, _Join._backward_cls):
+        (of_r, r), (of_t, t) = node.next_functions
+        if of_r is of_t and (r, t) == (0, 1):
+            node = of_r
+    elif isinstance(node, _Split._backward_cls):
+        whole = False
+    if isinstance(node, _Split._backward_cls):
+        node = node.next_functions[0][0]
+    return node, whole
+
+
 def _adjacent(r, t) -> bool:
     return (
         r.device == t.device

@@ -11,6 +11,7 @@ import torch
 
 from . import fused, recomputing
 from .chaining import Link
+from .joining import producer
 from .layout import empty_channels_last
 from .spec import ConvBNActSpec
 
@@ -121,11 +122,14 @@ class ConvBNActFunction(torch.autograd.Function):
 
 def _links(tensors):
     """The link of the layer whose output the first tensor is, None where it is none's; each such layer is told."""
-    links = [t.grad_fn.link if isinstance(t.grad_fn, ConvBNActFunction._backward_cls) else None for t in tensors]
-    for link in links:
+    ahead = None
+    for index, tensor in enumerate(tensors):
+        node, whole = producer(tensor)
+        link = node.link if isinstance(node, ConvBNActFunction._backward_cls) else None
         if link is not None:
             link.consumers += 1
-    return links[0]
+            ahead = link if index == 0 and whole else ahead
+    return ahead
 
 
 def first_order(grads, refusal: str):

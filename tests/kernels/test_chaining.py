@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import rir_kernels as rir
 from rir_kernels import dispatch
 from rir_kernels.chaining import Link
+from rir_kernels.joining import split
 
 from .targets import FP16_LONG, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
@@ -73,6 +74,42 @@ def test_a_chain_reduces_once(target, spared):
     _assert_as_the_long_way(layers, _chain, x)
 
 
+def _chain_of_streams(layers, x):
+    streams = x[:, :4], x[:, 4:]
+    for layer in layers:
+        streams = layer(*streams)
+    return torch.cat(streams, dim=1)
+
+
+@targets
+def test_a_chain_of_streams_reduces_once(target, spared):
+    """The streams' gradients lie side by side again where a layer takes them as one."""
+    layers, x = _layers(target, {}, {"shortcut": "none"}, {}), rand((2, 8, 5, 6), target, seed=1)
+    _gradients(layers, _chain_of_streams, x)
+    assert spared == [False, True, True]
+    _assert_as_the_long_way(layers, _chain_of_streams, x)
+
+
+def _block(layers, x):
+    """An outer shortcut is a part of what the first layer takes: no sums are offered, as the gradient is another."""
+    y = layers[0](x)
+    return layers[2](layers[1](y), outer=split(y, 4)[0])
+
+
+def _streams(function):
+    """function(layer, r, t), in the middle."""
+
+    def chain(layers, x):
+        return layers[2](torch.cat(function(layers[1], *layers[0](x[:, :4], x[:, 4:])), dim=1))
+
+    return chain
+
+
+def _a_hook_on_one(layer, r, t):
+    t.register_hook(lambda grad: 2 * grad)
+    return layer(r, t)
+
+
 def _two_layers(layers, x):
     y = layers[0](x)
     return layers[1](y) + layers[2](y)
@@ -117,6 +154,14 @@ CASES = {
     "a hook in place": _hook(lambda grad: grad.mul_(2)),
     "a slice": lambda layers, x: layers[1](layers[0](x)[:, [1, 0, 2, 3, 4, 5, 6, 7]]),
     "in place": lambda layers, x: layers[1](layers[0](x).mul_(2)),
+    "a block": _block,
+    "swapped streams": _streams(lambda layer, r, t: layer(t, r)),
+    "one stream twice": _streams(lambda layer, r, t: layer(r, r)),
+    "one stream elsewhere": _streams(lambda layer, r, t: (layer(r, t)[0], torch.sin(t))),
+    "a hook on a stream": _streams(_a_hook_on_one),
+    "a hook in place on a stream": _streams(
+        lambda layer, r, t: t.register_hook(lambda grad: grad.mul_(2)) and layer(r, t)
+    ),
 }
 
 
@@ -125,7 +170,7 @@ CASES = {
 def test_where_the_gradient_is_another(target, function, spared):
     _gradients(_layers(target, {}, {}, {}), function, rand((2, 8, 4, 4), target, seed=1))
     # of three layers in turn the one between; of those whose gradient is another none
-    assert sum(spared) == (1 if function is _residual_later else 0)
+    assert sum(spared) == (1 if function in (_residual_later, _block) else 0)
     _assert_as_the_long_way(_layers(target, {}, {}, {}), function, rand((2, 8, 4, 4), target, seed=1))
 
 
