@@ -117,7 +117,9 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     # before the buffers are updated: where memory ends, nothing has changed
     copy = planned.copied and torch.empty(planned.copied, dtype=tensors[0].dtype, device=tensors[0].device)
     if planned.save:
-        y = ops.ConvBNActFunction.apply(planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors)
+        _, y = ops.ConvBNActFunction.apply(
+            planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors
+        )
     else:
         (y,) = planned.plan(tensors + buffers, (momentum,))
     return y if copy is None else copy.copy_(y)

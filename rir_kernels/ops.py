@@ -39,7 +39,7 @@ def conv_bn_act(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, 
         return ConvBNActFunction.apply(
             None, (running_mean, running_var), 0.0, spec, training, impl,
             x, weight, bias, bn_weight, bn_bias, *residuals,
-        )  # fmt: skip
+        )[1:]  # fmt: skip
     y, _, mean, var, _ = torch.ops.rir_kernels.conv_bn_act(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *_flat(spec), training, False, impl
     )
@@ -54,9 +54,10 @@ _X, _RESIDUALS = 6, 11  # where x and the residuals stand among the function's a
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """(y, batch mean, biased batch var) by the registered op; or y, by `planned`.
+    """(root, y, batch mean, biased batch var) by the registered op; or (root, y), by `planned`.
 
     planned: an eager.Planned, which updates the buffers too, or whatever else has its `plan` and `gradients`.
+    root: empty, and not to be used. It is how backward knows its own node, see `first_order`.
     """
 
     @staticmethod
@@ -75,26 +76,27 @@ class ConvBNActFunction(torch.autograd.Function):
         if told_by_z:
             recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         mask = None if told_by_z or not spec.relu else y
-        ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask)
+        root = y.new_empty(0)
+        ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask, root)
         ctx.link = None
         ctx.call = planned, spec, training, impl, [residual.shape[1] for residual in residuals]
         if planned is not None:
             ctx.ahead = _links((tensors[0], *residuals))
             chained = training and told_by_z and spec.norm_scale == 1 and recomputing.saves_in_place(z)
             ctx.link = Link((z, mean, invstd, bn_weight, bn_bias, spec.relu) if chained else None)
-            return y
+            return root, y
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return root, y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, _, dy, *__):
+        *saved, root = ctx.saved_tensors
         with torch.no_grad():
-            grads = ConvBNActFunction._gradients(ctx, dy)
-        return first_order(grads, _REFUSAL)
+            grads = ConvBNActFunction._gradients(ctx, dy, *saved)
+        return first_order(grads, _REFUSAL, root, dy)
 
     @staticmethod
-    def _gradients(ctx, dy):
-        x, weight, bn_weight, bn_bias, z, mean, invstd, mask = ctx.saved_tensors
+    def _gradients(ctx, dy, x, weight, bn_weight, bn_bias, z, mean, invstd, mask):
         x = z if weight is None else x
         planned, spec, training, impl, residual_channels = ctx.call
         needed = ctx.needs_input_grad
@@ -132,21 +134,25 @@ def _links(tensors):
     return ahead
 
 
-def first_order(grads, refusal: str):
-    """The gradients, within backward; under create_graph=True they raise `refusal` where they are differentiated."""
+def first_order(grads, refusal: str, *origins):
+    """The gradients, within backward; under create_graph=True they raise `refusal` where they are differentiated.
+
+    origins: tensors of the graph that what the gradients depend on is reached from. autograd.grad walks only where the
+    way leads to what it was asked for: gradients that nothing leads on from would count as constants, silently. Hence
+    not torch's once_differentiable, which knows dy alone.
+    """
     if not torch.is_grad_enabled():
         return grads
-    # torch's once_differentiable would drop the graph silently where dy itself needs no gradient
-    return _FirstOrder.apply(refusal, *[None if grad is None else grad.detach().requires_grad_() for grad in grads])
+    return _FirstOrder.apply(refusal, len(origins), *origins, *grads)
 
 
 class _FirstOrder(torch.autograd.Function):
     """Passes gradients on, and raises where one of them is differentiated in turn."""
 
     @staticmethod
-    def forward(ctx, refusal, *grads):
+    def forward(ctx, refusal, origins, *tensors):
         ctx.refusal = refusal
-        return tuple(None if grad is None else grad.clone() for grad in grads)
+        return tuple(None if grad is None else grad.clone() for grad in tensors[origins:])
 
     @staticmethod
     def backward(ctx, *_):

@@ -39,7 +39,7 @@ def conv_bn_act(group, tensors, statistics, momentum, spec, impl) -> torch.Tenso
     """
     ranks = _Ranks(group)
     if impl in ("hybrid", "triton"):
-        y = ops.ConvBNActFunction.apply(_FusedCall(ranks, spec, impl), (), 0.0, spec, True, impl, *tensors)
+        _, y = ops.ConvBNActFunction.apply(_FusedCall(ranks, spec, impl), (), 0.0, spec, True, impl, *tensors)
     else:
         x, weight, bias, bn_weight, bn_bias, *residuals = tensors
         z = aten.before_norm(x, weight, bias, residuals, spec)
@@ -143,13 +143,14 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _BatchNorm._gradients(ctx, dy)
-        return None, None, *ops.first_order(gradients, "a norm synchronized over ranks has no second derivatives")
+            gradients = _BatchNorm._gradients(ctx, dy, *saved)
+        refusal = "a norm synchronized over ranks has no second derivatives"
+        return None, None, *ops.first_order(gradients, refusal, *saved, dy)
 
     @staticmethod
-    def _gradients(ctx, dy):
-        z, weight, mean, var, invstd = ctx.saved_tensors
+    def _gradients(ctx, dy, z, weight, mean, var, invstd):
         needs_dz, needs_dweight, needs_dbias = ctx.needs_input_grad[2:]
         scale = torch.ones_like(mean) if weight is None else weight  # its dtype is that of the sums
         if z.numel() > 0:

@@ -256,6 +256,35 @@ def test_row_26_second_derivatives_by_kernels(calls, impl, device):
     assert all(t.grad is None for t in leaves.values())
 
 
+@pytest.mark.parametrize("impl", ["triton", "hybrid"])
+@pytest.mark.parametrize("asked", ["x", "weight", "bn_weight", "residual"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_row_26_second_derivatives_of_one_tensor_alone(calls, asked, impl, device):
+    """Where a graph is walked for one tensor, the gradient of a gradient may not be left out as if it were zero."""
+    leaves, others = leaves_of(impl, device, residuals=(3,))
+    leaves["residual"] = leaves.pop("residual0")
+
+    def gradient(**changed):
+        y = conv_bn_act(**(leaves | changed), **others)
+        return torch.autograd.grad(y.sum(), changed.get(asked, leaves[asked]), create_graph=True)[0]
+
+    for _ in range(calls):
+        grad = gradient()
+    refused = pytest.raises(RuntimeError, match=r'no second derivatives: use impl="torch"')
+    with refused:
+        torch.autograd.grad(grad.pow(2).sum(), leaves[asked], allow_unused=True)
+    grad = gradient()
+    with refused:
+        grad.pow(2).sum().backward(inputs=[leaves[asked]])
+    grad = gradient()
+    with refused:  # of any other tensor too
+        torch.autograd.grad(grad.pow(2).sum(), [t for name, t in leaves.items() if name != asked], allow_unused=True)
+    with refused:
+        torch.autograd.functional.hessian(
+            lambda t: conv_bn_act(**(leaves | {asked: t}), **others).sum(), leaves[asked].detach()
+        )
+
+
 @forms
 def test_row_26_second_derivatives_by_torch(form):
     """The gradients of a gradient penalty are those of torch's modules."""
