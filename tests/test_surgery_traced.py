@@ -121,6 +121,61 @@ FOUND = {
 }
 
 
+class Counting(Variant):
+    """Whose forward changes buffers in place."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        self.register_buffer("steps", torch.zeros(4, 1, 1))
+
+
+def counted(m, x):
+    m.steps.add_(1)
+    return m.relu(m.bn(m.conv(x))) + m.steps
+
+
+def statistics_moved(m, x):
+    m.bn.running_mean.add_(1)
+    return m.relu(m.bn(m.conv(x)))
+
+
+def counted_between(m, x):
+    y = m.relu(m.bn(m.conv(x + m.steps)))
+    m.steps.mul_(0.5).add_(1)
+    return y * m.steps
+
+
+def counted_by_an_operator(m, x):
+    m.steps += 1
+    return m.relu(m.bn(m.conv(x)))
+
+
+WAYS = {
+    "fuse_": {},
+    "dry_run": {"dry_run": True},
+    "refused": {"filter_fn": lambda module, name: False},
+    "other patterns": {"patterns": ["P4"]},
+}
+
+
+@pytest.mark.parametrize("function", [counted, statistics_moved, counted_between, counted_by_an_operator])
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_that_forward_changes(way, function):
+    """Tracing runs forward, and changes nothing: each call does, fused or not."""
+    torch.manual_seed(0)
+    original = settle(Counting(function))
+    fused = copy.deepcopy(original)
+    report = fuse_(fused, **WAYS[way])
+    expected = 1 if way in ("fuse_", "dry_run") and function is not counted_by_an_operator else 0
+    assert len(report.replaced) == expected, str(report)
+    for name, value in original.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], value), name
+    for _ in range(3):
+        assert_same(fused, original, randn(2, 4, 5, 6), calls=expected if way == "fuse_" else 0)
+    unfuse_(fused)
+    assert_same(fused, original, randn(2, 4, 5, 6), calls=0)
+
+
 def pair_of(model, patterns):
     torch.manual_seed(0)
     original = settle(copy.deepcopy(model))

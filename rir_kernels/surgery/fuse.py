@@ -9,7 +9,7 @@ from ..dispatch import check_impl
 from ..folded_norm import FoldedNorm
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, class_of, is_covered, is_fused, swap_back, swap_in
+from .swap import Recipe, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
 from .tracing import Untraceable
 
 
@@ -34,7 +34,8 @@ def fuse_(
     torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
     one layer that disagree), or an attribute that forward decided by, the modules are called as they were before.
-    `unfuse_` is the way back. While tracing, no other thread should run models.
+    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward does beside its tensors
+    (appends to a list of the program's, prints) is done while tracing and no more.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
@@ -66,11 +67,12 @@ def fuse_(
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
         if matches:
             try:
-                program = family.program(module, matches)
+                recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
+                _check_class(recipe)
             except Untraceable as reason:
                 report.skipped.append(Skipped(names[0], str(reason), kind, also))
                 return set()
-            swaps.append((module, Recipe(type(module), family.mixin, impl, enabled, program)))
+            swaps.append((module, recipe))
         report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
         done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
@@ -161,6 +163,14 @@ def _unit_obstacle(module, family):
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""
+
+
+def _check_class(recipe):
+    """Makes the class that swapping takes: where a base class refuses it, no module has been swapped yet."""
+    try:
+        fused_class(recipe)
+    except Exception as error:
+        raise Untraceable(f"its class takes no subclass: {type(error).__name__}: {error}") from error
 
 
 def _check_patterns(patterns):

@@ -39,12 +39,12 @@ class Fused:
 
 def swap_in(module, recipe: Recipe) -> None:
     """Fuse `module`, whose class is exactly recipe.original."""
-    module.__class__ = _fused_class(recipe)
+    object.__setattr__(module, "__class__", fused_class(recipe))  # a module's own __setattr__ is not asked
 
 
 def swap_back(module) -> None:
     """The reverse, for a module that `is_fused`."""
-    module.__class__ = module._rir_fusion.original
+    object.__setattr__(module, "__class__", module._rir_fusion.original)
 
 
 def is_fused(module) -> bool:
@@ -63,7 +63,8 @@ def is_covered(module) -> bool:
 
 
 @functools.cache
-def _fused_class(recipe):
+def fused_class(recipe: Recipe) -> type:
+    """The class of modules that are fused so. Whatever a base class raises for its subclasses."""
     name = f"Fused{recipe.original.__name__}"
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": recipe.original.__doc__, "_rir_fusion": recipe}

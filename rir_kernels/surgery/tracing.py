@@ -147,6 +147,8 @@ def _without_random_numbers():
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else what changes a buffer in place would do so now, and not in the graph
+
     def __init__(self, module, inlined):
         super().__init__(autowrap_modules=())
         self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
@@ -258,11 +260,11 @@ def _mode(module, inlined, training):
     modes = [m.training for m in modules]
     try:
         for m in modules:
-            m.training = training
+            object.__setattr__(m, "training", training)  # a module's own __setattr__ is not asked
         yield
     finally:
         for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+            object.__setattr__(m, "training", mode)
 
 
 # of torch's own code, the parts that run on every call and so read what no forward asked for

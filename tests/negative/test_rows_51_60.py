@@ -198,6 +198,40 @@ def test_row_52_a_failure_on_the_way_changes_nothing(failing, monkeypatch):
     assert_unchanged(model, before)
 
 
+class _Final(nn.Sequential):
+    def __init_subclass__(cls, **options):
+        raise TypeError("this class is final")
+
+
+class _Sealed(nn.Sequential):
+    def __setattr__(self, name, value):
+        raise AttributeError(f"sealed: {name}")
+
+    def __init__(self, *modules):
+        nn.Module.__init__(self)
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+
+def test_row_52_classes_that_resist():
+    """One that takes no subclass is skipped with its reason, not found out half-way; one that sets nothing fits."""
+
+    def make():
+        parts = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+        return [nn.Sequential(*copy.deepcopy(parts)), _Final(*copy.deepcopy(parts)), _Sealed(*copy.deepcopy(parts))]
+
+    torch.manual_seed(0)
+    model = settle(nn.Sequential(*make()))
+    original = copy.deepcopy(model)
+    report = fuse_(model)
+    reasons = {item.name: item.reason for item in report.skipped}
+    assert [item.name for item in report.replaced] == ["0", "2"]
+    assert "takes no subclass: TypeError: this class is final" in reasons["1"], str(report)
+    assert_same(model, original, X, calls=2)
+    unfuse_(model)
+    assert [type(module) for module in model] == [nn.Sequential, _Final, _Sealed]
+
+
 def test_row_53_fusing_keeps_attributes_and_parameters():
     """Parameter and buffer objects are the same, and so are the names of all attributes."""
     model = net()
