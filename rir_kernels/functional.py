@@ -168,12 +168,11 @@ def apply(
     impl = resolve(impl, x, weight, spec, training)
     channels_last = is_channels_last(x)
     if impl == "triton" and weight is None and not spec.post_norm and (residuals or spec.branch_scale != 1.0):
-        y = apply(
-            aten.joined(x, residuals, spec), None, bn_weight, bn_bias, running_mean, running_var, num_batches_tracked,
-            spec=dataclasses.replace(spec, branch_scale=1.0), training=training, momentum=momentum, impl=impl,
-            process_group=process_group,
+        return apply(
+            to_format(aten.joined(x, residuals, spec), channels_last), None, bn_weight, bn_bias, running_mean,
+            running_var, num_batches_tracked, spec=dataclasses.replace(spec, branch_scale=1.0), training=training,
+            momentum=momentum, impl=impl, process_group=process_group,
         )  # fmt: skip
-        return to_format(y, channels_last)
     if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
         eager.prepare(kind, tensors, buffers, spec, training)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
@@ -186,7 +185,7 @@ def apply(
     if process_group is not None:
         if not kernels:
             impl, tensors = "torch", (*tensors[:5], *residuals)
-        y = synchronized.conv_bn_act(process_group, tensors, buffers[:2], momentum, spec, impl)
+        y = synchronized.conv_bn_act(process_group, tensors, buffers[:2], momentum, spec, impl, channels_last)
     elif kernels:
         statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
         y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
@@ -202,7 +201,7 @@ def apply(
         )  # fmt: skip
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    return to_format(y, channels_last)
+    return y
 
 
 def _dense(vector):
@@ -217,7 +216,7 @@ def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, tra
     wide = torch.promote_types(x.dtype, torch.float32)
     bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (bn_weight, bn_bias))
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
-    y = run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options)
+    y = to_format(run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options), is_channels_last(x))
     if training and mean is not None:
         # not by no_grad, a region of its own in an exported graph, which torch.export.save refuses
         running_mean.detach().copy_(mean.detach())

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from . import aten, fused, ops
+from .layout import to_format
 
 
 def _untraced(function):
@@ -32,9 +33,10 @@ def _untraced(function):
 
 
 @_untraced
-def conv_bn_act(group, tensors, statistics, momentum, spec, impl) -> torch.Tensor:
-    """y, in training. tensors: x, weight, bias, bn_weight, bn_bias, residuals; statistics: the running ones, or Nones.
+def conv_bn_act(group, tensors, statistics, momentum, spec, impl, channels_last) -> torch.Tensor:
+    """y in that format, in training.
 
+    tensors: x, weight, bias, bn_weight, bn_bias, residuals; statistics: the running ones, or Nones.
     impl: "triton" and "hybrid", with tensors as the registered op has them and images in x; all others are ATen ops.
     """
     ranks = _Ranks(group)
@@ -44,6 +46,7 @@ def conv_bn_act(group, tensors, statistics, momentum, spec, impl) -> torch.Tenso
         x, weight, bias, bn_weight, bn_bias, *residuals = tensors
         z = aten.before_norm(x, weight, bias, residuals, spec)
         y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
+    y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
     ranks.update_running(*statistics, momentum)
     return y
 

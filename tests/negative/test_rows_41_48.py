@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch
+from rir_kernels import dispatch, functional, synchronized
 from rir_kernels.spec import ConvBNActSpec
 from tests.distributed.ranks import assert_same as assert_same_tensors
 from tests.distributed.ranks import one_step, settled, whole_of
@@ -84,13 +84,29 @@ IN_KERNELS = [
 IN_TORCH = [pytest.param(impl, _Scarce, id=impl) for impl in ("torch", "reference")]
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["last", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def _synchronize(monkeypatch):
+    """Norms as of several ranks, of which the others have no pixels."""
+    monkeypatch.setattr(synchronized._Ranks, "_gather", lambda self, vector: vector.clone()[None])
+    apply = functional.apply
+    monkeypatch.setattr(functional, "apply", lambda *a, **more: apply(*a, **more | {"process_group": "a group"}))
+
+
+LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+KINDS = {"fp32": (torch.float32, False), "fp16": (torch.float16, False), "synchronized": (torch.float32, True)}
+FORMATS = {"last": (LAST, LAST), "contiguous": (CONTIGUOUS, CONTIGUOUS), "weight last": (CONTIGUOUS, LAST)}
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(("dtype", "of_ranks"), KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(("impl", "scarce"), [*IN_TORCH, *IN_KERNELS])
-def test_row_41_memory_that_ends_anywhere_leaves_the_state_alone(impl, scarce, dtype, memory_format):
+def test_row_41_memory_that_ends_anywhere_leaves_the_state_alone(
+    impl, scarce, dtype, of_ranks, of_x, of_weight, monkeypatch
+):
     """OutOfMemoryError at each allocation of a training forward in turn: statistics and counter stay as they were."""
-    layer = rir.RiRLayer(8, 8, impl=impl, dtype=dtype)
-    x = randn(1, 8, 2, 2).to(dtype).contiguous(memory_format=memory_format)
+    if of_ranks:
+        _synchronize(monkeypatch)
+    layer = rir.RiRLayer(8, 8, impl=impl, dtype=dtype).to(memory_format=of_weight)
+    x = randn(1, 8, 2, 2).to(dtype).contiguous(memory_format=of_x)
     copy.deepcopy(layer)(x)  # leaves the plan
     before = copy.deepcopy(layer.state_dict())
     for failed in itertools.count():
@@ -103,7 +119,7 @@ def test_row_41_memory_that_ends_anywhere_leaves_the_state_alone(impl, scarce, d
         else:
             break
     assert failed >= 2 and layer.bn.num_batches_tracked == 1
-    twin = rir.RiRLayer(8, 8, impl=impl, dtype=dtype)
+    twin = rir.RiRLayer(8, 8, impl=impl, dtype=dtype).to(memory_format=of_weight)
     twin.load_state_dict(before)
     assert torch.equal(twin(x), y)  # the failures left nothing behind
 
