@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+import re
 import threading
 import warnings
 
@@ -20,7 +21,7 @@ from .choices import measured_choice
 from .spec import ConvBNActSpec
 
 IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
-TRITON_NEEDED = (3, 6)
+TRITON_NEEDED, TORCH_NEEDED = (3, 6), (2, 10)
 CAPABILITY_NEEDED = (8, 0)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -195,15 +196,20 @@ def _not_traced(function):
 @_not_traced
 def triton_missing() -> str:
     """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
+    if _numbers(torch.__version__) < TORCH_NEEDED:
+        return f"torch >= {'.'.join(map(str, TORCH_NEEDED))}, found {torch.__version__}"
     needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"
     try:
         import triton
     except Exception as error:  # a broken install raises more than ImportError
         return f"{needed}, which cannot be imported here ({type(error).__name__}: {error}): pip install triton"
     version = getattr(triton, "__version__", None) or importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
-        return f"{needed}, found {version}"
-    return ""
+    return f"{needed}, found {version}" if _numbers(version) < TRITON_NEEDED else ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(3, 7) of "3.7rc1+cu130"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 @_not_traced

@@ -86,7 +86,8 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
     # "auto" never means our kernels off the GPU: nothing to look up there
     may_launch = impl == "triton" or (impl == "auto" and getattr(tensors[0], "is_cuda", False))
     metadata = _kind(tensors + buffers) if may_launch and type(momentum) is float else None
-    if metadata is None:
+    # torch counts batches wherever the counter lies, a kernel on its own device alone
+    if metadata is None or (buffers[2] is not None and buffers[2].device != tensors[0].device):
         return None
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     return (*metadata, spec, training, save, impl)

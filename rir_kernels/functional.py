@@ -164,6 +164,7 @@ def apply(
         bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
         shared=process_group is not None,
     )  # fmt: skip
+    momentum = float(momentum)  # numpy's numbers are numbers too, but not to torch's norm
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
     channels_last = is_channels_last(x)

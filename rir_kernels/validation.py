@@ -4,6 +4,8 @@ TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices
 as torch has it. Constructors' arguments are checked in `arguments`.
 """
 
+import numbers
+
 import torch
 
 from .arguments import (
@@ -201,7 +203,7 @@ def _check_residuals(residuals, output):
 
 
 def _check_statistics(running_mean, running_var, training, momentum):
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
         raise TypeError(
             f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
             "which count the batches"
@@ -209,6 +211,10 @@ def _check_statistics(running_mean, running_var, training, momentum):
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         if not training and statistic is None:
             raise RuntimeError(f"{name} must be defined in evaluation mode: pass both statistics, or training=True")
+        if training and statistic is not None and statistic.stride(0) == 0 and statistic.numel() > 1:
+            raise ValueError(
+                f"{name} is updated in training, and its channels share memory (stride 0): pass {name}.contiguous()"
+            )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 

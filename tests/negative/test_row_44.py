@@ -205,6 +205,27 @@ for impl in ("torch", "triton"):
     assert run_python(code, interpret="1") == ""
 
 
+def test_row_44_a_home_that_triton_cannot_write(monkeypatch):
+    """Kernels are compiled all the same, into a folder of the process's own, with one warning."""
+    for variable in ("HOME", "TRITON_HOME"):
+        monkeypatch.setenv(variable, "/proc/there/is/none")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    code = """
+import os, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from rir_kernels.triton import inspect
+    from rir_kernels.triton.launch import runtime
+print(*(str(w.message) for w in caught if "compiled kernels" in str(w.message)), sep="|")
+folder = os.environ["TRITON_CACHE_DIR"]
+print(oct(os.stat(folder).st_mode & 0o777), os.listdir(folder))
+import shutil; shutil.rmtree(folder)
+"""
+    said, folder = run_python(code).splitlines()
+    assert "cannot be kept (" in said and "set TRITON_CACHE_DIR" in said and "|" not in said
+    assert folder == "0o700 []"
+
+
 def test_row_44_writers_at_the_same_time(tmp_path):
     """A reader meets one writer's file or another's, whole, and no drafts stay."""
     path, done = tmp_path / "made-up-gpu-9.json", threading.Event()

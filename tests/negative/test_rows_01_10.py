@@ -109,6 +109,30 @@ def test_row_02_nothing_is_launched(launches):  # noqa: F811
     assert not launches
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("impl", ["torch", "hybrid", "triton"])
+def test_row_02_a_counter_of_batches_elsewhere(impl):
+    """It may lie anywhere, as torch's norms have it: no kernel is handed its address."""
+    layer, twin = (rir.RiRLayer(4, 6, impl=impl) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    layer.bn.num_batches_tracked = layer.bn.num_batches_tracked.to("meta")
+    x = torch.randn(2, 4, 5, 5)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), twin(x), rtol=0, atol=1e-6)  # one rounding of numbers of order one
+    assert layer.bn.num_batches_tracked.is_meta
+    torch.testing.assert_close(layer.bn.running_var, twin.bn.running_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_row_02_a_counter_on_the_cpu_beside_cuda_norms():
+    """It counts."""
+    layer = rir.RiRLayer(4, 6, impl="triton").cuda()
+    layer.bn.num_batches_tracked = layer.bn.num_batches_tracked.cpu()
+    for _ in range(2):
+        layer(torch.randn(2, 4, 5, 5, device="cuda"))
+    assert layer.bn.num_batches_tracked.item() == 2
+
+
 @pytest.mark.gpu
 def test_row_02_a_cpu_tensor_beside_cuda_ones():
     """RuntimeError, whatever the implementation."""

@@ -124,6 +124,19 @@ def test_row_12_strides_by_form(form, impl, where):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+def test_row_12_statistics_whose_channels_share_memory():
+    """ValueError before either is updated; evaluation reads them."""
+    shared = torch.ones(1).expand(6)
+    for impl in ("torch", "reference", "triton"):
+        for name in ("running_mean", "running_var"):
+            message = f"{name} is updated in training, and its channels share memory"
+            call_refused(ValueError, message, impl=impl, training=True, **{name: shared})
+    tensors, options = make_call(dtype=torch.float32)
+    options |= {"training": False, "impl": "torch"}
+    found = by("torch")(**tensors | {"running_var": shared}, **options)
+    torch.testing.assert_close(found, by("torch")(**tensors | {"running_var": torch.ones(6)}, **options))
+
+
 DYS = {
     "stride 0": lambda dy: dy[:1, :1, :1, :1].expand_as(dy),  # what sum().backward() hands down
     "channels_last": lambda dy: dy.contiguous(memory_format=LAST),

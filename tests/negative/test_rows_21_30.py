@@ -6,6 +6,7 @@ The number in a test's name is a kind of bad input.
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def test_row_22_momentum_is_a_number():
 
 
 @ways
-@pytest.mark.parametrize("momentum", [0, 0.0, 1, 2.0])
+@pytest.mark.parametrize("momentum", [0, 0.0, 1, 2.0, np.float32(0.25)])
 def test_row_22_momentum_is_not_limited(momentum, impl, where):
     """0 freezes to the bit, 1 replaces, and others are as torch has them: twice, as the second call has a plan."""
     tensors, options = make_call(dtype=torch.float32, kernel=1, training=True, momentum=momentum)

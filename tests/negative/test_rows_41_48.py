@@ -227,7 +227,20 @@ assert call("auto").shape == (2, 4, 3, 3)
     assert run_python(code, interpret="1") == 'ImportError: impl="triton" needs triton >= 3.6, found 3.5.1\n'
 
 
-@pytest.mark.parametrize("version", ["3.6.0", "3.6.0+git1234", "3.10.1", "4.0.0"])
+def test_row_42_torch_too_old():
+    """The same of torch."""
+    code = (
+        CALL
+        + """
+torch.__version__ = "2.9.1+cu128"
+print(call("triton"))
+assert call("auto").shape == (2, 4, 3, 3)
+"""
+    )
+    assert run_python(code, interpret="1") == 'ImportError: impl="triton" needs torch >= 2.10, found 2.9.1+cu128\n'
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.0+git1234", "3.7rc0", "3.10.1", "4.0.0"])
 def test_row_42_later_versions_are_taken(version, monkeypatch):
     """Numbers are compared as numbers, and none is too new."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))

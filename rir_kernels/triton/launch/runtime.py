@@ -10,7 +10,11 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watched
+from rir_kernels.triton import cache
 from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
+
+if not interpreting():
+    cache.ensure_writable()
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
