@@ -102,7 +102,7 @@ def _facts(folder):
 def _continued(folder, facts, chosen):
     """The run's own settings; SettingsError where they are not those asked for: the table compares runs alike."""
     try:
-        return settings.continued(facts["settings"], chosen.flat())
+        return settings.continued(facts.get("settings"), chosen.flat())
     except SettingsError as error:
         raise SettingsError(f"{folder}: {error}") from error
 

@@ -82,6 +82,8 @@ class RiR(nn.Module):
         siblings.check(self.variant, branch_scaling, zero_init_gamma, init_scale)
         if len(width) != len(depth) or not len(width):
             raise ValueError(f"width and depth need one entry per stage each, got {tuple(width)} and {tuple(depth)}")
+        if not all(isinstance(blocks, int) and blocks >= 0 for blocks in depth):
+            raise ValueError(f"depth must have a number of blocks for each stage, 0 or more, got {tuple(depth)}")
         factory = {"device": device, "dtype": dtype}
         common = factory if impl is None else factory | {"impl": impl}
         outer_at = block_options.pop("outer_at", "pre_norm") if outer_shortcut else "none"

@@ -22,10 +22,10 @@ from models.training.command import carry_out
 from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined
-from models.training.run import CHECKPOINT, Run
+from models.training.run import CHECKPOINT, Run, left_in
 
 # all other arguments are settings: what decides the bits
-_PLACE = ("out", "resume", "overwrite", "minutes", "checkpoint_every", "device", "image_size")
+_PLACE = ("out", "resume", "overwrite", "minutes", "checkpoint_every", "device")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     setting(what, "--option", action="append", metavar="NAME=VALUE", help="of models.create: shortcut=projection, ...")
     setting(what, "--quantize", metavar="W4A4", help="bits of weights and activations; 8 at both ends")
     setting(what, "--seed", type=int, metavar="N")
-    what.add_argument("--image-size", type=int, metavar="N", help="folders of images: pixels to bring each to")
+    setting(what, "--image-size", type=int, metavar="N", help="folders of images: pixels to bring each to")
 
     how = found.add_argument_group("the recipe, and what to change of it")
     setting(how, "--recipe", metavar="NAME", help="paper (default) or fast")
@@ -90,19 +90,20 @@ def _set_up(args, ranks, device):
     given = _settings_of(args)
     chosen = settings.from_arguments(given, on_gpu=device.type == "cuda")
     out = Path(args.out or f"out/train/{chosen.model}-{chosen.recipe_name}-seed{chosen.seed}")
-    held = (out / CHECKPOINT).exists()
+    held = left_in(out)
     if held and not (args.resume or args.overwrite):
         raise SettingsError(
             f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out is another place"
         )
-    if held and args.resume:
-        chosen = settings.continued(checkpoint.load_facts(out / CHECKPOINT)["settings"], given)
+    if args.resume and (out / CHECKPOINT).exists():
+        chosen = settings.continued(checkpoint.load_facts(out / CHECKPOINT).get("settings"), given)
     if chosen.deterministic:
         _be_deterministic()
-    run = Run(chosen, load(chosen.data, image_size=args.image_size), out, device=device, ranks=ranks)
-    if args.resume:
-        run.resume()
-    elif held and ranks.first:
+    run = Run(chosen, load(chosen.data, image_size=chosen.image_size), out, device=device, ranks=ranks)
+    run.prepare()
+    if args.resume and not run.resume() and ranks.first:
+        say(f"{out} has no {CHECKPOINT} to go on from: a new run begins")
+    elif held and not args.resume and ranks.first:
         run.clear()
     return run
 

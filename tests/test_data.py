@@ -210,6 +210,7 @@ def test_parquet_without_a_part(tmp_path):
         ({"label": [1]}, ["no column img or image", "only label"]),
         ({"img": [1]}, ["no column label or fine_label", "only img"]),
         ({"img": [1], "label": [1]}, ["column img must be {bytes, path}", "not int64"]),
+        ({"img": [{"bytes": "/etc/passwd"}], "label": [1]}, ["column img must be {bytes, path}", "bytes: string"]),
         ({"img": pyarrow.array([None], STRUCT), "label": ["cat"]}, ["column label must hold integers", "not string"]),
     ],
 )

@@ -99,17 +99,20 @@ def _moved(x, motion):
 
 
 def normalise(
-    x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, *, dtype: torch.dtype = torch.float32
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
 ) -> torch.Tensor:
-    """(x - mean) / std of each channel, computed in fp32 and returned in `dtype`, channels_last.
+    """(x - mean) / std of each channel, computed in fp32 and returned in `dtype` and that memory format.
 
     x: uint8 (N, C, H, W); mean, std: (C,), on x's device. A channel that never varies (std 0) becomes 0.
     """
     mean, std = (values.float().view(-1, 1, 1) for values in (mean, std))
     scaled = x.float().sub_(mean).div_(torch.where(std > 0, std, 1.0))
-    return to_format(
-        scaled.to(dtype), channels_last=True
-    )  # .to() would leave grey images as they lie, and call it that
+    return to_format(scaled.to(dtype), channels_last)  # .to(memory_format=...) would leave grey images as they lie
 
 
 def test_batches(x: torch.Tensor, y: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

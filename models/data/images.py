@@ -78,7 +78,9 @@ class Images:
         """What tells two data sets apart, as plain data: name, counts, scale, and a hash of pixels and labels."""
         digest = hashlib.sha256()
         for name in _TENSORS:
-            digest.update(getattr(self, name).cpu().contiguous().numpy())
+            tensor = getattr(self, name).cpu().contiguous()
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy())
         return {
             "name": self.name,
             "train": len(self.train_y),

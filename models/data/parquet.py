@@ -76,7 +76,9 @@ def _labels(file, image, label):
         if missing := [name for name in (image, label) if name not in schema.names]:
             raise DataError(f"{file} has no column {missing[0]}, as the first file for training has: add it")
         kind = schema.field(image).type
-        if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        content = kind.field("bytes").type if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else None
+        # text would be taken for the path of a file
+        if content is None or not (types.is_binary(content) or types.is_large_binary(content)):
             raise DataError(f"{file}: column {image} must be {{bytes, path}}, as Hugging Face has it, not {kind}")
         if not types.is_integer(schema.field(label).type):
             raise DataError(f"{file}: column {label} must hold integers, not {schema.field(label).type}")

@@ -13,7 +13,7 @@ from models.quantized import quantize_
 
 from . import checkpoint
 from .errors import CheckpointError, SettingsError
-from .settings import Settings
+from .settings import Settings, continued
 
 
 def describe(settings: Settings, images) -> dict:
@@ -30,7 +30,8 @@ def describe(settings: Settings, images) -> dict:
 
 
 def network(description: dict, *, impl: str = "auto", device=None) -> nn.Module:
-    """A new network with random weights. SettingsError for names and options that do not exist.
+    """A new network with random weights. SettingsError for names and options that do not exist, and for an `impl` that
+    cannot run on the device.
 
     impl "reference" has the naive layers, whose parameters have other names: it goes with "layers": "reference" alone.
     """
@@ -38,6 +39,7 @@ def network(description: dict, *, impl: str = "auto", device=None) -> nn.Module:
     if naive != (impl == "reference") and impl != "auto":
         raise SettingsError(f"impl={impl!r} needs {'packed' if naive else 'naive'} layers, and these are not")
     layers = {"layers": rir.reference} if naive else {"layers": rir, "impl": impl}
+    _check_impl(impl, device, getattr(torch, description["dtype"]))
     try:
         model = models.create(
             description["name"],
@@ -64,7 +66,7 @@ def load(path, *, impl: str = "auto", device="cpu") -> tuple[nn.Module, dict]:
     expected = section(outline, part)
     try:
         _check_layers(facts["model"]["options"], len(expected))
-        skeleton = network(facts["model"], impl=impl, device="meta")
+        skeleton = network(facts["model"], device="meta")
     except Exception as error:  # what stands in it may be anything
         raise CheckpointError(f"{path}: no network can be built from what stands in it ({error})") from error
     checkpoint.check_fits(path, skeleton.state_dict(), expected)
@@ -78,6 +80,17 @@ def _check_layers(options, tensors):
     layers = sum(options.get("depth", ())) * options.get("layers_per_block", 1)
     if layers > tensors:
         raise ValueError(f"{layers} layers, and {tensors} tensors")
+
+
+def _check_impl(impl, device, dtype):
+    """Tries it on one pixel. A name that was asked for never falls back, so it may be refused."""
+    x, weight = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype), torch.ones(1, 1, 1, 1, device=device, dtype=dtype)
+    statistics = torch.ones(2, 1, device=device, dtype=dtype)
+    try:
+        if impl not in ("auto", "reference"):
+            rir.functional.conv_bn_act(x, weight, None, None, *statistics, impl=impl)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise SettingsError(str(error)) from error
 
 
 def _quantized(model, bits):
@@ -96,7 +109,8 @@ def images(facts: dict, source: str | None = None, *, image_size: int | None = N
 
     CheckpointError where their channels or classes are not the network's.
     """
-    found = load_images(source or facts["settings"]["data"], image_size=image_size)
+    settings = continued(facts.get("settings"), {})
+    found = load_images(source or settings.data, image_size=image_size or settings.image_size)
     for what in ("channels", "num_classes"):
         wanted = facts["model"]["in_channels" if what == "channels" else what]
         if getattr(found, what) != wanted:
@@ -106,7 +120,10 @@ def images(facts: dict, source: str | None = None, *, image_size: int | None = N
 
 def scale(facts: dict, device) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, deviation) of each channel of the images that a checkpoint's network was trained with."""
-    return tuple(torch.tensor(facts["data"][name], dtype=torch.float64, device=device) for name in ("mean", "std"))
+    try:
+        return tuple(torch.tensor(facts["data"][name], dtype=torch.float64, device=device) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint does not say what its images were like ({error!r})") from error
 
 
 def integer(path, model: nn.Module) -> nn.Module:

@@ -85,6 +85,8 @@ def _opened(path):
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError, RuntimeError) as error:  # the last is torch's, of a file too large to be mapped
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 

@@ -41,10 +41,10 @@ def evaluate(model: nn.Module, images, scale, *, precision: str = "fp32", ranks:
     return Score(loss, 100 * right)
 
 
-def forward(model: nn.Module, x: torch.Tensor, scale, precision: str) -> torch.Tensor:
+def forward(model: nn.Module, x: torch.Tensor, scale, precision: str, *, channels_last=True) -> torch.Tensor:
     """uint8 images (N, C, H, W) -> scores (N, classes), fp32 or fp64."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    x = normalise(x, *scale, dtype=dtype)
+    x = normalise(x, *scale, dtype=dtype, channels_last=channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
         scores = model(x)
     return scores.to(dtype)

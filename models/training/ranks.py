@@ -2,11 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .errors import SettingsError
 
@@ -37,9 +38,17 @@ class Ranks:
             dist.all_reduce(total)
         return total
 
-    def any(self, flag: bool, device) -> bool:
-        """Whether it is set on some rank; every rank has to ask."""
-        return bool(self.sum(torch.tensor([int(flag)], device=device))) if self.world > 1 else flag
+    def any(self, flags: Sequence[bool], device) -> list[bool]:
+        """Whether each is set on some rank; every rank has to ask."""
+        if self.world == 1:
+            return list(flags)
+        return [count > 0 for count in self.sum(torch.tensor([*map(int, flags)], device=device)).tolist()]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Those of the first rank, to all of them."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 @contextlib.contextmanager

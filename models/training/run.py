@@ -2,6 +2,8 @@
 
 Every random number of the data is a function of the seed and the epoch (models.data.augment), so a place in the data is
 two numbers, and a run that is continued from a checkpoint ends with the bits of one that never stopped.
+
+The clock stands still in the first step of each piece of a run: kernels are compiled in it, by whoever compiles.
 """
 
 import time
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 
 import rir_kernels as rir
 from models.data import augment
+from rir_kernels.layout import to_format
 
 from . import build, checkpoint, evaluation, report, state
 from .average import Average
@@ -47,6 +50,9 @@ class Run:
         self.data = images.fingerprint
         self.scale = build.scale({"data": self.data}, self.device)
         self.images = images.to(self.device)
+        # oneDNN's gradient of a strided 1x1 writes past its workspace where channels_last images have few channels
+        # (uxlfoundation/oneDNN#6035)
+        self.channels_last = self.device.type != "cpu" or settings.options.get("shortcut") != "projection"
         self.padding, self.flip, self.jitter = 0, False, None
         if settings.augment:
             self.padding, self.flip, self.jitter = images.padding, images.flip, images.jitter
@@ -54,18 +60,21 @@ class Run:
 
         if self.device.type == "cpu" and images.train_x[0].numel() < _SMALL:
             torch.set_num_threads(1)  # they would wait for each other more than they compute
+        torch.backends.cudnn.benchmark = not settings.deterministic
         torch.manual_seed(settings.seed)
-        self.model = build.network(self.description, impl=settings.impl, device=self.device)
-        self.model.to(memory_format=torch.channels_last).train()
+        self.model = build.network(self.description, impl=settings.impl, device=self.device).train()
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if self.ranks.world > 1:
             self.model = rir.convert_sync_batchnorm(self.model)
         self.average = None if self.recipe.ema is None else Average(self.model, self.recipe.ema)
         self.optimizer = make_optimizer(self.model, self.recipe)
         self.schedule = make_schedule(self.optimizer, self.recipe, self.steps_per_epoch)
 
+        self._forward = None  # made when it is needed: see `prepare`
         self.epoch = self.step = 0  # finished epochs, and finished steps of the next one
         self.records = []  # of every finished epoch
-        self.seconds = 0.0  # spent in training steps, of all parts of the run
+        self.seconds = 0.0  # spent in training steps, of all parts of the run but for the first step of each
         self.counted = {  # in this epoch, on this rank
             "loss": torch.zeros((), dtype=torch.float64, device=self.device),
             "right": torch.zeros((), dtype=torch.float64, device=self.device),
@@ -90,14 +99,25 @@ class Run:
             write(self.out / METRICS, self.records)
         return True
 
+    def prepare(self) -> None:
+        """Makes what computes the scores. SettingsError where that cannot be; nothing has been written by then."""
+        self._forward = self._made_forward()
+
     def clear(self) -> None:
         """Removes what an earlier run has left in the folder."""
-        for name in (CHECKPOINT, WEIGHTS, METRICS, report.RUN, report.CURVES):
-            (self.out / name).unlink(missing_ok=True)
+        for path in left_in(self.out):
+            path.unlink()
 
     def save(self) -> None:
+        """Within an epoch all ranks have to call it at the same step."""
+        tensors, facts = state.gather(self)
         if self.ranks.first:
-            checkpoint.save(self.out / CHECKPOINT, *state.gather(self))
+            checkpoint.save(self.out / CHECKPOINT, tensors, facts)
+
+    def _save_weights(self):
+        if self.ranks.first:
+            facts = {"model": self.description, "settings": self.settings.as_dict(), "data": self.data}
+            checkpoint.save(self.out / WEIGHTS, build.sectioned("model", self.evaluated.state_dict()), facts)
 
     def train(self, *, save_every: float = 30.0, stop=lambda: False, progress=None) -> bool:
         """Epochs until all are done (True), or until stop() says so between two steps (False); both end with a save.
@@ -105,12 +125,19 @@ class Run:
         save_every: seconds between checkpoints, which fall between two steps; 0 has one after every step. progress: a
         Progress, which is told of every step and every epoch.
         """
-        forward = self._forward()
+        if self._forward is None:
+            self.prepare()
         if self.finished:
+            if not (self.out / WEIGHTS).exists():  # it ended between its last two files
+                self._save_weights()
             return True
-        if not (self.out / CHECKPOINT).exists():
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if (self.epoch, self.step) == (0, 0):
             self.save()  # from here on the folder alone says how to continue
-        saved = time.monotonic()
+            if self.ranks.first:
+                (self.out / METRICS).unlink(missing_ok=True)
+        saved, started = time.monotonic(), None
         while not self.finished:
             plan = augment.plan_epoch(
                 len(self.images.train_y),
@@ -120,38 +147,38 @@ class Run:
                 flip=self.flip,
                 jitter=self.jitter,
             ).to(self.device)
-            started = time.monotonic()
+            started = started and time.monotonic()
             while self.step < self.steps_per_epoch:
-                self._update(forward, plan)
+                self._update(plan)
                 self.step += 1
+                if started is None:
+                    self._wait()
+                    started = time.monotonic()
                 if progress:
                     progress.step(self)
                 if self.step == self.steps_per_epoch:
                     break
-                if self._agreed(stop):
-                    self._add_time(started)
-                    self.save()
-                    return False
-                if time.monotonic() - saved >= save_every:
+                stopped, due = self._agreed(stop(), time.monotonic() - saved >= save_every)
+                if stopped or due:
                     self._add_time(started)
                     self.save()
                     saved = started = time.monotonic()
+                if stopped:
+                    return False
             self._add_time(started)
             record = self._end_epoch()
             if progress:
                 progress.epoch(self, record)
-            stopped = self._agreed(stop)
+            (stopped,) = self._agreed(stop())
             if self.finished or stopped or time.monotonic() - saved >= save_every:
                 self.save()
                 saved = time.monotonic()
             if stopped and not self.finished:
                 return False
-        if self.ranks.first:
-            facts = {"model": self.description, "settings": self.settings.as_dict(), "data": self.data}
-            checkpoint.save(self.out / WEIGHTS, build.sectioned("model", self.evaluated.state_dict()), facts)
+        self._save_weights()
         return True
 
-    def _forward(self):
+    def _made_forward(self):
         """What computes the scores in training: the network itself, compiled, as graphs, or on all ranks."""
         model, settings = self.model, self.settings
         if self.ranks.world > 1:
@@ -165,18 +192,20 @@ class Run:
             if self.device.type != "cuda":
                 raise SettingsError(f"graphs are CUDA graphs, and this run is on {self.device}")
             shape = (self.recipe.batch_size, *self.images.train_x.shape[1:])
-            x = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
+            x = to_format(torch.zeros(shape, device=self.device), self.channels_last)
             # a graph holds no casts of weights that autocast made outside it
             cast = torch.autocast("cuda", torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
             with rir.preserved_statistics(model), cast:
                 return torch.cuda.make_graphed_callables(model, (x,))
         return model
 
-    def _update(self, forward, plan):
+    def _update(self, plan):
         first = self.step * self.recipe.batch_size
         start, stop = first + self.part[0], first + self.part[1]
         x, y = augment.batch(self.images.train_x, self.images.train_y, plan, start, stop, padding=self.padding)
-        scores = evaluation.forward(forward, x, self.scale, self.settings.precision)
+        scores = evaluation.forward(
+            self._forward, x, self.scale, self.settings.precision, channels_last=self.channels_last
+        )
         loss = F.cross_entropy(scores, y, label_smoothing=self.recipe.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -191,6 +220,7 @@ class Run:
     def _end_epoch(self):
         """Evaluates, writes the line of this epoch, and starts the next one."""
         seen = self.steps_per_epoch * self.recipe.batch_size
+        self.ranks.share_buffers(self.evaluated)  # bounds of quantized activations are each rank's own
         score = evaluation.evaluate(
             self.evaluated, self.images, self.scale, precision=self.settings.precision, ranks=self.ranks
         )
@@ -212,12 +242,22 @@ class Run:
             count.zero_()
         return record
 
-    def _add_time(self, started):
+    def _wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _add_time(self, started):
+        self._wait()
         self.seconds += time.monotonic() - started
 
-    def _agreed(self, stop):
+    def _agreed(self, *flags):
+        """Each of the flags where it is set on some rank; with several ranks they are asked every few steps."""
         if self.ranks.world > 1 and self.step % _ASK_RANKS:
-            return False
-        return self.ranks.any(stop(), self.device)
+            return [False] * len(flags)
+        return self.ranks.any(flags, self.device)
+
+
+def left_in(folder: Path) -> list[Path]:
+    """The files of a run that are in the folder."""
+    names = (CHECKPOINT, WEIGHTS, METRICS, report.RUN, report.CURVES)
+    return [folder / name for name in names if (folder / name).exists()]

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from .errors import SettingsError
+from .errors import CheckpointError, SettingsError
 from .recipe import Recipe, recipe
 
 # 1,437 small images: what of a recipe is meant for 50,000
@@ -17,6 +17,7 @@ class Settings:
 
     model, options: for models.create. quantize: "W4A4", "W8A8", ... or None. recipe_name is for people to read.
     augment: what Images.padding, flip and jitter allow is done to them at random. precision "bf16" is autocast.
+    image_size: see models.data.load.
     """
 
     data: str
@@ -32,10 +33,13 @@ class Settings:
     compile: bool = False
     graphs: bool = False
     deterministic: bool = False
+    image_size: int | None = None
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"seed must be in [0, 2**63), got {self.seed}")
         if self.compile and self.graphs:
             raise SettingsError("compile and graphs exclude each other: torch.compile makes graphs of its own")
 
@@ -53,7 +57,8 @@ class Settings:
 
 
 _RECIPE = [field.name for field in dataclasses.fields(Recipe)]
-_MOVABLE = ("data",)  # what may differ when a run is continued; that the images are the same is checked by their hash
+# what may differ when a run is continued; that the images are the same is checked by their hash
+_MOVABLE = ("data", "image_size")
 
 
 def from_arguments(given: dict, *, on_gpu: bool) -> Settings:
@@ -71,8 +76,14 @@ def from_arguments(given: dict, *, on_gpu: bool) -> Settings:
 
 
 def continued(stored: dict, given: dict) -> Settings:
-    """Settings as a checkpoint has them; SettingsError where something else was asked for now."""
-    settings = Settings.from_dict(stored)
+    """Settings as a checkpoint has them; SettingsError where something else was asked for now.
+
+    CheckpointError where they are not such settings: another version's, or nobody's.
+    """
+    try:
+        settings = Settings.from_dict(stored)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's settings are not those of this version ({error!r})") from error
     known = settings.flat()
     for name, value in given.items():
         if name not in _MOVABLE and value != known[name]:

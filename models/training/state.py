@@ -19,7 +19,9 @@ def gather(run) -> tuple[dict[str, torch.Tensor], dict]:
         tensors |= {
             f"optimizer.{index}.{name}": value for name, value in values.items() if isinstance(value, torch.Tensor)
         }
-    tensors |= build.sectioned("counted", run.counted)
+    # between epochs, where it is zero, ranks need not come here together
+    counted = {name: run.ranks.sum(count) for name, count in run.counted.items()} if run.step else run.counted
+    tensors |= build.sectioned("counted", counted)
     tensors["random.cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(run.device)
@@ -47,17 +49,18 @@ def finished(facts: dict) -> bool:
 def restore(run, path) -> None:
     """Makes a new Run what the checkpoint at `path` was; CheckpointError, with nothing changed, where it cannot be."""
     outline, facts = checkpoint.load_outline(path)
-    if facts.get("data") != run.data:
+    if _identity(facts.get("data")) != _identity(run.data):
         raise CheckpointError(f"{path} was trained on {facts.get('data')}, and these images are {run.data}")
     weights = {"model": run.model} | ({} if run.average is None else {"average": run.average.model})
     for part, model in weights.items():
         checkpoint.check_fits(path, model.state_dict(), build.section(outline, part))
     checkpoint.check_fits(path, run.counted, build.section(outline, "counted"))
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    _check_optimizer(path, parameters, build.section(outline, "optimizer"))
     found = {name: tensor for name, tensor in build.section(outline, "random").items() if name == "cpu"}
     checkpoint.check_fits(path, {"cpu": torch.get_rng_state()}, found)
     _check_place(path, run, facts)
+    has_moved = facts["position"] != {"epoch": 0, "step": 0}
+    _check_optimizer(path, parameters, build.section(outline, "optimizer"), run.recipe.momentum and has_moved)
     # all that was looked at so far are names and shapes: only now is memory taken
     tensors, _ = checkpoint.load(path)
     groups = [{**group, "params": list(group["params"])} for group in facts["groups"]]
@@ -67,8 +70,9 @@ def restore(run, path) -> None:
         model.load_state_dict(build.section(tensors, part))
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
     run.schedule.load_state_dict(facts["schedule"])
-    for name, tensor in build.section(tensors, "counted").items():
-        run.counted[name].copy_(tensor)
+    if run.ranks.first:  # of all ranks together
+        for name, tensor in build.section(tensors, "counted").items():
+            run.counted[name].copy_(tensor)
     run.epoch, run.step = facts["position"]["epoch"], facts["position"]["step"]
     run.records, run.seconds = facts["records"], facts["seconds"]
     torch.set_rng_state(tensors["random.cpu"])
@@ -76,7 +80,17 @@ def restore(run, path) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"], run.device)
 
 
-def _check_optimizer(path, parameters, outline):
+def _identity(data):
+    """Of a fingerprint, what the images are: their folder may have been moved."""
+    return {key: value for key, value in data.items() if key != "name"} if isinstance(data, dict) else data
+
+
+def _check_optimizer(path, parameters, outline, has_momentum):
+    missing = [i for i in range(len(parameters)) if has_momentum and f"{i}.momentum_buffer" not in outline]
+    if missing:
+        raise CheckpointError(
+            f"{path} is damaged: it has no momentum for {len(missing)} of {len(parameters)} parameters"
+        )
     for name, tensor in outline.items():
         index, _, key = name.partition(".")
         parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None

@@ -1,10 +1,13 @@
 """python -m models.train and python -m models.evaluate, as a user types them."""
 
+import itertools
 import json
 import os
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from models import evaluate, train
 from models.training import run, settings
@@ -58,6 +61,63 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path, capsys):
     assert len(records(tmp_path)) == 2
 
 
+def test_a_run_is_kept_until_the_new_one_can_begin(tmp_path, capsys):
+    assert call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong in (["--graphs"], ["--impl", "hybrid", "--precision", "fp64"], ["--seed", -1]):
+        arguments = [*SMALL, *wrong, "--overwrite", "--device", "cpu", "--out", tmp_path]
+        status, text = call(train.main, *arguments, capsys=capsys)
+        assert (status, text.startswith("error: ")) == (2, True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_left_of_a_run_without_its_checkpoint(tmp_path, capsys):
+    assert call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)[0] == 0
+    (tmp_path / run.CHECKPOINT).unlink()
+    status, text = call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)
+    assert (status, "holds a run" in text) == (2, True)
+    for how in ("--overwrite", "--resume"):
+        (tmp_path / run.CHECKPOINT).unlink(missing_ok=True)
+        status, text = call(train.main, *SMALL, "--epochs", 1, how, "--out", tmp_path, capsys=capsys)
+        assert status == 0
+        assert ("no checkpoint.safetensors to go on from: a new run begins" in text) == (how == "--resume")
+        assert [line["epoch"] for line in records(tmp_path)] == [1]
+
+
+def test_a_checkpoint_of_another_version(tmp_path, capsys):
+    assert call(train.main, *SMALL, "--out", tmp_path, capsys=capsys)[0] == 0
+    path = tmp_path / run.CHECKPOINT
+    tensors, facts = run.checkpoint.load(path)
+    for changed in ({"settings": facts["settings"] | {"colour": "red"}}, {"settings": None}):
+        run.checkpoint.save(path, tensors, facts | changed)
+        status, text = call(train.main, "--resume", "--out", tmp_path, capsys=capsys)
+        assert (status, "the checkpoint's settings are not those of this version" in text) == (2, True)
+        status, text = call(evaluate.main, path, capsys=capsys)
+        assert (status, "the checkpoint's settings are not those of this version" in text) == (2, True)
+    run.checkpoint.save(path, tensors, facts | {"data": {}})
+    status, text = call(evaluate.main, path, capsys=capsys)
+    assert (status, "does not say what its images were like (KeyError('mean'))" in text) == (2, True)
+
+
+def test_a_folder_of_images_that_moves(tmp_path, capsys):
+    """The run goes on where they are now, at the size that they were brought to."""
+    generator = np.random.default_rng(0)
+    for part, label, index in itertools.product(("train", "test"), ("a", "b"), range(4)):
+        folder = tmp_path / "here" / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (9 + index, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    out = tmp_path / "out"
+    given = ["--model", "rir18_thin", "--option", "depth=[1,1,1]", "--epochs", 2, "--batch-size", 4, "--device", "cpu"]
+    given += ["--data", tmp_path / "here", "--image-size", 8, "--minutes", 1e-9, "--out", out]
+    status, text = call(train.main, *given, capsys=capsys)
+    assert (status, "--resume" in text) == (0, True)
+    (tmp_path / "here").rename(tmp_path / "there")
+    status, text = call(train.main, "--resume", "--data", tmp_path / "there", "--out", out, capsys=capsys)
+    assert status == 0, text
+    assert call(evaluate.main, out, "--data", tmp_path / "there", capsys=capsys)[0] == 0
+
+
 def test_stopped_by_the_clock_and_continued(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert call(train.main, *SMALL, "--out", whole, capsys=capsys)[0] == 0
@@ -97,6 +157,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path, capsys, monkeypatch):
         (["--option", "colour=red"], "error: rir18_thin: RiR takes no option colour"),
         (["--recipe", "slow"], "error: recipe must be one of paper, fast, got 'slow'"),
         (["--epochs", "0"], "error: epochs must be in [1, 1000000), got 0"),
+        (["--impl", "hybrid", "--precision", "fp64"], 'error: impl="hybrid" takes float16, bfloat16 and float32'),
         (["--batch-size", "2000"], "fewer than a batch of 2000"),
         (["--graphs"], "error: graphs are CUDA graphs, and this run is on cpu"),
     ],

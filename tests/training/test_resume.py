@@ -126,6 +126,28 @@ def test_stopped_again_and_again(uninterrupted, tmp_path):
     assert_as_uninterrupted(found, expected)
 
 
+def test_killed_between_the_last_checkpoint_and_the_weights(uninterrupted, tmp_path, monkeypatch):
+    changes, expected = uninterrupted
+    found = start(tmp_path, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(found, "_save_weights", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found.train()
+    assert not (tmp_path / run.WEIGHTS).exists()
+    assert_as_uninterrupted(continued(tmp_path, **changes), expected)
+
+
+def test_a_checkpoint_without_momentum(tmp_path):
+    found = start(tmp_path)
+    steps = iter((False, True))
+    found.train(stop=lambda: next(steps))
+    path = tmp_path / run.CHECKPOINT
+    tensors, facts = checkpoint.load(path)
+    checkpoint.save(path, {name: t for name, t in tensors.items() if not name.startswith("optimizer.3.")}, facts)
+    with pytest.raises(CheckpointError, match="is damaged: it has no momentum for 1 of "):
+        start(tmp_path).resume()
+
+
 def test_random_numbers_go_on_where_they_were(tmp_path):
     first = start(tmp_path)
     torch.rand(7)

@@ -1,6 +1,7 @@
 """What a run does, step by step, against the same written out with plain layers."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models.data.augment import batch, plan_epoch
 from models.training import build, report, run
 from models.training.average import Average
 from models.training.errors import SettingsError
+from rir_kernels.layout import is_channels_last
 
 from .small import images, settings, start, weights
 
@@ -95,6 +97,32 @@ def test_without_augmentation_images_are_as_they_are(tmp_path):
         assert (found.padding, found.flip, found.jitter) == expected
 
 
+def test_the_first_step_of_a_piece_is_not_timed(tmp_path, monkeypatch):
+    """Whoever compiles does so in it."""
+    update, slow = run.Run._update, [0.5]
+
+    def updating(self, plan):
+        if slow:
+            time.sleep(slow.pop())
+        update(self, plan)
+
+    monkeypatch.setattr(run.Run, "_update", updating)
+    found = start(tmp_path, epochs=1)
+    found.train()
+    assert 0 < found.seconds < 0.5
+
+
+def test_images_lie_as_the_weights_do(tmp_path):
+    """channels_last, grey ones too; but for what crashes in oneDNN: strided 1x1 convolutions on a CPU."""
+    for options, channels_last in (({}, True), ({"shortcut": "projection"}, False)):
+        found, seen = start(tmp_path, options={"depth": [1, 1, 1]} | options, epochs=1), []
+        found.model.stages[1].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        weight = found.model.stages[1][0].layers[0].weight
+        found.prepare()
+        found._update(run.augment.plan_epoch(100, seed=0, epoch=0, padding=1, flip=False))
+        assert is_channels_last(seen[0]) == is_channels_last(weight) == channels_last
+
+
 def test_the_kept_weights_give_the_recorded_accuracy(tmp_path):
     found = start(tmp_path)
     found.train()
@@ -142,6 +170,11 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path):
         ({"options": {"width_of": 3}}, "rir18_thin: .*width_of"),
         ({"quantize": "4"}, "quantize takes bits of weights and activations as in W4A4, got '4'"),
         ({"compile": True, "graphs": True}, "exclude each other"),
+        (
+            {"options": {"depth": [1, 1, -1]}},
+            r"depth must have a number of blocks for each stage, 0 or more, got \(1, 1, -1\)",
+        ),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
         ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp64, got 'fp8'"),
     ):
         with pytest.raises(SettingsError, match=message):

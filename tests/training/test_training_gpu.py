@@ -44,7 +44,7 @@ def test_continued_with_the_same_bits(graphs, tmp_path):
 
 
 def test_bf16_learns(tmp_path):
-    found = trained(tmp_path, precision="bf16", epochs=30)
+    found = trained(tmp_path, precision="bf16", epochs=30, augment=False)
     assert found.records[-1]["train_accuracy"] > 90
     model, facts = build.load(tmp_path / run.WEIGHTS, device="cuda")
     assert next(model.parameters()).is_cuda
@@ -53,12 +53,13 @@ def test_bf16_learns(tmp_path):
 
 def test_nothing_in_a_step_waits_for_the_device(tmp_path):
     found = start(tmp_path, device="cuda", precision="bf16")
-    forward = found._forward()
-    plan = run.augment.plan_epoch(100, seed=0, epoch=0, padding=1, flip=False).to("cuda")
-    found._update(forward, plan)  # compiles, allocates
+    found.prepare()
+    moved = {"padding": found.padding, "flip": found.flip, "jitter": found.jitter}
+    plan = run.augment.plan_epoch(100, seed=0, epoch=0, **moved).to("cuda")
+    found._update(plan)  # compiles, allocates
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found._update(forward, plan)
+        found._update(plan)
     finally:
         torch.cuda.set_sync_debug_mode(before)

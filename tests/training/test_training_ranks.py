@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.training import checkpoint, run
+from models.training import build, checkpoint, evaluation, run
 from models.training.errors import SettingsError
 from models.training.ranks import Ranks
 from tests.distributed.ranks import run_on_ranks
 
-from .small import assert_same_bits, start, weights
+from .small import assert_same_bits, images, start, weights
 
 pytestmark = pytest.mark.xdist_group("distributed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,39 @@ def test_two_ranks_are_one(tmp_path):
     stored, _ = checkpoint.load(tmp_path / "two" / run.CHECKPOINT)
     model = {name: tensor for name, tensor in found.items() if name.startswith("model.")}
     assert_same_bits({name: stored[name] for name in model}, model)
+
+
+def stop_and_go_on(out, changes):
+    """Metrics and weights of a run that stops within an epoch and is continued."""
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    run._ASK_RANKS = 1
+    stops = iter((False, True))
+    assert not start(out, ranks=ranks, **changes).train(stop=lambda: next(stops))
+    dist.barrier()  # the first rank has written by now
+    found = start(out, ranks=ranks, **changes)
+    assert found.resume()
+    found.train()
+    return found.records
+
+
+def test_two_ranks_that_stop_and_go_on_count_on(tmp_path):
+    """What all ranks have counted of an epoch is in the checkpoint, once."""
+    changes = {"epochs": 1, "precision": "fp64"}
+    whole = run_on_ranks(2, train_on_this_rank, tmp_path / "whole", changes, folder=tmp_path / "ranks")[0][1]
+    parts = run_on_ranks(2, stop_and_go_on, tmp_path / "parts", changes, folder=tmp_path / "again")[0]
+    for name, value in whole[0].items():
+        if name != "seconds":
+            assert parts[0][name] == pytest.approx(value, rel=1e-12), name
+
+
+def test_two_ranks_evaluate_the_network_that_is_kept(tmp_path):
+    """Bounds of quantized activations are each rank's own: the first rank's are evaluated, and kept."""
+    changes = {"epochs": 1, "quantize": "W4A4", "ema": None, "schedule": "steps", "learning_rate": 0.01}
+    records = run_on_ranks(2, train_on_this_rank, tmp_path / "two", changes, folder=tmp_path / "ranks")[0][1]
+    model, facts = build.load(tmp_path / "two" / run.WEIGHTS)
+    score = evaluation.evaluate(model, images(), build.scale(facts, "cpu"))
+    assert score.accuracy == pytest.approx(records[0]["test_accuracy"])
+    assert score.loss == pytest.approx(records[0]["test_loss"], rel=1e-6)
 
 
 def test_two_ranks_keep_to_the_error_budget_in_fp32(tmp_path):
