@@ -3,7 +3,8 @@
     python -m bench.faults --out docs                                              # write the page again
     python -m bench.faults --out docs --junit FILE --where "CPU, interpreter"      # and note where a run has seen them
 
-A test of row 7 is called test_row_07_<what>. FILE is what pytest --junitxml wrote; of each place the newest run stays.
+A test of row 7 is called test_row_07_<what>, one of two rows test_rows_17_and_18_<what>. FILE is what pytest --junitxml
+wrote; of each place the newest run stays.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from xml.etree import ElementTree
 from .results import save_text
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = re.compile(r"test_row_(\d\d)_\w+")
+NAME = re.compile(r"test_rows?_(\d\d)(?:_and_(\d\d))?_\w+")
 INTRODUCTION = """\
 # Bad inputs and faults
 
@@ -33,9 +34,15 @@ def tests_by_row(folder: Path) -> dict[int, list[tuple[str, str]]]:
     found = defaultdict(list)
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and (name := NAME.fullmatch(node.name)):
-                found[int(name[1])].append((path.relative_to(folder.parent).as_posix(), node.name))
+            for row in rows_of(node.name) if isinstance(node, ast.FunctionDef) else ():
+                found[row].append((path.relative_to(folder.parent).as_posix(), node.name))
     return dict(found)
+
+
+def rows_of(test: str) -> list[int]:
+    """The rows that a test's name says it is of."""
+    name = NAME.match(test)
+    return [int(row) for row in name.groups() if row] if name else []
 
 
 def outcomes(junit: Path) -> tuple[str, dict[int, dict[str, int]]]:
@@ -44,10 +51,10 @@ def outcomes(junit: Path) -> tuple[str, dict[int, dict[str, int]]]:
     suite = root if root.tag == "testsuite" else root.find("testsuite")
     counts = defaultdict(lambda: {"passed": 0, "skipped": 0, "failed": 0})
     for case in suite.iter("testcase"):
-        if name := NAME.match(case.get("name", "")):
-            failed = case.find("failure") is not None or case.find("error") is not None
-            outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
-            counts[int(name[1])][outcome] += 1
+        failed = case.find("failure") is not None or case.find("error") is not None
+        outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
+        for row in rows_of(case.get("name", "")):
+            counts[row][outcome] += 1
     return suite.get("timestamp", "")[:10], dict(counts)
 
 

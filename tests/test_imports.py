@@ -39,6 +39,27 @@ def run_python(code, interpret=None):
     return process.stdout
 
 
+def test_import_and_calls_use_no_network():
+    """Nor does any of it start a program."""
+    code = """
+import sys
+import torch, torch.fx
+seen = []
+
+def hook(event, _):
+    if event.partition(".")[0] in ("socket", "subprocess", "urllib"):
+        seen.append(event)
+
+sys.addaudithook(hook)
+import rir_kernels as rir
+model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), rir.RiRBlock(4, 6))
+rir.fuse_(model)
+model(torch.randn(2, 4, 5, 5)).sum().backward()
+print(seen)
+"""
+    assert run_python(code) == "[]\n"
+
+
 def test_import_is_lean():
     """Neither triton nor a GPU is touched, nor by building and running modules on a CPU."""
     code = """

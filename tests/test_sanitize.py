@@ -18,18 +18,23 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
-echo "$* caching=$PYTORCH_NO_CUDA_MEMORY_CACHING" >"$log"
+[ "$tool" != "$SILENT" ] && echo "$* caching=$PYTORCH_NO_CUDA_MEMORY_CACHING" >"$log"
 [ "$tool" != "$FOUND_BY" ]
 """
 
 
-def sanitize(tmp_path, found_by="none", installed=True):
+def sanitize(tmp_path, found_by="none", silent="none", installed=True):
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
     if installed:
         tool.write_text(MADE_UP)
         tool.chmod(0o755)
-    environment = {"PATH": f"{tool.parent}:{SYSTEM}", "FOUND_BY": found_by, "HOME": os.environ.get("HOME", "/")}
+    environment = {
+        "PATH": f"{tool.parent}:{SYSTEM}",
+        "FOUND_BY": found_by,
+        "SILENT": silent,
+        "HOME": os.environ.get("HOME", "/"),
+    }
     return subprocess.run(
         [SCRIPT, "the-python", tmp_path / "out", "tests/some.py"], env=environment, capture_output=True, text=True
     )
@@ -42,6 +47,11 @@ def test_every_tool_runs_and_counts(found_by, status, tmp_path):
     assert logs.keys() == {"memcheck", "racecheck", "initcheck"}
     for text in logs.values():
         assert text.startswith("the-python -m pytest") and text.endswith("tests/some.py caching=1\n")
+
+
+def test_a_tool_that_leaves_no_log_counts_as_one_that_found_something(tmp_path):
+    assert sanitize(tmp_path, silent="memcheck").returncode == 1
+    assert {log.stem for log in (tmp_path / "out").iterdir()} == {"racecheck", "initcheck"}
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer", path=SYSTEM) is not None, reason="it is there")

@@ -56,7 +56,8 @@ def test_the_kernels_are_ops_of_the_program():
 
 
 @pytest.mark.long  # a C++ compiler is at work
-def test_aot_inductor(tmp_path):
+def test_row_38_aot_inductor(tmp_path):
+    """A fused model as a package of machine code, for other batches too."""
     torch.manual_seed(0)
     original = settle(nn.Sequential(BasicBlock(4, 4))).eval()
     fused = copy.deepcopy(original)

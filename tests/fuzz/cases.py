@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 LAYOUTS = ("contiguous", "channels_last", "gaps", "offset", "turned", "one image")
-DTYPES = {"torch": ("float64", "float32", "float16", "bfloat16"), "triton": ("float32", "float16")}
+# by who computes: the interpreter multiplies the raw bits of bfloat16
+DTYPES = {
+    "torch": ("float64", "float32", "float16", "bfloat16"),
+    "interpreter": ("float32", "float16"),
+    "gpu": ("float32", "float16", "bfloat16"),
+}
 TENSORS = ("x", "weight", "bias", "bn_weight", "bn_bias", "residual0", "residual1")
 
 
@@ -58,8 +63,8 @@ def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 @st.composite
-def cases(draw, impl: str) -> Case:
-    """Small calls that are legal, what is odd about them among what shrinks away last."""
+def cases(draw, by: str) -> Case:
+    """Small calls that are legal, what is odd about them among what shrinks away last. by: a key of DTYPES."""
     kernel = draw(st.sampled_from([3, 1]))
     stride, padding = draw(st.sampled_from([1, 2])), draw(st.integers(0, kernel // 2))
     smallest = max(1, kernel - 2 * padding)
@@ -74,9 +79,9 @@ def cases(draw, impl: str) -> Case:
     bias, affine = draw(st.booleans()), draw(st.sampled_from(["both", "weight", "bias", "none"]))
     there = ["x", "weight"] + ["bias"] * bias + [f"residual{i}" for i in range(len(residuals))]
     there += [f"bn_{name}" for name in ("weight", "bias") if affine in (name, "both")]
-    dtype = draw(st.sampled_from(DTYPES[impl]))
+    dtype = draw(st.sampled_from(DTYPES[by]))
     layouts = draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 4))
-    if impl == "torch" and batch == 1 and 1 in (out_size(s, kernel, stride, padding) for s in size):
+    if by == "torch" and batch == 1 and 1 in (out_size(s, kernel, stride, padding) for s in size):
         layouts = (*layouts[:3], "contiguous")  # F.batch_norm itself misreads such a gradient lying otherwise, on a CPU
     return Case(
         batch=batch,

@@ -18,6 +18,13 @@ from .cases import Case
 MOVES = 3
 
 
+def use_test_settings() -> None:
+    """A call that is made again has to be made as the tests make it."""
+    torch.set_num_threads(1)  # as in conftest.py
+    torch.backends.mkldnn.set_flags(False)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
 def repeatable(check):
     """check(case, impl, device), whose AssertionErrors end with a command that shows them again."""
 
@@ -49,11 +56,12 @@ def check(case: Case, impl: str, device) -> None:
     plain = call(reference.functional.conv_bn_act, tensors, options, dy, case.wanted)
 
     there = {name: laid_out(t.to(device), _layout(case, name)) for name, t in tensors.items()}
-    before = {name: t.clone() for name, t in there.items()}
     its_dy = laid_out(dy.to(device), case.layouts[3], True)
+    before = {name: t.clone() for name, t in there.items()}
     ours = call(functional.conv_bn_act, there, options | {"impl": impl}, its_dy, case.wanted)
     for name, tensor in there.items():
         assert torch.equal(tensor, before[name]), f"{name} was changed"
+    assert torch.equal(its_dy.cpu(), dy), "the output's gradient was changed"
     assert ours.keys() == golden.keys()
     scales = _term_sizes(doubled, options, dy.double()) if case.wanted else {}
     for name, expected in golden.items():

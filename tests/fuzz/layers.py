@@ -17,8 +17,7 @@ from tests.helpers import scrambled
 from .cases import DTYPES, LAYOUTS, Written, out_size
 from .judge import laid_out, repeatable
 
-KERNELS = {"torch": (3, 1, 5), "triton": (3, 1)}
-STRIDES = {"torch": (1, 2, 3), "triton": (1, 2)}
+KERNELS, STRIDES = (3, 1), (1, 2)  # of our kernels
 PARAMETERS = ("weight", "bn.weight", "bn.bias", "projection.weight")
 
 
@@ -52,9 +51,10 @@ class LayerCase(Written):
 
 
 @st.composite
-def layer_cases(draw, impl: str) -> LayerCase:
-    """Small ones that are legal."""
-    kernel, stride = draw(st.sampled_from(KERNELS[impl])), draw(st.sampled_from(STRIDES[impl]))
+def layer_cases(draw, by: str) -> LayerCase:
+    """Small ones that are legal. by: a key of DTYPES."""
+    kernels, strides = ((*KERNELS, 5), (*STRIDES, 3)) if by == "torch" else (KERNELS, STRIDES)
+    kernel, stride = draw(st.sampled_from(kernels)), draw(st.sampled_from(strides))
     batch, size = draw(st.integers(1, 3)), draw(st.tuples(*[st.integers(1, 9)] * 2))
     channels = draw(st.tuples(*[st.one_of(st.integers(1, 8), st.sampled_from([15, 16, 17, 33]))] * 2))
     values = batch * out_size(size[0], kernel, stride, kernel // 2) * out_size(size[1], kernel, stride, kernel // 2)
@@ -76,7 +76,7 @@ def layer_cases(draw, impl: str) -> LayerCase:
         eps=draw(st.sampled_from([1e-5, 1e-3, 1.0])),
         momentum=draw(st.sampled_from([0.1, 0.0, 1.0, None])),
         training=draw(st.booleans()) and trainable,
-        dtype=draw(st.sampled_from(DTYPES[impl])),
+        dtype=draw(st.sampled_from(DTYPES[by])),
         layout=draw(st.sampled_from(layouts)),
         apart=draw(st.none() | st.just(("side by side",) * 2) | st.tuples(*[st.sampled_from(layouts)] * 2)),
         frozen=tuple(name for name in PARAMETERS if draw(st.booleans())),

@@ -7,11 +7,10 @@ other ones every time; else a few that are always the same.
 import os
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from .cases import Case, cases
-from .judge import check
+from .judge import check, use_test_settings
 from .layers import LayerCase, check_layer, layer_cases
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
@@ -26,7 +25,7 @@ def test_torch(case):
 
 @pytest.mark.interpreter
 @settings(max_examples=300 if LONG else 20, **SETTINGS)
-@given(cases("triton"))
+@given(cases("interpreter"))
 def test_triton_in_the_interpreter(case):
     check(case, "triton")
 
@@ -39,7 +38,7 @@ def test_layers_by_torch(case):
 
 @pytest.mark.interpreter
 @settings(max_examples=75 if LONG else 5, **SETTINGS)
-@given(layer_cases("triton"))
+@given(layer_cases("interpreter"))
 def test_layers_in_the_interpreter(case):
     check_layer(case, "triton")
 
@@ -63,9 +62,8 @@ def test_a_factor_after_the_norm_that_is_not_positive(factor, training):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["torch", "hybrid", "triton"])
 def test_on_a_gpu(impl):
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-
-    drawn = "torch" if impl == "torch" else "triton"
+    use_test_settings()
+    drawn = "torch" if impl == "torch" else "gpu"
 
     @settings(max_examples=1000 if LONG else 100, **SETTINGS)
     @given(cases(drawn))

@@ -1,6 +1,8 @@
-"""What four ranks do for rows 46, 47, 48 and 56: one start of the processes for the tests of both files."""
+"""What four ranks do for rows 45, 46, 47, 48 and 56: one start of the processes for the tests of both files."""
 
+import copy
 import functools
+import hashlib
 import itertools
 import tempfile
 from pathlib import Path
@@ -12,9 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rir_kernels as rir
-from rir_kernels.triton.config import conv_config
+from rir_kernels.choices import measured_choice
+from rir_kernels.triton.config import conv_config, rows_config
 from rir_kernels.triton.cost import Problem
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
+from rir_kernels.triton.wgrad_config import wgrad_tile
+from rir_kernels.triton.wgrad_cost import WgradProblem
 from tests.distributed.ranks import norms, one_step, part, run_on_ranks, settled
 from tests.distributed.test_sync_parts import _fused, _sequential
 from tests.distributed.test_wrappers import OPERATIONS, SIZES, images, model
@@ -43,6 +48,7 @@ def _everything():
         "configurations": configurations(),
         "groups": _in_groups(pairs, three),
         "faults": _faults(),
+        "repeats": _repeats(),
         "data parallel": _data_parallel(pairs[0]) if dist.get_rank() < 2 else None,
     }
 
@@ -58,7 +64,36 @@ def configurations():
         chosen.append(
             repr(conv_config(Problem(**pixels, **channels, taps=kernel, itemsize=itemsize, padding=padding), True))
         )
+        alike, wide = shape.stride == 1, shape.kernel == 3
+        of_wgrad = {"shares_rows": alike and wide, "has_border": alike and wide, "packs": alike}
+        problem = WgradProblem(
+            **pixels, c_out=shape.c_out, c_in=shape.c_in, kernel=kernel, padding_w=shape.kernel // 2,
+            itemsize=itemsize, tensor_cores=True, **of_wgrad,
+        )  # fmt: skip
+        chosen += [repr(wgrad_tile(problem)), repr(rows_config(batch * size * size, shape.c_out))]
+        key = (shape.c_in, shape.c_out, shape.kernel, shape.stride, shape.size, "torch.bfloat16", True)
+        chosen.append(repr(measured_choice("NVIDIA H200", key)))
     return chosen
+
+
+def _repeats():
+    """{(hash of a rank's results, hash of the statistics)} of 250 steps that begin alike."""
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(dist.get_rank()), requires_grad=True)
+    first = rir.convert_sync_batchnorm(settled(rir.RiRLayer(4, 6)).float())
+    found = set()
+    for _ in range(250):
+        layer = copy.deepcopy(first)
+        y = layer(x)
+        results = [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+        found.add((_hash(results), _hash(layer.buffers())))
+    return found
+
+
+def _hash(tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _in_groups(pairs, three):

@@ -283,13 +283,17 @@ def test_row_15_more_than_2_to_the_31_elements():
     generator = torch.Generator("cuda").manual_seed(0)
     one = [torch.randn(1, 64, 1024, 1024, generator=generator, device="cuda").half() for _ in range(2)]
     weight = torch.randn(64, 64, 1, 1, generator=generator, device="cuda").half() / 8
-    results = []
+    weight.requires_grad_()
+    results, sums = [], []
     for images in (1, 33):
         x, dy = (t.expand(images, -1, -1, -1).contiguous(memory_format=LAST) for t in one)
         y = conv_bn_act(x.requires_grad_(), weight, training=True, impl="triton")
-        (dx,) = torch.autograd.grad(y, x, dy)
+        dx, dweight = torch.autograd.grad(y, (x, weight), dy)
         assert torch.equal(y[0], y[-1]) and torch.equal(dx[0], dx[-1])
         results.append((y[-1].detach(), dx[-1]))
+        sums.append(dweight.float() / images)
+    # the same terms 33 times, each dz rounded to half, and the sums once more
+    torch.testing.assert_close(*sums, rtol=1e-2, atol=1e-2 * sums[0].abs().max().item())
     for single, last in zip(*results, strict=True):
         # the statistics are merged from other numbers of tiles: one rounding to half of values below eight
         torch.testing.assert_close(last, single, rtol=2**-10, atol=2**-9)
@@ -313,7 +317,7 @@ def test_row_16_every_grid_has_one_dimension():
     from rir_kernels.spec import ConvBNActSpec
     from rir_kernels.triton.launch import runtime
 
-    x = torch.empty(2**19, 8, 16, 16, device="meta", memory_format=LAST)
+    x = torch.empty(2**22, 8, 16, 16, device="meta", memory_format=LAST)  # 2^33 elements
     weight, vector = torch.empty(8, 8, 3, 3, device="meta"), torch.empty(8, device="meta")
     spec, programs = ConvBNActSpec(padding=(1, 1)), {}
     with runtime.intercepted(lambda kernel, n, *_args, **_options: programs.update({kernel.__name__: n})):

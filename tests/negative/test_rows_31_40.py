@@ -184,16 +184,19 @@ def _on_threads(count, function):
 # the interpreter has one place for the program that it runs: kernels in threads are for a GPU
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def test_row_34_threads_compute_what_one_does(impl):
-    """8 threads, 256 forwards and a backward through one module: the same bits as one after the other."""
+    """8 threads, 256 forwards and backwards through one module: the same bits as one after the other."""
     device = "cpu" if impl == "torch" else "cuda"
     unit = rir.RiRLayer(8, 8, impl=impl, device=device).eval()  # in training they would share the statistics
 
     def step(index):
         x = randn(4, 8, 8, 8, seed=index).float().to(device).requires_grad_()
-        ys = [unit(x) for _ in range(32)]
-        mine = copy.deepcopy(unit).train()
-        loss = ys[-1].square().sum() + mine(x).square().sum()
-        return [*ys, *torch.autograd.grad(loss, [x, *unit.parameters(), *mine.parameters()]), *mine.buffers()]
+        results = []
+        for _ in range(32):
+            y, mine = unit(x), copy.deepcopy(unit).train()
+            loss = y.square().sum() + mine(x).square().sum()
+            gradients = torch.autograd.grad(loss, [x, *unit.parameters(), *mine.parameters()])
+            results += [y, *gradients, *mine.buffers()]
+        return results
 
     serial = [step(index) for index in range(8)]
     for found, expected in zip(_on_threads(8, step), serial, strict=True):

@@ -43,6 +43,7 @@ def test_the_page_tells_tests_and_places(tmp_path):
     (tmp_path / "tests" / "deep" / "test_a.py").write_text("raise OSError\n\ndef test_row_07_shapes(): ...\n")
     tests = faults.tests_by_row(tmp_path / "tests")
     assert tests == {7: [("tests/deep/test_a.py", "test_row_07_shapes")]}
+    assert faults.rows_of("test_rows_17_and_18_in_the_image[inf]") == [17, 18]
     seen = {"where": "CPU", "day": "2026-01-02", "torch": "2", "triton": "3", "passed": 2, "skipped": 1, "failed": 0}
     text = faults.page([{"row": 7, "fault": "f", "behaviour": "b", "seen": [seen]}], tests)
     assert (
