@@ -3,7 +3,7 @@
 A norm's backward starts with sums over dy and z. dy is what the layer behind computes last, its dx: that kernel holds
 each number in its registers, reads z beside it, and leaves the sums, which spares a pass over memory. Whether dy really
 is that dx is found out when it arrives: where autograd has added another gradient to it, or a hook has changed it, the
-sums are not used.
+sums are not used. A hook that changes it through `.data` is seen by nobody, here as anywhere in autograd.
 """
 
 from dataclasses import dataclass
