@@ -28,9 +28,9 @@ class RiRLayer(nn.Module):
     """Generalized residual layer: one packed convolution, one norm, the identity added inside the kernel.
 
     forward(x): packed x = [r | t] (N, in_channels, H, W) -> (N, out_channels, H', W'), H' = ceil(H / stride).
-    forward(r, t) -> (r', t'): two slices of one buffer; where r and t lie side by side they are not copied. An absent
-    stream is None or has zero channels, and comes back with zero channels. `outer` (N, C_o <= out_channels, H', W')
-    joins the sum before the norm: a block's outer shortcut.
+    forward(r, t) -> (r', t'): two slices of one buffer, not to be changed in place where autograd records; where r and
+    t lie side by side they are not copied. An absent stream is None or has zero channels, and comes back with zero
+    channels. `outer` (N, C_o <= out_channels, H', W') joins the sum before the norm: a block's outer shortcut.
 
     Attributes: weight (out_channels, in_channels, k, k), rows [r' | t'], columns [r | t]; bn (BatchNorm2d);
     projection (Conv2d, 1x1) where shortcut="projection" and the residual stream changes shape, else None.
