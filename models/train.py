@@ -11,7 +11,6 @@ import argparse
 import ast
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from models.training import checkpoint, settings
 from models.training.command import carry_out
 from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
-from models.training.ranks import joined
+from models.training.ranks import joined, leave
 from models.training.run import CHECKPOINT, Run, left_in
 
 # all other arguments are settings: what decides the bits
@@ -132,4 +131,4 @@ def _be_deterministic():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -100,8 +100,13 @@ class Run:
         return True
 
     def prepare(self) -> None:
-        """Makes what computes the scores. SettingsError where that cannot be; nothing has been written by then."""
-        self._forward = self._made_forward()
+        """Makes what computes the scores in training: the network itself, compiled, or as graphs.
+
+        SettingsError where that cannot be; nothing has been written by then.
+        """
+        self._forward = self._graphed() if self.settings.graphs else self.model
+        if self.settings.compile and self.ranks.world == 1:
+            self._forward = torch.compile(self.model)
 
     def clear(self) -> None:
         """Removes what an earlier run has left in the folder."""
@@ -131,6 +136,15 @@ class Run:
             if not (self.out / WEIGHTS).exists():  # it ended between its last two files
                 self._save_weights()
             return True
+        alone = self._forward
+        try:
+            if self.ranks.world > 1:
+                self._forward = self._on_all_ranks()
+            return self._train(save_every, stop, progress)
+        finally:
+            self._forward = alone  # DDP must not outlive the process group
+
+    def _train(self, save_every, stop, progress):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if (self.epoch, self.step) == (0, 0):
@@ -178,26 +192,22 @@ class Run:
         self._save_weights()
         return True
 
-    def _made_forward(self):
-        """What computes the scores in training: the network itself, compiled, as graphs, or on all ranks."""
-        model, settings = self.model, self.settings
+    def _graphed(self):
         if self.ranks.world > 1:
-            if settings.graphs:
-                raise SettingsError("graphs are for one device: their capture cannot hold the ranks' collectives")
-            devices = [self.device] if self.device.type == "cuda" else None
-            model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
-        if settings.compile:
-            return torch.compile(model)
-        if settings.graphs:
-            if self.device.type != "cuda":
-                raise SettingsError(f"graphs are CUDA graphs, and this run is on {self.device}")
-            shape = (self.recipe.batch_size, *self.images.train_x.shape[1:])
-            x = to_format(torch.zeros(shape, device=self.device), self.channels_last)
-            # a graph holds no casts of weights that autocast made outside it
-            cast = torch.autocast("cuda", torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
-            with rir.preserved_statistics(model), cast:
-                return torch.cuda.make_graphed_callables(model, (x,))
-        return model
+            raise SettingsError("graphs are for one device: their capture cannot hold the ranks' collectives")
+        if self.device.type != "cuda":
+            raise SettingsError(f"graphs are CUDA graphs, and this run is on {self.device}")
+        shape = (self.recipe.batch_size, *self.images.train_x.shape[1:])
+        x = to_format(torch.zeros(shape, device=self.device), self.channels_last)
+        # a graph holds no casts of weights that autocast made outside it
+        cast = torch.autocast("cuda", torch.bfloat16, enabled=self.settings.precision == "bf16", cache_enabled=False)
+        with rir.preserved_statistics(self.model), cast:
+            return torch.cuda.make_graphed_callables(self.model, (x,))
+
+    def _on_all_ranks(self):
+        devices = [self.device] if self.device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
+        return torch.compile(model) if self.settings.compile else model
 
     def _update(self, plan):
         first = self.step * self.recipe.batch_size

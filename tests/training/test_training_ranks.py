@@ -127,3 +127,4 @@ def test_torchrun(tmp_path):
     assert facts["ranks"] == 2
     assert facts["result"]["finished"]
     assert len((tmp_path / run.METRICS).read_text().splitlines()) == 2
+    assert subprocess.run([*command, "--epochs", "0"], cwd=ROOT, stderr=subprocess.DEVNULL, timeout=300).returncode != 0
