@@ -85,12 +85,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _set_up(args, ranks, device):
-    """The run that was asked for: a new one, or one to be continued. Nothing is written before all of it is right."""
+    """The run that was asked for: a new one, or one to be continued. What the folder holds is left as it is."""
     given = _settings_of(args)
     chosen = settings.from_arguments(given, on_gpu=device.type == "cuda")
     out = Path(args.out or f"out/train/{chosen.model}-{chosen.recipe_name}-seed{chosen.seed}")
-    held = left_in(out)
-    if held and not (args.resume or args.overwrite):
+    if left_in(out) and not (args.resume or args.overwrite):
         raise SettingsError(
             f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out is another place"
         )
@@ -102,8 +101,6 @@ def _set_up(args, ranks, device):
     run.prepare()
     if args.resume and not run.resume() and ranks.first:
         say(f"{out} has no {CHECKPOINT} to go on from: a new run begins")
-    elif held and not args.resume and ranks.first:
-        run.clear()
     return run
 
 

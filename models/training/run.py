@@ -108,11 +108,6 @@ class Run:
         if self.settings.compile and self.ranks.world == 1:
             self._forward = torch.compile(self.model)
 
-    def clear(self) -> None:
-        """Removes what an earlier run has left in the folder."""
-        for path in left_in(self.out):
-            path.unlink()
-
     def save(self) -> None:
         """Within an epoch all ranks have to call it at the same step."""
         tensors, facts = state.gather(self)
@@ -148,9 +143,9 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if (self.epoch, self.step) == (0, 0):
+            for path in left_in(self.out) if self.ranks.first else ():
+                path.unlink()  # an earlier run's
             self.save()  # from here on the folder alone says how to continue
-            if self.ranks.first:
-                (self.out / METRICS).unlink(missing_ok=True)
         saved, started = time.monotonic(), None
         while not self.finished:
             plan = augment.plan_epoch(
