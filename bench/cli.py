@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from .first import STEPS
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
-COMMANDS = ("all", *SUITES, "tune", "choose", "report", "compare", "check", "headline", "architectures")
+COMMANDS = ("all", *SUITES, "first", "gpu", "tune", "choose", "report", "compare", "check", "headline", "architectures")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +32,7 @@ def _parser():
     commands = parser.add_subparsers(required=True, metavar="command")
     for name in ("all", *SUITES):
         _add_measuring(commands, name)
+    _add_pieces(commands)
     tune = commands.add_parser("tune", help="the fastest tile of each shape, for rir_kernels/triton/tiles/")
     tune.add_argument("--out", type=Path, default=Path("out/tiles"), metavar="DIR", help="default: %(default)s")
     tune.add_argument("--shapes", **_some, help="rows of the shape table; default: all")
@@ -77,6 +79,21 @@ def _add_measuring(commands, name):
     parser.add_argument("--minutes", type=float, help="begin nothing that could end later; what is there is kept")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(run=_measure, suites=SUITES if name == "all" else (name,))
+
+
+def _add_pieces(commands):
+    first = commands.add_parser("first", help="the first minutes on a GPU: compiled, exact, how fast")
+    whole = commands.add_parser("gpu", help="the whole run on a GPU, piece by piece: call it until nothing is missing")
+    for parser, run in ((first, _first), (whole, _gpu)):
+        parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
+        parser.add_argument("--minutes", type=float, default=8.0, help="then it ends; default: %(default)s")
+        parser.add_argument(
+            "--dry", action="store_true", help="on a stand-in for a GPU: what is measured means nothing"
+        )
+        parser.set_defaults(run=run)
+    first.add_argument("--step", choices=STEPS, help="one step, in this process")
+    first.add_argument("--seconds", type=float, default=600.0, help="that one step may take; default: %(default)s")
+    first.add_argument("--retry", action="store_true", help="with --step: try again what failed before")
 
 
 _some = {"nargs": "+", "default": [], "metavar": "NAME"}
@@ -132,6 +149,23 @@ def _batch(text):
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--batch: expected numbers of images, at least 1, got {text!r}")
     return int(text)
+
+
+def _first(options, arguments):
+    from .first import steps
+
+    if options.step:
+        good = steps.run_step(
+            options.step, options.out, arguments, dry=options.dry, retry=options.retry, seconds=options.seconds
+        )
+        return 0 if good else 1
+    return 0 if steps.run_all(options.out, options.minutes, dry=options.dry) else 1
+
+
+def _gpu(options, _arguments):
+    from .gpu import run_all
+
+    return 0 if run_all(options.out, options.minutes, dry=options.dry) else 1
 
 
 def _tune(options, _arguments):

@@ -1,6 +1,7 @@
 """What a run leaves behind: one JSON file, version SCHEMA. README.md in this folder documents every field."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -111,6 +112,11 @@ def load_all(*paths: str | Path) -> list[Results]:
     if not files:
         raise ResultsError(f"no results in {', '.join(map(str, paths))}: run `python -m bench --out DIR` first")
     return [load(file) for file in files]
+
+
+def now() -> str:
+    """UTC, as results have it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def save_json(path: str | Path, data: dict) -> Path:

@@ -1,7 +1,6 @@
 """Runs suites: one results file each, written after every case, so that a run that is cut short loses nothing."""
 
 import dataclasses
-import datetime
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from rir_kernels.dispatch import overlap_asked, tf32_allowed
 from . import console, peers, provenance, timing
 from .case import Case
 from .ceilings import measure_ceilings
-from .results import OURS, Results
+from .results import OURS, Results, now
 from .runner import Runner
 from .selection import Selection
 
@@ -95,7 +94,7 @@ def _results(device, settings, selection, command, absent):
     found = provenance.of_a_run(device)
     found["versions"] |= peers.versions()
     return Results(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=now(),
         command=shlex.join(["python", "-m", "bench", *command]),
         **found,
         settings={

@@ -64,6 +64,13 @@ def measure_steady(calls: dict[str, Callable], device: torch.device, settings: S
     return found
 
 
+def measure_eager(calls: dict[str, Callable], device: torch.device, settings: Settings) -> dict[str, Timing]:
+    """Of these ways eager calls."""
+    found = WAYS[device.type][0](calls, device, settings)
+    release(device)
+    return found
+
+
 def peak_mib(call: Callable, device: torch.device) -> float | None:
     """Memory that one call allocates at most beyond what there was before it; None on a CPU, which does not count."""
     if device.type != "cuda":

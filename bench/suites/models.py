@@ -47,7 +47,7 @@ def _torchvision(name):
     return make
 
 
-def _fused(impl, module, x, *, training):
+def fused_copy(impl, module, x, *, training):
     """Somebody's network as it is, compiled as it is, or after fuse_."""
     module = copy.deepcopy(module).train(training)
     if impl in OURS:
@@ -58,11 +58,11 @@ def _fused(impl, module, x, *, training):
 _FUSED_IMPLS = ("reference", *peers.compiled.IMPLS, *OURS)
 OPS = {
     "rir_wide": Network(RiR, 32, 512, peers.build, IMPLS),
-    "rir_cifar10": Network(_rir_cifar10, 32, 512, _fused, _FUSED_IMPLS),
+    "rir_cifar10": Network(_rir_cifar10, 32, 512, fused_copy, _FUSED_IMPLS),
     "resnet18": Network(networks.resnet18, 224, 256, peers.build, IMPLS),
     "resnet50": Network(networks.resnet50, 224, 256, peers.build, IMPLS),
-    "torchvision_resnet18": Network(_torchvision("resnet18"), 224, 256, _fused, _FUSED_IMPLS),
-    "torchvision_resnet50": Network(_torchvision("resnet50"), 224, 256, _fused, _FUSED_IMPLS),
+    "torchvision_resnet18": Network(_torchvision("resnet18"), 224, 256, fused_copy, _FUSED_IMPLS),
+    "torchvision_resnet50": Network(_torchvision("resnet50"), 224, 256, fused_copy, _FUSED_IMPLS),
 }
 # batches for a CPU
 SMALL = {"rir_wide": 2, "rir_cifar10": 2} | {op: 1 for op in OPS if "resnet" in op}
@@ -136,24 +136,27 @@ def _set_up(network, batch, dtype, device):
 
     def build(impl, training):
         variant = convert(impl, training)
-        return judge(training).variant(impl, variant, _training if training else inference)
+        return judge(training).variant(impl, variant, training_calls if training else inference)
 
     return build
 
 
-def _training(module, x, y):
+def training_calls(module, x, y):
+    """{mode: call} of training steps of the module on x, whose output is like y; a step returns its loss."""
     labels = torch.randint(y.shape[1], (y.shape[0],), generator=torch.Generator().manual_seed(1)).to(y.device)
     # small steps: the network is to be the same at every sample
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(module(x).float(), labels).backward()
+        loss = F.cross_entropy(module(x).float(), labels)
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     def step_recompute():
         with rir.recompute():
-            step()
+            return step()
 
     ours = any(isinstance(part, (rir.RiRLayer, rir.ConvBNAct, Fused)) for part in module.modules())
     return {"step": step} | ({"step_recompute": step_recompute} if ours else {})

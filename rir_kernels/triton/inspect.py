@@ -11,12 +11,14 @@ touch memory before they have waited for it. The exit status is 1 if any row fai
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -81,19 +83,30 @@ class _CompileOnlyDriver:
         return torch.device("meta")
 
 
-def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
-    """(op, kernel name, constants, compiled kernel) of each kernel that one layer of this shape launches."""
+@contextlib.contextmanager
+def compiling(arch: str) -> Iterator[list]:
+    """Within it launches are compiled for that architecture, and not made. For a process that launches nothing else.
+
+    Yields the list of (kernel name, constants, compiled kernel) of the launches so far, all on meta tensors.
+    """
     from triton.runtime.driver import driver
 
-    from rir_kernels.triton.launch import batchnorm, conv, runtime, wgrad
+    from rir_kernels.triton.launch import runtime
 
     driver.set_active(_CompileOnlyDriver(arch))
     compiled = []
-    op = ""
 
     def record(kernel, _programs, *args, **options):
         constants = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
-        compiled.append((op, kernel.__name__, constants, kernel.warmup(*args, grid=(1,), **options)))
+        compiled.append((kernel.__name__, constants, kernel.warmup(*args, grid=(1,), **options)))
+
+    with runtime.intercepted(record):
+        yield compiled
+
+
+def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
+    """(op, kernel name, constants, compiled kernel) of each kernel that one layer of this shape launches."""
+    from rir_kernels.triton.launch import batchnorm, conv, wgrad
 
     spec = ConvBNActSpec(
         stride=(shape.stride,) * 2,
@@ -106,35 +119,40 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
     channels = torch.empty(shape.c_out, device="meta")
     batches = torch.empty((), dtype=torch.int64, device="meta")
     norm = {"mean": channels, "gamma": channels, "beta": channels}
-    with runtime.intercepted(record):
-        op = "forward, no identity"
+    ops = []
+    with compiling(arch) as compiled:
+
+        def launched(op):
+            ops.extend((op, *launch) for launch in compiled[len(ops) :])
+
         conv.conv_train(x, weight, bias=None, residuals=(), spec=replace(spec, shortcut_channels=0))
-        op = "forward, training"
+        launched("forward, no identity")
         z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
-        op = "forward, inference"
+        launched("forward, training")
         conv.conv_infer(x, weight, bias=None, residuals=(), spec=spec, var=channels, save_z=False, **norm)
-        op = "data gradient"
+        launched("forward, inference")
         conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
-        op = "data gradient, sums"
+        launched("data gradient")
         upstream = batchnorm.Upstream(x, *[torch.empty(shape.c_in, device="meta")] * 4, relu=True)
         _, partial = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
         if partial is None:  # there are none: it was the kernel of before
-            compiled = [entry for entry in compiled if entry[0] != op]
+            del compiled[len(ops) :]
         else:
             batchnorm.bn_sum(partial, 1.0)
-        op = "weight gradient"
+        launched("data gradient, sums")
         wgrad.conv_weight_grad(z, x, kernel=(shape.kernel,) * 2, spec=spec)
-        op = "norm, forward"
+        launched("weight gradient")
         batchnorm.bn_stats(z)
         statistics = batchnorm.bn_finalize(
             moments, spec.eps, running_mean=channels, running_var=channels, batches=batches, momentum=0.1
         )
         batchnorm.bn_running(channels, channels, spec.eps)
         batchnorm.bn_apply(z, statistics, gamma=channels, beta=channels, residuals=(), spec=spec)
-        op = "norm, backward"
+        launched("norm, forward")
         sums = batchnorm.bn_reduce(z, z, None, invstd=channels, spec=spec, **norm)
         batchnorm.bn_apply_grad(z, z, None, sums, count=1, invstd=channels, spec=spec, **norm)
-    return compiled
+        launched("norm, backward")
+    return ops
 
 
 def _meta(shape, dtype):
@@ -253,11 +271,12 @@ def run(shapes, dtypes, arch: str, save: str | None = None, workers: int | None 
     jobs = [(shape, dtype, arch, save) for shape in shapes for dtype in dtypes]
     workers = min(len(jobs), workers or os.cpu_count() or 1)
     # fresh processes: the parent may hold kernels decorated for the interpreter
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_compile_for_real) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=compile_for_real) as pool:
         return [row for rows in pool.map(inspect, *zip(*jobs, strict=True)) for row in rows]
 
 
-def _compile_for_real():
+def compile_for_real():
+    """What a process that compiles kernels, and runs none, is started with."""
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
 
