@@ -31,7 +31,7 @@ class Module(NamedTuple):
 def read_module(name: str, source: bytes, is_package: bool, known: frozenset[str]) -> Module:
     """The module of that dotted name; known: all modules of its package.
 
-    The result is the same under every Python that can parse the source. ValueError for an import that cannot be followed.
+    Every Python that can parse the source gives the same result. ValueError for an import that cannot be followed.
     """
     tree = ast.parse(source)
     imports = _Imports(name, is_package, known)
@@ -40,6 +40,7 @@ def read_module(name: str, source: bytes, is_package: bool, known: frozenset[str
             imports.note(node)
     pieces = []
     for is_own, run in groupby(_pieces(tree, imports), lambda piece: isinstance(piece, Own)):
+        run = list(run)
         pieces += run if is_own else [" ".join(run)]
     return Module(tuple(pieces), tuple(imports.links), frozenset(imports.reached))
 
@@ -84,7 +85,7 @@ class _Imports:
 
 
 def _pieces(value, imports) -> Iterator[str]:
-    """Of a node, a list or a constant. Fields that are empty are left out: which of them there are differs by Python."""
+    """The pieces of a node, a list or a constant. Empty fields are left out: which there are differs by Python."""
     if isinstance(value, ast.Name) and value.id in imports.modules:
         yield imports.modules[value.id]
     elif isinstance(value, ast.Call) and _last_name(value.func) == "import_module":
@@ -94,7 +95,7 @@ def _pieces(value, imports) -> Iterator[str]:
         yield f"{type(value).__name__}("
         for field, item in ast.iter_fields(value):
             if isinstance(item, list):
-                item = [one for one in item if not _does_nothing(one, imports)] or None
+                item = [one for one in item if not _does_nothing(one, value, imports)] or None
             if item is not None:
                 yield field
                 yield from _pieces(item, imports)
@@ -108,8 +109,10 @@ def _pieces(value, imports) -> Iterator[str]:
         yield f"{type(value).__name__} {value!a}"
 
 
-def _does_nothing(node, imports):
+def _does_nothing(node, parent, imports):
     """Docstrings and other bare constants, `pass`, and imports of the package's own, which are links."""
+    if isinstance(parent, ast.JoinedStr):  # Python 3.12.0 and 3.12.1 end some formats with an empty text
+        return isinstance(node, ast.Constant) and node.value == ""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return imports.are_all_own(node)
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import headline, provenance
+from bench import check, headline
 from tests.bench.helpers import CPU, results, row
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def now(request, monkeypatch):
     if "committed" not in request.node.name:
-        monkeypatch.setattr(provenance, "sources_hash", lambda: "now")
+        monkeypatch.setattr(check, "sources_hash", lambda kind, device: f"now {kind} {device['name']}")
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def pair(ours, theirs, **same):
 def saved(tmp_path, rows=None, device="gpu", **changes):
     """The folder of results, with these rows in it."""
     rows = [*pair(0.1, 0.3), *pair(0.2, 0.25, shape="64@8")] if rows is None else rows
-    results(rows, **{"sources_hash": "now", **changes}).save(tmp_path / "bench" / "results" / device / "layers.json")
+    results(rows, **{"sources_hash": "now layers Made-up GPU", **changes}).save(
+        tmp_path / "bench" / "results" / device / "layers.json"
+    )
     return tmp_path / "bench" / "results"
 
 
