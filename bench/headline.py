@@ -85,7 +85,7 @@ def _newest(folder) -> tuple[Path, list[Results]] | None:
 
 
 def _stale(results):
-    return " Measured with earlier kernels: they have changed since." * any(map(is_stale, results))
+    return " Measured with earlier code, which has changed since." * any(map(is_stale, results))
 
 
 def _headline(results) -> list[Alternatives]:

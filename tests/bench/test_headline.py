@@ -62,7 +62,7 @@ def test_means_and_rows(tmp_path):
     assert "| 64@8 | step | 1.25 |" in text
     assert "Made-up GPU, 2020-01-02, torch 9.8" in text
     assert "(bench/results/gpu/speedup.png)" in text
-    assert "earlier kernels" not in text
+    assert "earlier code" not in text
 
 
 def test_only_what_the_headline_is_of(tmp_path):
@@ -79,8 +79,8 @@ def test_a_failed_gate_claims_nothing(tmp_path):
     assert "Among them is no" in headline.block(saved(tmp_path, failed), tmp_path)
 
 
-def test_earlier_kernels_are_said(tmp_path):
-    assert "Measured with earlier kernels" in headline.block(saved(tmp_path, sources_hash="then"), tmp_path)
+def test_earlier_code_is_said(tmp_path):
+    assert "Measured with earlier code" in headline.block(saved(tmp_path, sources_hash="then"), tmp_path)
 
 
 def test_the_device_that_was_measured_last(tmp_path):

@@ -71,11 +71,14 @@ DEPEND = {
 }
 
 
-@pytest.mark.parametrize("name", DEPEND)
-def test_which_figures_depend_on_a_module(package, name):
-    with open(package / name, "a") as file:
-        file.write("\nUNHEARD_OF = 1\n")
-    assert changed(package) == DEPEND[name]
+def test_which_figures_depend_on_a_module(package):
+    found = {}
+    for name in DEPEND:
+        source = (package / name).read_text()
+        (package / name).write_text(f"{source}\nUNHEARD_OF = 1\n")
+        found[name] = changed(package)
+        (package / name).write_text(source)
+    assert found == DEPEND
 
 
 def rewritten(path, change):
@@ -117,12 +120,7 @@ def test_comments_docstrings_and_formatting_decide_nothing(package):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [
-        ("triton/batchnorm.py", no_mask),
-        ("triton/taps.py", larger),
-        ("triton/cost.py", larger),
-        ("triton/tile.py", larger),
-    ],
+    [("triton/batchnorm.py", no_mask), ("triton/taps.py", larger), ("triton/cost.py", larger)],
 )
 def test_what_a_kernel_or_a_rule_does_decides(package, name, change):
     rewritten(package / name, change)
