@@ -1,6 +1,6 @@
 """A module as text that says what it does and no more: no comments, docstrings or formatting, no names of files.
 
-What it takes from modules of its own package is marked, so that something else than a path can stand there.
+Where it refers to another module of its package, that is marked, so that something other than a path can stand there.
 """
 
 import ast
