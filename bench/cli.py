@@ -53,7 +53,7 @@ def _parser():
     compare.add_argument("after", type=Path)
     compare.add_argument("--fail-if-slower", default="5%", metavar="LIMIT", help="default: %(default)s")
     compare.set_defaults(run=_compare)
-    check = commands.add_parser("check", help="whether the committed results are of the current kernels")
+    check = commands.add_parser("check", help="whether the committed results are of the current code")
     check.set_defaults(run=_check)
     headline = commands.add_parser("headline", help="write the README's figure and table from the committed results")
     headline.set_defaults(run=_headline)
@@ -222,11 +222,11 @@ def _check(_options, _arguments):
     from .check import check
 
     found = check(ROOT / "results")
-    for path, status, _ in found:
-        console.say(f"{path}: {status}")
+    for path, text, _ in found:
+        console.say(f"{path.relative_to(ROOT.parent)}: {text}")
     if not found:
-        console.say("no results are committed: nothing was measured on a GPU yet")
-    return 1 if any(stale for _, _, stale in found) else 0
+        console.say("no results are committed")
+    return 1 if any(failed for _, _, failed in found) else 0
 
 
 def _headline(_options, _arguments):

@@ -148,7 +148,7 @@ def _notes(before, after):
             if first.get(name) != second.get(name):
                 yield f"{what} differ: {name} was {first.get(name)}, is {second.get(name)}"
     if before.sources_hash == after.sources_hash:
-        yield "the kernels' sources are the same in both"
+        yield "the code that was measured is the same in both"
 
 
 def _quartiles(row):

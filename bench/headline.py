@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from .check import is_stale
 from .report.document import table
 from .report.plots import speedups
 from .results import PEERS, Results, load_all
@@ -84,10 +85,7 @@ def _newest(folder) -> tuple[Path, list[Results]] | None:
 
 
 def _stale(results):
-    from .provenance import sources_hash
-
-    now = sources_hash()
-    return " Measured with earlier kernels: they have changed since." * any(r.sources_hash != now for r in results)
+    return " Measured with earlier code, which has changed since." * any(map(is_stale, results))
 
 
 def _headline(results) -> list[Alternatives]:

@@ -1,6 +1,5 @@
 """Where and with what a run was made: the device, the versions, the state of the checkout."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -10,30 +9,22 @@ import torch
 
 import rir_kernels as rir
 
+from .sources import sources_hash
+
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "rir_kernels" / "triton"
 
 
-def of_a_run(device: torch.device) -> dict:
-    """All of it, by the names that it has in results."""
+def of_a_run(device: torch.device, kind: str = "models") -> dict:
+    """All of it, by the names that it has in results; kind: of the figures, one of `sources.KINDS`."""
     commit, dirty = git_state()
+    described = describe(device)
     return {
-        "device": describe(device),
+        "device": described,
         "versions": versions(),
         "git_commit": commit,
         "git_dirty": dirty,
-        "sources_hash": sources_hash(),
+        "sources_hash": sources_hash(kind, described),
     }
-
-
-def sources_hash() -> str:
-    """SHA-256 over the names and contents of the kernels' sources and tiles, in the order of their names."""
-    digest = hashlib.sha256()
-    files = [*KERNELS.rglob("*.py"), *KERNELS.rglob("*.json")]
-    for file in sorted(files, key=lambda file: file.relative_to(KERNELS).as_posix()):
-        for part in (file.relative_to(KERNELS).as_posix().encode(), file.read_bytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
 
 
 def git_state() -> tuple[str, bool]:

@@ -88,12 +88,7 @@ class ResultsError(ValueError):
 
 def load(path: str | Path) -> Results:
     """The file's contents; ResultsError where it is something else, with what and how to mend it."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultsError(
-            f"{path}: cannot be read as JSON ({error}): pass a file that `python -m bench` wrote"
-        ) from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {found}: measure again with this version")
@@ -104,11 +99,24 @@ def load(path: str | Path) -> Results:
         raise ResultsError(f"{path}: not of schema {SCHEMA} ({error}): measure again with this version") from error
 
 
+def read_json(path: str | Path) -> Any:
+    """What the file holds; ResultsError where that is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultsError(
+            f"{path}: cannot be read as JSON ({error}): pass a file that `python -m bench` wrote"
+        ) from error
+
+
 def load_all(*paths: str | Path) -> list[Results]:
-    """The results in these files and folders (their *.json, not below), in a fixed order."""
+    """The results in these files and folders, in a fixed order.
+
+    Of a folder: its *.json, not below, and not those with a `kind`, which are other results (README.md).
+    """
     files = []
     for path in map(Path, paths):
-        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files += sorted(file for file in path.glob("*.json") if not _other(file)) if path.is_dir() else [path]
     if not files:
         raise ResultsError(f"no results in {', '.join(map(str, paths))}: run `python -m bench --out DIR` first")
     return [load(file) for file in files]
@@ -117,6 +125,11 @@ def load_all(*paths: str | Path) -> list[Results]:
 def now() -> str:
     """UTC, as results have it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _other(path):
+    data = read_json(path)
+    return isinstance(data, dict) and "kind" in data
 
 
 def save_json(path: str | Path, data: dict) -> Path:

@@ -39,7 +39,7 @@ def run_suite(
     settings = QUICK if selection.quick else timing.Settings()
     wanted = dict.fromkeys(impl for case in cases for impl in case.impls if impl in impls)
     absent = {impl: reason for impl in wanted if (reason := peers.absent(impl, device))}
-    results = _results(device, settings, selection, command, absent)
+    results = _results(suite, device, settings, selection, command, absent)
 
     console.say(f"{suite}: {len(cases)} cases on {results.device['name']}")
     for impl, reason in absent.items():
@@ -87,11 +87,11 @@ def refused_ours(results: Results) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _results(device, settings, selection, command, absent):
+def _results(suite, device, settings, selection, command, absent):
     torch.backends.cudnn.benchmark = True
     if tf32_allowed():  # what convolutions do is what the matrix product's ceiling is measured with
         torch.set_float32_matmul_precision("high")
-    found = provenance.of_a_run(device)
+    found = provenance.of_a_run(device, suite)
     found["versions"] |= peers.versions()
     return Results(
         created=now(),

@@ -122,7 +122,8 @@ def summarize(out: Path, runs, device) -> None:
     save_json(
         out / "results.json",
         {
-            **provenance.of_a_run(device),
+            "kind": "training",
+            **provenance.of_a_run(device, "training"),
             "missing_runs": missing,
             "rows": rows,
         },

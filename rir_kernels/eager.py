@@ -162,7 +162,8 @@ def _recorded(function, tensors):
     # kernels are compiled for aligned addresses, and read the values of the channels one behind the other
     if any(t.data_ptr() % _ALIGNMENT or (t.dim() == 1 and not t.is_contiguous()) for t in present):
         return None
-    places, plan = (importlib.import_module(f"rir_kernels.triton.launch.{name}") for name in ("places", "plan"))
+    places = importlib.import_module("rir_kernels.triton.launch.places")
+    plan = importlib.import_module("rir_kernels.triton.launch.plan")
     try:
         return plan.record(function, tensors)
     except places.Unplannable:

@@ -30,7 +30,7 @@ def run_step(name: str, out: Path, command: Sequence[str], *, dry: bool, retry: 
             "dry": dry,
             "created": now(),
             "command": shlex.join(["python", "-m", "bench", *command]),
-            **provenance.of_a_run(machine.device),
+            **provenance.of_a_run(machine.device, KIND),
         }
         path = file_of(out, name)
         earlier = _read(path)

@@ -36,7 +36,7 @@ def head(results: list[Results], repeated: int) -> list:
         ("versions", [", ".join(f"{k} {v}" for k, v in result.versions.items()) for result in results]),
         ("measured", [f"{result.created}: {result.command}" for result in results]),
         ("git commit", [result.git_commit[:12] + " + changes" * result.git_dirty for result in results]),
-        ("hash of the kernels' sources", [result.sources_hash[:12] for result in results]),
+        ("hash of the code measured", [result.sources_hash[:12] for result in results]),
         ("ceilings", [_ceilings(result.ceilings) for result in results]),
         ("cases not reached", [str(sum(len(result.unreached) for result in results))]),
     ]

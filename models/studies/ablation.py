@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
+from bench import provenance
 from bench.results import save_json
 from models.evaluate import find
 from models.training import build, evaluation
@@ -128,7 +129,11 @@ def _report(args):
     say(f"{'with all':28}  {results['test_accuracy']:.2f}")
     if args.out:
         folder = Path(args.out)
-        save_json(folder / "ablation.json", {"model": facts["model"], "data": facts["data"], **results})
+        made = provenance.of_a_run(device, "ablation")
+        save_json(
+            folder / "ablation.json",
+            {"kind": "ablation", **made, "model": facts["model"], "data": facts["data"], **results},
+        )
         draw(results, folder / "ablation.png")
 
 

@@ -90,7 +90,7 @@ def write(results, folder):
     from matplotlib.figure import Figure
 
     folder = Path(folder)
-    save_json(folder / "hessian.json", results)
+    save_json(folder / "hessian.json", {"kind": "hessian", **results})
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()

@@ -33,12 +33,13 @@ def write(run) -> None:
     save_json(
         run.out / RUN,
         {
+            "kind": "training",
             "command": ["python -m models.train", *sys.argv[1:]],
             "settings": run.settings.as_dict(),
             "model": run.description | {"parameters": sum(p.numel() for p in run.model.parameters())},
             "data": run.data,
             "ranks": run.ranks.world,
-            **provenance.of_a_run(run.device),
+            **provenance.of_a_run(run.device, "training"),
             "result": result(run),
         },
     )

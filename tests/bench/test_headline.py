@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import headline, provenance
+from bench import check, headline
 from tests.bench.helpers import CPU, results, row
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def now(request, monkeypatch):
     if "committed" not in request.node.name:
-        monkeypatch.setattr(provenance, "sources_hash", lambda: "now")
+        monkeypatch.setattr(check, "sources_hash", lambda kind, device: f"now {kind} {device['name']}")
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def pair(ours, theirs, **same):
 def saved(tmp_path, rows=None, device="gpu", **changes):
     """The folder of results, with these rows in it."""
     rows = [*pair(0.1, 0.3), *pair(0.2, 0.25, shape="64@8")] if rows is None else rows
-    results(rows, **{"sources_hash": "now", **changes}).save(tmp_path / "bench" / "results" / device / "layers.json")
+    results(rows, **{"sources_hash": "now layers Made-up GPU", **changes}).save(
+        tmp_path / "bench" / "results" / device / "layers.json"
+    )
     return tmp_path / "bench" / "results"
 
 
@@ -60,7 +62,7 @@ def test_means_and_rows(tmp_path):
     assert "| 64@8 | step | 1.25 |" in text
     assert "Made-up GPU, 2020-01-02, torch 9.8" in text
     assert "(bench/results/gpu/speedup.png)" in text
-    assert "earlier kernels" not in text
+    assert "earlier code" not in text
 
 
 def test_only_what_the_headline_is_of(tmp_path):
@@ -77,8 +79,8 @@ def test_a_failed_gate_claims_nothing(tmp_path):
     assert "Among them is no" in headline.block(saved(tmp_path, failed), tmp_path)
 
 
-def test_earlier_kernels_are_said(tmp_path):
-    assert "Measured with earlier kernels" in headline.block(saved(tmp_path, sources_hash="then"), tmp_path)
+def test_earlier_code_is_said(tmp_path):
+    assert "Measured with earlier code" in headline.block(saved(tmp_path, sources_hash="then"), tmp_path)
 
 
 def test_the_device_that_was_measured_last(tmp_path):

@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import provenance
 from bench.results import IMPLS, MODES, SUITES, ResultsError, Row, load, load_all
+from bench.sources import sources_hash
 from bench.suites import kernels, layers, models
 from tests.bench.helpers import results, row
 
@@ -67,27 +69,21 @@ def test_every_field_and_name_is_documented():
     assert not [name for name in (*SUITES, *IMPLS, *MODES, *ops) if f'"{name}"' not in README]
 
 
-def test_the_hash_is_of_names_and_contents(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "KERNELS", tmp_path)
-    seen = set()
+def test_results_of_another_kind_in_the_folder(tmp_path):
+    (tmp_path / "memory.json").write_text('{"kind": "memory", "rows": []}')
+    with pytest.raises(ResultsError, match="no results in"):
+        load_all(tmp_path)
+    with pytest.raises(ResultsError, match="expected schema 1, got None"):
+        load_all(tmp_path / "memory.json")  # who names it means it
+    written = results()
+    written.save(tmp_path / "layers.json")
+    assert load_all(tmp_path) == [written]
 
-    def hashed():
-        seen.add(provenance.sources_hash())
-        return len(seen)
 
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "conv.py").write_text("a = 1\n")
-    assert hashed() == 1
-    (tmp_path / "launch" / "conv.py").write_text("b\n")
-    assert hashed() == 2
-    (tmp_path / "conv.py").write_text("a = 2\n")
-    assert hashed() == 3
-    (tmp_path / "conv.py").rename(tmp_path / "convolution.py")
-    assert hashed() == 4
-    (tmp_path / "launch" / "tiles.json").write_text("{}")
-    assert hashed() == 5
-    (tmp_path / "notes.txt").write_text("not a source")
-    assert hashed() == 5
+@pytest.mark.parametrize("kind", ["layers", "models"])
+def test_the_hash_is_that_of_the_kind_and_device(kind):
+    found = provenance.of_a_run(torch.device("cpu"), kind)
+    assert found["sources_hash"] == sources_hash(kind, found["device"])
 
 
 def test_the_state_of_the_checkout():
