@@ -20,12 +20,12 @@ endif
 # test processes: one a core, but a GPU is not shared
 WORKERS ?= $(if $(filter cuda,$(TORCH)),0,auto)
 
-# where `make gpu` and `make paper` leave their results
+# where `make first`, `make gpu` and `make paper` leave their results, and how long a call of the first two takes
 OUT ?= bench/results/h200
-PIECE = --minutes 9 --out $(OUT)
+MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train bench gpu paper test test-long mutants fuzz soak sanitize audit lint format inspect clean
+.PHONY: help demo train bench first gpu paper test test-long mutants fuzz soak sanitize audit lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -40,18 +40,12 @@ train: $(READY) ## train a network: digits in half a minute; ARGS="--data DIR" f
 bench: $(READY) ## the benchmark: every layer beside its peers; ARGS="layers --quick" for a first look
 	$(PY) -m bench $(ARGS)
 
-gpu: $(READY) ## on a GPU, an hour and a half: its tests, tiles tuned, everything measured into OUT
-	$(PY) -m pytest -q -m gpu tests
-	$(PY) -m bench tune --dtype bf16 --minutes 9 --out rir_kernels/triton/tiles
-	$(PY) -m bench kernels --dtype bf16 $(PIECE)
-	$(PY) -m bench layers --ops rir_layer --dtype bf16 $(PIECE)
-	$(PY) -m bench models --dtype bf16 $(PIECE)
-	$(PY) -m bench layers --ops basic_block rir_block --dtype bf16 --name blocks $(PIECE)
-	$(PY) -m bench layers --ops rir_layer --dtype fp16 fp32 --name layers-fp16-fp32 $(PIECE)
-	RIR_KERNELS_OVERLAP=1 $(PY) -m bench layers --ops rir_layer --dtype bf16 --minutes 9 --out $(OUT)-overlap
-	$(PY) -m bench choose $(OUT)
+first: $(READY) ## on a GPU, its first minutes: compiled, exact, how fast; OUT=DIR MINUTES=8, ARGS=--dry without one
+	$(PY) -m bench first --out $(OUT) --minutes $(MINUTES) $(ARGS)
+
+gpu: $(READY) ## on a GPU: everything measured into OUT, in pieces of MINUTES: call it again until nothing is missing
+	$(PY) -m bench gpu --out $(OUT) --minutes $(MINUTES) $(ARGS)
 	$(PY) -m bench report $(OUT)
-	$(PY) -m bench headline
 
 paper: $(READY) ## on a GPU: the paper's networks on DATA, into OUT, in pieces: call it again until it says no run is missing
 	$(PY) -m models.reproduce --data $(DATA) --graphs --peers --minutes 9 --out $(OUT)/paper $(ARGS)

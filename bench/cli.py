@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .first import STEPS
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
+STAND_IN = "on a stand-in for a GPU: what is measured means nothing"
 COMMANDS = ("all", *SUITES, "first", "gpu", "tune", "choose", "report", "compare", "check", "headline", "architectures")
 
 
@@ -77,6 +79,11 @@ def _add_measuring(commands, name):
     parser.add_argument("--dtype", **_some, help=f"{', '.join(DTYPES)}; default: all on a GPU, fp32 on a CPU")
     parser.add_argument("--impl", **_some, help=f"{', '.join(IMPLS)}; default: all that are there")
     parser.add_argument("--minutes", type=float, help="begin nothing that could end later; what is there is kept")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cases that the file has, and measure the others"
+    )
+    parser.add_argument("--overlap", action="store_true", help="launches overlap the one ahead (RIR_KERNELS_OVERLAP=1)")
+    parser.add_argument("--dry", action="store_true", help=STAND_IN)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(run=_measure, suites=SUITES if name == "all" else (name,))
 
@@ -100,6 +107,14 @@ _some = {"nargs": "+", "default": [], "metavar": "NAME"}
 
 
 def _measure(options, arguments):
+    if options.overlap:
+        os.environ["RIR_KERNELS_OVERLAP"] = "1"
+    if options.dry:
+        from .stand_in import stand_in
+
+        options.device, options.dry = "cuda", False
+        with stand_in():
+            return _measure(options, arguments)
     from . import console
     from .run import refused_ours, run_suite
     from .selection import Selection
@@ -124,7 +139,10 @@ def _measure(options, arguments):
     refused = []
     for suite in cases:
         path = options.out / f"{options.name or suite}.json"
-        results = run_suite(suite, cases[suite], selection, impls, path, command=arguments, minutes=options.minutes)
+        results = run_suite(
+            suite, cases[suite], selection, impls, path,
+            command=arguments, minutes=options.minutes, resume=options.resume,
+        )  # fmt: skip
         refused += refused_ours(results)
     if len(options.suites) > 1:
         _report(argparse.Namespace(paths=[options.out], out=None), arguments)

@@ -20,7 +20,8 @@ class State:
     """How far a piece has come, as its file tells."""
 
     begun: bool = False
-    done: bool = False  # nothing is missing, and nothing failed
+    done: bool = False  # nothing is missing
+    failed: bool = False  # something in it did
     progress: int = 0  # grows with what the file holds
     text: str = "not begun"
 
@@ -40,23 +41,29 @@ class Piece(Protocol):
 
 
 def work(pieces: Sequence[Piece], minutes: float) -> bool:
-    """Takes the pieces in their order, those that an earlier call began and left after the others.
+    """Takes the pieces in their order, those that failed in an earlier call after the others.
 
     Prints what it does and, at the end, how far every piece has come. Returns whether none failed.
     """
     deadline = time.monotonic() + 60 * minutes
-    for piece in sorted(pieces, key=lambda piece: piece.state().begun):
+    for piece in sorted(pieces, key=lambda piece: piece.state().failed):
         if not piece.state().done:
             _work_on(piece, min(deadline, time.monotonic() + piece.seconds))
-    print(f"\n{'':2}what          how far")
-    for piece in pieces:
-        print(f"{'':2}{piece.name:12}  {piece.state().text}")
-    return all(state.done or not state.begun for state in (piece.state() for piece in pieces))
+    states = {piece.name: piece.state() for piece in pieces}
+    width = max(map(len, states))
+    print()
+    for name, state in states.items():
+        print(f"  {name:{width}}  {state.text}")
+    missing = [name for name, state in states.items() if not state.done]
+    print(
+        f"\nmissing: {', '.join(missing)}; the same command goes on" if missing else "\nnothing is missing", flush=True
+    )
+    return not any(state.failed for state in states.values())
 
 
 def _work_on(piece, end):
     """Starts the piece, and again after a crash as long as each start brings it forward."""
-    retry = piece.state().begun
+    retry = piece.state().failed
     while (left := end - time.monotonic()) > LEAST:
         before = piece.state().progress
         print(f"\n== {piece.name}: {left:.0f} s at most", flush=True)
@@ -64,6 +71,6 @@ def _work_on(piece, end):
         ended = run_limited(command, left, silent=piece.silent)
         if ended.code != 0:
             piece.ended(ended)
-        if ended.code == 0 or piece.state().progress <= before:
+        if ended.code == 0 or piece.state().progress <= before or piece.state().done:
             return
         retry = False

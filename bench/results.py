@@ -58,6 +58,11 @@ class Row:
         """Unique within a file."""
         return *self.case, self.impl, self.graph, self.l2
 
+    @property
+    def of(self) -> str:
+        """Its `bench.case.Case`, as text."""
+        return f"{self.op} {self.shape} x{self.batch} {self.dtype}"
+
 
 @dataclasses.dataclass(kw_only=True)
 class Results:
@@ -75,6 +80,8 @@ class Results:
     ceilings: dict[str, Any]
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
     unreached: list[str] = dataclasses.field(default_factory=list)
+    begun: str | None = None  # the case that is being measured
+    lost: list[str] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def save(self, path: str | Path) -> Path:

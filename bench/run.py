@@ -13,7 +13,7 @@ from rir_kernels.dispatch import overlap_asked, tf32_allowed
 from . import console, peers, provenance, timing
 from .case import Case
 from .ceilings import measure_ceilings
-from .results import OURS, Results, now
+from .results import OURS, Results, ResultsError, load, now
 from .runner import Runner
 from .selection import Selection
 
@@ -29,10 +29,13 @@ def run_suite(
     *,
     command: Sequence[str],
     minutes: float | None,
+    resume: bool = False,
 ) -> Results:
     """Measures the suite's `cases` on the device and leaves the file `path` behind.
 
     minutes: no case is begun that could end later, if it takes as long as the longest so far.
+    resume: the cases that an earlier run of the same kind left in the file stay, and are not measured again; nor is the
+        one at which its process ended.
     """
     started = time.monotonic()
     device = torch.device(selection.device_type)
@@ -40,31 +43,38 @@ def run_suite(
     wanted = dict.fromkeys(impl for case in cases for impl in case.impls if impl in impls)
     absent = {impl: reason for impl in wanted if (reason := peers.absent(impl, device))}
     results = _results(suite, device, settings, selection, command, absent)
+    if resume:
+        _continue(results, path)
+    finished = {row.of for row in results.rows} | set(results.lost)
+    cases = [case for case in cases if str(case) not in finished]
 
     console.say(f"{suite}: {len(cases)} cases on {results.device['name']}")
     for impl, reason in absent.items():
         console.say(f"  {impl} is left out: {reason}")
     with console.progress(suite, len(cases)) as advance:
         advance("ceilings", step=0)
-        results.ceilings = measure_ceilings(device, selection.chosen_dtypes(), settings)
+        if cases and not results.ceilings:
+            results.ceilings = measure_ceilings(device, selection.chosen_dtypes(), settings)
         runner = Runner(device, settings, results.ceilings, tuple(impl for impl in wanted if impl not in absent))
         longest = 0.0
         for index, case in enumerate(cases):
             begun = time.monotonic()
+            results.unreached = [str(case) for case in cases[index:]]
             if minutes is not None and begun - started + longest > 60 * minutes:
-                results.unreached = [str(case) for case in cases[index:]]
                 break
             advance(str(case), step=0)
             before = len(results.rows)
+            results.begun = str(case)
+            results.save(path)
             try:
                 for row in runner.run(case):
                     results.rows.append(row)
             except timing.DeviceLost as error:
-                results.unreached = [str(case) for case in cases[index:]]
                 results.device["lost"] = str(error)
                 results.save(path)
                 raise SystemExit(f"the device is lost: {error}\nwhat was measured before is in {path}") from error
             console.show(str(case), results.rows[before:])
+            results.begun, results.unreached = None, results.unreached[1:]
             results.save(path)
             longest = max(longest, time.monotonic() - begun)
             advance()
@@ -80,7 +90,7 @@ def run_suite(
 def refused_ours(results: Results) -> list[str]:
     """Implementations of ours that a gate refused, one line each."""
     lines = (
-        f"{row.op} {row.shape} x{row.batch} {row.dtype} {row.impl}: {row.error}"
+        f"{row.of} {row.impl}: {row.error}"
         for row in results.rows
         if row.impl in OURS and row.error and row.error.startswith("gate:")
     )
@@ -107,3 +117,18 @@ def _results(suite, device, settings, selection, command, absent):
         ceilings={},
         absent=absent,
     )
+
+
+def _continue(results, path):
+    """Takes over what the file has, if it was measured with the same code, on the same device, in the same way."""
+    try:
+        earlier = load(path)
+    except ResultsError:
+        return
+    made_with = [
+        (r.sources_hash, r.device["name"], r.versions, {**r.settings, "seconds": None}) for r in (earlier, results)
+    ]
+    if made_with[0] != made_with[1]:
+        return
+    results.rows, results.ceilings = earlier.rows, earlier.ceilings
+    results.lost = earlier.lost + [earlier.begun] * (earlier.begun is not None)

@@ -1,12 +1,14 @@
 """A stand-in for a CUDA device, so that commands for a GPU run from end to end on a machine without one.
 
 Within `stand_in()` "cuda" means the CPU to every torch function, torch.cuda's clocks and graphs are imitated, and our
-kernels run in Triton's interpreter (TRITON_INTERPRET=1, which must be set before triton is imported). What a command
-does in Python is then the same as on a GPU. Its figures mean nothing: they are a CPU's, and a replayed graph does
-nothing at all.
+kernels run in Triton's interpreter. What a command does in Python is then the same as on a GPU. Its figures mean
+nothing: they are a CPU's, and a replayed graph does nothing at all.
 """
 
 import contextlib
+import dataclasses
+import os
+import sys
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,13 +17,26 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from . import ceilings
+
 NAME = "stand-in (no GPU)"
 CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
-    """Within it this thread and those of its processes find one CUDA device, which is the CPU."""
+    """Within it this thread finds a CUDA device, which is the CPU. For a process that has not used triton yet.
+
+    RuntimeError where triton was imported to compile kernels: it decides at its import whether it interprets them.
+    """
+    from rir_kernels.dispatch import interpreting
+
+    if "triton" in sys.modules and not interpreting():
+        raise RuntimeError("triton was imported without TRITON_INTERPRET=1: use a new process for the stand-in")
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    from rir_kernels.triton.launch import runtime
+
     properties = SimpleNamespace(
         name=NAME, major=9, minor=0, multi_processor_count=4, total_memory=2**30, L2_cache_size=2**16, uuid="none"
     )
@@ -42,7 +57,14 @@ def stand_in() -> Iterator[None]:
         "graph": lambda graph, pool=None: contextlib.nullcontext(),
         "graph_pool_handle": lambda: None,
     }
-    with mock.patch.multiple(torch.cuda, **imitations), _OnTheCPU():
+    # the interpreter runs programs one after the other: tiles are chosen as if there were one multiprocessor
+    one = dataclasses.replace(runtime.H200, sms=1)
+    with (
+        mock.patch.multiple(torch.cuda, **imitations),
+        mock.patch.object(runtime, "H200", one),
+        mock.patch.dict(ceilings.SIZES, cuda=(2**16, 2**12, 64)),
+        _OnTheCPU(),
+    ):
         yield
 
 

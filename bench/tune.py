@@ -4,6 +4,7 @@ The analytic rule's best candidates take turns, in every use of the kernel that 
 gate. All times are kept beside the rule's predictions, so that its constants can be mended by them.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -25,7 +26,7 @@ from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.wgrad_config import ranked_wgrad_tiles, use_wgrad_tile
 
 from . import console, provenance, timing
-from .results import DTYPES, save_json
+from .results import DTYPES, ResultsError, jsonable, read_json, save_json
 from .suites import kernels
 
 
@@ -91,7 +92,10 @@ def tune(
     settings: timing.Settings,
     minutes: float | None = None,
 ) -> Path:
-    """Measures, and leaves `folder`/<device>.json behind, written anew after every shape."""
+    """Measures, and leaves `folder`/<device>.json behind, written anew after every shape.
+
+    What an earlier run with the same code and versions left there stays, and is not measured again.
+    """
     started = time.monotonic()
     gpu = gpu_of(torch.empty(0, device=device))
     name = gpu.name or provenance.describe(device)["name"]
@@ -103,16 +107,24 @@ def tune(
         "sources_hash": provenance.sources_hash("kernels"),  # without tiles that were measured before
         **{kernel.field: [] for kernel in KERNELS},
     }
+    with contextlib.suppress(ResultsError):
+        earlier = read_json(path)
+        if all(earlier.get(name) == found[name] for name in ("schema", "device", "versions", "sources_hash")):
+            found = earlier
     jobs = [(kernel, shape, dtype) for dtype in dtypes for shape in shapes for kernel in KERNELS]
     with console.progress("tune", len(jobs)) as advance:
-        for kernel, shape, dtype in jobs:
+        for index, (kernel, shape, dtype) in enumerate(jobs):
+            found["unreached"] = [f"{shape.name} {dtype}, {kernel.name}" for kernel, shape, dtype in jobs[index:]]
             if minutes is not None and time.monotonic() - started > 60 * minutes:
-                console.say(f"no time left for {shape.name} {dtype}, {kernel.name}, and what follows")
+                console.say(f"no time left for {found['unreached'][0]}, and what follows")
                 break
-            advance(f"{shape.name} {dtype}, {kernel.name}", step=0)
-            if entry := _tune(kernel, shape, dtype, device, gpu, candidates, settings):
+            advance(found["unreached"][0], step=0)
+            problem = jsonable(dataclasses.asdict(kernel.problem(shape, getattr(torch, DTYPES[dtype]), device)))
+            known = any(jsonable(entry["problem"]) == problem for entry in found[kernel.field])
+            if not known and (entry := _tune(kernel, shape, dtype, device, gpu, candidates, settings)):
                 found[kernel.field].append(entry)
-                save_json(path, found)
+            found["unreached"] = found["unreached"][1:]
+            save_json(path, found)
             advance()
     return path
 

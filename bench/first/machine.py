@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
-from unittest import mock
 
 import torch
 
@@ -52,26 +50,12 @@ class Machine:
 
 
 def prepare(dry: bool) -> tuple[Machine, contextlib.AbstractContextManager]:
-    """(the machine, the context to work in); RuntimeError where there is neither a GPU nor the wish for none.
-
-    To be called before triton is imported: the stand-in's kernels run in its interpreter.
-    """
+    """(the machine, the context to work in); RuntimeError where there is neither a GPU nor the wish for none."""
     if dry:
-        os.environ["TRITON_INTERPRET"] = "1"
-        torch.set_num_threads(1)
         return Machine(
             torch.float16, batch=2, repeats=1, calls=1, steps=2, impl="triton", settings=ONCE, dry=True
-        ), _small_stand_in()
+        ), stand_in()
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is there: pass --dry to run the same steps on a stand-in")
     major, minor = torch.cuda.get_device_capability()
     return Machine(arch=f"sm_{major}{minor}"), contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _small_stand_in():
-    """Of one multiprocessor: the interpreter runs programs one after the other, and more of them take longer."""
-    from rir_kernels.triton.launch import runtime
-
-    with stand_in(), mock.patch.object(runtime, "H200", dataclasses.replace(runtime.H200, sms=1)):
-        yield

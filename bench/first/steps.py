@@ -85,7 +85,8 @@ class StepPiece(Piece):
         if data["error"]:
             parts.append(data["error"])
         parts += [f"{items[name]['status']}: {name}" for name in failed[:3]]
-        return State(True, data["status"] == "done", len(items), "; ".join(parts))
+        ended = data["status"] not in ("running", "done")
+        return State(True, data["status"] == "done", ended, len(items), "; ".join(parts))
 
     def command(self, seconds, retry):
         switches = [*["--dry"] * self.dry, *["--retry"] * retry]
