@@ -51,10 +51,10 @@ paper: $(READY) ## on a GPU: the paper's networks on DATA, into OUT, in pieces: 
 	$(PY) -m models.reproduce --data $(DATA) --graphs --peers --minutes 9 --out $(OUT)/paper $(ARGS)
 
 test: $(READY) ## the tests, without those marked long
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "not long" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup $(or $(ARGS),tests)
 
 test-long: $(READY) ## all tests
-	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup -m "" $(or $(ARGS),tests)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --long $(or $(ARGS),tests)
 
 mutants: $(READY) ## the kernels broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
 	$(PY) -m tests.mutants $(ARGS)

@@ -14,11 +14,11 @@ Nothing here imports triton or starts CUDA: kernels are loaded by the first call
 """
 
 from . import functional, reference, surgery
-from .dispatch import use_impl
 from .env import env_report
 from .equivalence import EquivalenceReport, compare
 from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
+from .preference import use_impl
 from .recomputing import recompute
 from .surgery import FusionReport, fold_bn_, fuse_, register_pattern, unfuse_, unregister_pattern
 from .sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm

@@ -18,48 +18,21 @@ import torch
 from torch.autograd import forward_ad
 
 from .choices import measured_choice
+from .compiling import not_traced
+from .preference import meant_by
 from .spec import ConvBNActSpec
 
-IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
 TRITON_NEEDED, TORCH_NEEDED = (3, 6), (2, 10)
 CAPABILITY_NEEDED = (8, 0)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class _PerThread(threading.local):
-    auto = "auto"  # what "auto" means in this thread
     watched = False  # whether each launch is to be looked at, or chosen
 
 
 _state = _PerThread()
 _warned = set()
-
-
-@contextlib.contextmanager
-def use_impl(name: str):
-    """Within it "auto" means `name`, in this thread; calls that name another implementation are left alone.
-
-    torch.compile looks while it compiles and not again: a compiled function keeps the implementation it was given.
-
-    ValueError where `name` is none of "auto", "reference", "torch", "hybrid", "triton".
-    """
-    check_impl(name)
-    _state.auto, saved = name, _state.auto
-    try:
-        yield
-    finally:
-        _state.auto = saved
-
-
-def check_impl(impl) -> None:
-    """ValueError unless `impl` names an implementation."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-
-
-def meant_by(impl: str) -> str:
-    """`impl`, or what `use_impl` says of "auto"."""
-    return _state.auto if impl == "auto" else impl
 
 
 @contextlib.contextmanager
@@ -183,17 +156,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def _not_traced(function):
-    """torch.compile calls the function and takes its result for a constant.
-
-    torch.compiler.assume_constant_result sets the same mark, but imports the compiler for it, and with that triton.
-    The compiler sees the mark on plain functions alone: it looks through functools.cache.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-@_not_traced
+@not_traced
 def triton_missing() -> str:
     """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
     if _numbers(torch.__version__) < TORCH_NEEDED:
@@ -212,7 +175,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-@_not_traced
+@not_traced
 def _missing_on(index: int) -> str:
     return _find_missing_on(index)
 
@@ -236,7 +199,7 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-@_not_traced
+@not_traced
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

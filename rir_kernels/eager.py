@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from . import dispatch, fused, ops
 from .layout import as_channels_last, as_rows, is_channels_last
+from .preference import meant_by
 from .spec import ConvBNActSpec
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
@@ -82,7 +83,7 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
     tensors: x, weight, bias, bn_weight, bn_bias and residuals, which are differentiated; buffers: running_mean,
     running_var, num_batches_tracked.
     """
-    impl = dispatch.meant_by(impl)
+    impl = meant_by(impl)
     # "auto" never means our kernels off the GPU: nothing to look up there
     may_launch = impl == "triton" or (impl == "auto" and getattr(tensors[0], "is_cuda", False))
     metadata = _kind(tensors + buffers) if may_launch and type(momentum) is float else None

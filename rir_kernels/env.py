@@ -6,6 +6,7 @@ import platform
 import torch
 
 from . import dispatch
+from .preference import IMPLS
 from .spec import ConvBNActSpec
 
 
@@ -36,7 +37,7 @@ def env_report() -> EnvReport:
         devices=[_describe(index) for index in range(torch.cuda.device_count())] if cuda else ["cpu"],
         interpreter=dispatch.interpreting(),
         tf32=dispatch.tf32_allowed(),
-        impls={impl: _availability(impl, "cuda" if cuda else "cpu") for impl in dispatch.IMPLS if impl != "auto"},
+        impls={impl: _availability(impl, "cuda" if cuda else "cpu") for impl in IMPLS if impl != "auto"},
     )
 
 

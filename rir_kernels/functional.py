@@ -13,8 +13,9 @@ import dataclasses
 import torch
 
 from . import aten, eager, ops, synchronized
-from .dispatch import check_impl, resolve
+from .dispatch import resolve
 from .layout import as_channels_last, as_rows, is_channels_last, to_format
+from .preference import check_impl
 from .reference import functional as reference
 from .spec import ConvBNActSpec
 from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors, check_weight

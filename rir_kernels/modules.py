@@ -9,8 +9,8 @@ from torch import nn
 
 from . import conversion, norm_state, reference
 from .arguments import check_block, check_conv_bn_act, check_layer
-from .dispatch import check_impl
 from .joining import join, split
+from .preference import check_impl
 from .spec import ConvBNActSpec, spec_of_conv
 from .streams import (
     PACKED,

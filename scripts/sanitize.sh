@@ -22,7 +22,7 @@ status=0
 for tool in memcheck racecheck initcheck; do
     options=(--tool "$tool" --target-processes all --error-exitcode 1 --log-file "$out/$tool.log")
     echo "$tool"
-    compute-sanitizer "${options[@]}" "$python" -m pytest -q -m "gpu and not long" -p no:cacheprovider "$@" || status=1
+    compute-sanitizer "${options[@]}" "$python" -m pytest -q -m gpu -p no:cacheprovider "$@" || status=1
     tail -n 1 "$out/$tool.log" || status=1 # one that left no log has judged nothing
 done
 exit $status

@@ -19,7 +19,14 @@ torch.backends.mkldnn.set_flags(False)
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):  # an -m in addopts would be lost as soon as a command has its own -m
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     for item in items:
         if item.get_closest_marker("gpu") and (INTERPRETING or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))

@@ -112,7 +112,41 @@ def test_use_impl_within_the_compiled_function():
             return layer(x)
 
     x = packed()[0]
-    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x), **CLOSE)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x), **CLOSE)
+    with torch.no_grad():  # compiled once more
+        torch.testing.assert_close(compiled(x), call(x), **CLOSE)
+
+
+def test_use_impl_counts_while_the_function_is_compiled():
+    """Then the function keeps it; one within the function comes first."""
+    layer, x, compiled = rir.RiRLayer(8, 8).eval(), packed()[0], []
+
+    def backend(graph, inputs):
+        compiled.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    def operators(function):
+        """Of the only graph that calls under two implementations leave."""
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend=backend)
+        for name in ("torch", "reference"):
+            with rir.use_impl(name):
+                function(x)
+        (found,) = compiled
+        compiled.clear()
+        return found
+
+    def inner(x):
+        with rir.use_impl("reference"):
+            return layer(x)
+
+    found = operators(layer), operators(inner)
+    layer.impl = "torch"
+    expected = [operators(layer)]
+    layer.impl = "reference"
+    expected.append(operators(layer))
+    assert found == tuple(expected) and expected[0] != expected[1]
 
 
 @pytest.mark.interpreter

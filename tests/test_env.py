@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rir_kernels
-from rir_kernels import __main__, dispatch, env
+from rir_kernels import __main__, dispatch, env, preference
 from rir_kernels.env import env_report
 
 
@@ -21,7 +21,7 @@ def test_versions_and_switches():
     assert (report["torch"], report["numpy"]) == (torch.__version__, numpy.__version__)
     assert report["interpreter"] is dispatch.interpreting()
     assert report["tf32"] is (torch.backends.cudnn.conv.fp32_precision == "tf32")
-    assert set(report["impls"]) == set(dispatch.IMPLS) - {"auto"}
+    assert set(report["impls"]) == set(preference.IMPLS) - {"auto"}
     assert report["impls"]["reference"] == report["impls"]["torch"] == "yes"
 
 

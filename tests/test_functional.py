@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import rir_kernels as rir
-from rir_kernels import dispatch
+from rir_kernels.preference import meant_by
 from tests.helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 conv_bn_act = rir.functional.conv_bn_act
@@ -195,7 +195,7 @@ def test_use_impl_is_per_thread():
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        seen["other"] = dispatch._state.auto
+        seen["other"] = meant_by("auto")
         with rir.use_impl("torch"):
             entered.set()
             leave.wait(10)
@@ -204,7 +204,7 @@ def test_use_impl_is_per_thread():
         thread = threading.Thread(target=other)
         thread.start()
         assert entered.wait(10)
-        seen["here"] = dispatch._state.auto
+        seen["here"] = meant_by("auto")
         leave.set()
         thread.join()
     assert seen == {"other": "auto", "here": "reference"}

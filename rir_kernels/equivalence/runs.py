@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..layout import is_channels_last, to_format
 from ..modules import RiRLayer
 from .criterion import is_floating
 
@@ -65,9 +66,14 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
 
 
 def cotangent(output, seed):
-    """Odd multiples of 1/8, from -15/8 to 15/8: never zero, and the same numbers in every dtype."""
+    """Odd multiples of 1/8, from -15/8 to 15/8: never zero, and the same numbers in every dtype.
+
+    In the output's memory format, as what follows a layer hands its gradient back.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return ((torch.randint(16, output.shape, generator=generator) - 7.5) / 4).to(output)
+    values = ((torch.randint(16, output.shape, generator=generator) - 7.5) / 4).to(output)
+    is_image = output.dim() == 4 and output.layout == torch.strided
+    return to_format(values, is_channels_last(output)) if is_image else values
 
 
 def named(module) -> dict:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ..dispatch import check_impl
 from ..folded_norm import FoldedNorm
+from ..preference import check_impl
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, class_of, fused_class, is_covered, is_fused, swap_back, swap_in

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.choose import choose
-from rir_kernels import choices, dispatch
+from rir_kernels import choices, dispatch, preference
 from rir_kernels.spec import ConvBNActSpec
 from tests.bench.helpers import results, row
 
@@ -76,7 +76,7 @@ def test_auto_takes_it(folder, monkeypatch):
     assert dispatch.resolve("auto", OnGPU, weight, spec, training=True) == "hybrid"
     assert dispatch.resolve("auto", OnGPU, weight, spec, training=False) == "triton"
     assert dispatch.resolve("auto", OnGPU, torch.empty(64, 96, 3, 3), spec, training=True) == "triton"
-    with dispatch.use_impl("torch"):
+    with preference.use_impl("torch"):
         assert dispatch.resolve("auto", OnGPU, weight, spec, training=True) == "torch"
 
 

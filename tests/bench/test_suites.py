@@ -5,14 +5,16 @@ import torch
 
 from bench import timing
 from bench.gate import verdict
+from bench.launches import launches
 from bench.results import IMPLS
 from bench.roofline import kernel_passes, layer_passes
 from bench.runner import Runner
 from bench.selection import Selection, named_shape
 from bench.suites import kernels, layers, models
-from rir_kernels import aten
+from rir_kernels import aten, eager
 from rir_kernels.equivalence import EquivalenceRow
 from rir_kernels.triton.launch import conv as conv_launcher
+from rir_kernels.triton.launch import plan
 from rir_kernels.triton.shapes import SHAPE_TABLE, Shape
 
 CPU = torch.device("cpu")
@@ -214,3 +216,22 @@ def test_layers_of_ours_pass_in_the_interpreter(op):
         for impl in ("triton", "hybrid", "torch", "merged"):
             verdict = build(impl, training).check()
             assert verdict.passed, (impl, training, verdict)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("training", "mode"), [(False, "eval"), (True, "step")])
+def test_the_gate_judges_the_very_plans_that_are_timed(training, mode, monkeypatch):
+    """The check leaves plans, forward's and backward's; what is timed runs these and records no other."""
+    monkeypatch.setattr(eager, "_planned", {})
+    ran, recorded = [], []
+    run, record = plan.Plan.__call__, plan.record
+    monkeypatch.setattr(plan.Plan, "__call__", lambda self, *args: ran.append(self) or run(self, *args))
+    monkeypatch.setattr(plan, "record", lambda *args: recorded.append(1) or record(*args))
+    variant = layers.set_up("rir_layer", Shape(8, 8, 6, batch=2), torch.float32, CPU)("triton", training)
+    assert variant.check().passed
+    judged = ran.copy()
+    assert len(judged) == len(recorded) == 1 + training
+    with launches() as seen:
+        variant.calls[mode]()
+    assert ran[len(judged) :] == judged and len(recorded) == len(judged)
+    assert seen == variant.config["launches"] and len(seen) >= len(judged)

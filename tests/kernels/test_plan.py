@@ -1,6 +1,7 @@
 """Plans: a recorded function does for other tensors what the function itself would do."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.launch import batchnorm, conv
 from rir_kernels.triton.launch.places import Slot, Unplannable
 from rir_kernels.triton.launch.plan import record
+from rir_kernels.triton.launch.runtime import observed
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
@@ -119,3 +121,24 @@ def test_temporaries_do_not_overlap(target, poisoned):
     means = record(both, images)(images)
     _assert_same(means, both(*images))
     assert not torch.equal(*means)
+
+
+@targets
+def test_launches_are_observed_once_each_by_plan_and_without(target):
+    """From another thread too; what is recorded launches nothing, and afterwards nothing is observed."""
+    tensors = (rand(SHAPE, target, seed=1), rand((8, 8, 3, 3), target, seed=2), None)
+    seen, recorded = [], []
+    with observed(lambda *launch: recorded.append(launch)):
+        plan = record(_train, tensors)
+    runs = [lambda: _train(*tensors), lambda: plan(tensors), lambda: plan(tensors)]
+    with observed(lambda kernel, programs, options: seen.append((kernel.fn.__name__, programs, dict(options)))):
+        runs[0]()
+        direct = seen.copy()
+        for run in runs[1:]:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+    for run in runs:
+        run()
+    assert recorded == [] and seen == 3 * direct
+    assert [name for name, *_ in direct] == ["_conv_fwd_kernel", "_bn_finalize_fwd_kernel", "_bn_apply_fwd_kernel"]

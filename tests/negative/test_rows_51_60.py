@@ -22,7 +22,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import rir_kernels as rir
 from bench import results, timing, tune
 from models.quantized import quantize_
-from rir_kernels import dispatch, reference
+from rir_kernels import preference, reference
 from rir_kernels.surgery import fuse, fuse_, unfuse_
 from rir_kernels.triton import measured
 from rir_kernels.triton.shapes import Shape
@@ -414,7 +414,7 @@ def test_row_58_use_impl_is_undone_by_an_exception(error):
     """Ctrl-C and errors within it: the mode is what it was."""
     with pytest.raises(error), rir.use_impl("reference"):
         raise error
-    assert dispatch._state.auto == "auto"
+    assert preference.meant_by("auto") == "auto"
 
 
 # 59: tuning that ends early

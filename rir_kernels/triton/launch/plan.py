@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rir_kernels.dispatch import interpreting
 from rir_kernels.triton.launch.compiled import CompiledLaunch, compile_for, tensor_of
 from rir_kernels.triton.launch.places import Place, Slot, Unplannable
-from rir_kernels.triton.launch.runtime import device_guard, intercepted
+from rir_kernels.triton.launch.runtime import device_guard, intercepted, observers, report
 
 _ALLOCATIONS = frozenset({"aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _IN_PLACE = frozenset({"aten::copy_", "aten::zero_"})
@@ -32,9 +32,10 @@ _HERE = contextlib.nullcontext()
 class Plan:
     """`plan(tensors, scalars)` does what the recorded function did, for tensors of the same shapes and strides."""
 
-    def __init__(self, device, steps, outputs, fresh, workspace):
+    def __init__(self, device, steps, launches, outputs, fresh, workspace):
         self._device = device
         self._steps = steps
+        self._launches = launches  # (kernel, programs, options) of those steps that are launches
         self._outputs = outputs  # per output of the function the index of its buffer, or None
         self._fresh = fresh  # (size, stride, dtype) of each buffer that is handed out
         self._workspace = workspace  # fp32 numbers: all other memory that is needed
@@ -56,6 +57,9 @@ class Plan:
                     step()
                 else:
                     step(buffers, scalars)
+        if observers:
+            for launch in self._launches:
+                report(*launch)
         return tuple([None if index is None else buffers[index] for index in self._outputs])
 
     def _at(self, buffers, scalars):
@@ -97,6 +101,7 @@ class _Recorder(TorchDispatchMode):
         ]
         self._allocated = []
         self._steps = []
+        self._launches = []
         self._launch_step = _InterpretedLaunch if interpreting() else CompiledLaunch
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -113,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         if self._launch_step is CompiledLaunch:
             compile_for(kernel, args, options)  # here, where a launcher can still take a smaller tile
         self._steps.append((self._launch_step, kernel, programs, args, options))
+        self._launches.append((kernel, programs, options))
 
     def plan(self, outputs, device) -> Plan:
         """What was recorded, in terms of buffers: the inputs, then what is handed out, then the workspace."""
@@ -143,7 +149,8 @@ class _Recorder(TorchDispatchMode):
         steps = [make(place, *what) for make, *what in self._steps]
         fresh = [(tuple(t.shape), t.stride(), t.dtype) for t in (self._allocated[index] for index in handed_out)]
         numbers = iter(range(len(self.inputs), len(self.inputs) + len(fresh)))
-        return Plan(device, steps, [None if t is None else next(numbers) for t in outputs], fresh, size // 4)
+        results = [None if t is None else next(numbers) for t in outputs]
+        return Plan(device, steps, self._launches, results, fresh, size // 4)
 
 
 class _OperatorStep:

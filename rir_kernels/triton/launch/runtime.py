@@ -20,6 +20,7 @@ ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
 # (function, device) where launches are looked at instead of made
 _intercept: ContextVar[tuple[Callable, torch.device | None] | None] = ContextVar("intercept", default=None)
+observers: list[Callable] = []  # of the whole process, see `observed`
 
 
 def launch(kernel, programs: int, *args, **options) -> None:
@@ -32,6 +33,8 @@ def launch(kernel, programs: int, *args, **options) -> None:
         intercept[0](kernel, programs, *args, **options)
     else:
         kernel[(programs,)](*args, **options)
+        if observers:
+            report(kernel, programs, options)
 
 
 def overlaps() -> bool:
@@ -54,6 +57,26 @@ def intercepted(function: Callable, device: torch.device | None = None):
             yield
     finally:
         _intercept.reset(token)
+
+
+@contextlib.contextmanager
+def observed(function: Callable):
+    """Within it, function(kernel, programs, options) is called after each launch, from the thread that made it.
+
+    Calls run as they do without it, by plans too, and launches of every thread count: those of backward are made in
+    autograd's own. A CUDA graph launches when it is captured, and not when it is replayed.
+    """
+    observers.append(function)
+    try:
+        yield
+    finally:
+        observers.remove(function)
+
+
+def report(kernel, programs: int, options: dict) -> None:
+    """Tells the observers of a launch that has been made."""
+    for function in observers.copy():
+        function(kernel, programs, options)
 
 
 def device_guard(tensor: torch.Tensor):

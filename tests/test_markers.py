@@ -1,0 +1,26 @@
+"""Which tests a command selects."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.mark.parametrize(("long", "expected"), [(False, ["short"]), (True, ["short", "slow"])])
+def test_long_tests_run_only_where_they_are_asked_for(long, expected, pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    marks = {"short": [], "slow": ["long"]}
+    items = [SimpleNamespace(name=name, get_closest_marker=marks[name].__contains__) for name in marks]
+    deselected = []
+    config = SimpleNamespace(
+        getoption={"--long": long}.get,
+        hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(item.name for item in items)),
+    )
+    conftest.pytest_collection_modifyitems(config, items)
+    assert [item.name for item in items] == expected
+    assert deselected == [name for name in marks if name not in expected]
+
+
+def test_settings_select_nothing_by_marker(pytestconfig):
+    """An -m among them would be lost wherever a command has an -m as well, as `pytest -m gpu` does."""
+    assert "-m" not in pytestconfig.getini("addopts")
