@@ -18,7 +18,11 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 @dataclass(frozen=True)
 class Unit:
-    """What a unit's kernels depend on; `after` is whether the norm of another unit, with or without ReLU, made x."""
+    """What a unit's kernels depend on.
+
+    needs_x, needs_residual: whether they get gradients, which images do not. after: None, or where another unit's norm
+    made x, whether a ReLU followed it.
+    """
 
     x: tuple[int, ...]
     weight: tuple[int, ...] | None
@@ -26,6 +30,7 @@ class Unit:
     residuals: tuple[tuple[int, ...], ...]
     spec: ConvBNActSpec
     needs_x: bool = True
+    needs_residual: bool = False
     after: bool | None = None
 
     def __str__(self) -> str:
@@ -48,6 +53,7 @@ def of_network(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) ->
         unit = Unit(
             tuple(x.shape), None if weight is None else tuple(weight.shape), bias is not None,
             tuple(tuple(residual.shape) for residual in residuals), spec, x is not images,
+            any(residual is not images for residual in residuals),
             made_by.get(id(x), (None, None))[0],
         )  # fmt: skip
         found.append(unit)
@@ -88,7 +94,7 @@ def compile_unit(unit: Unit, dtype: torch.dtype, arch: str) -> int:
         for upstream in upstreams:
             fused.backward(
                 torch.empty_like(y), x, weight, z, mask, mean, invstd, vector, vector, spec, training=True, impl=impl,
-                needs=(unit.needs_x, weight is not None, unit.bias, True, True, bool(unit.residuals)),
+                needs=(unit.needs_x, weight is not None, unit.bias, True, True, unit.needs_residual),
                 upstream=upstream,
             )  # fmt: skip
     return len({kernel.hash for *_, kernel in compiled})

@@ -1,4 +1,4 @@
-"""The first minutes on a GPU, on a stand-in for one: every step runs, is skipped by a later call, and names its faults."""
+"""The first minutes on a GPU, on a stand-in for one: every step runs, names its faults, and is not run again."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from bench.process import Ended
 from bench.timing import DeviceLost
 from rir_kernels.triton.shapes import SHAPE_TABLE
 from tests.mutants.table import MUTANTS
+from tests.simulated_helpers import needs_compiler, simulated
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -201,3 +202,10 @@ def test_sizes_of_the_stand_in_keep_what_sets_shapes_apart():
         assert (small.c_in == small.c_out, small.size % 2) == (shape.c_in == shape.c_out, shape.size % 2)
         assert small.c_in * small.size**2 <= 16 * 25
     assert Machine().sized(SHAPE_TABLE[0]) == SHAPE_TABLE[0]
+
+
+@pytest.mark.long  # it compiles sixty kernels
+@needs_compiler
+def test_a_training_step_finds_every_kernel_compiled(tmp_path):
+    found = simulated("precompiled.py", tmp_path)
+    assert found == {"units": 6, "compiled": 57, "missed": []}
