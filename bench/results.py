@@ -103,6 +103,15 @@ def load(path: str | Path) -> Results:
         raise ResultsError(f"{path}: not of schema {SCHEMA} ({error}): measure again with this version") from error
 
 
+def kind_of(path: str | Path) -> str | None:
+    """What a file says it holds, such as "memory"; None for times, and for what cannot be read."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return data.get("kind") if isinstance(data, dict) else None
+
+
 def load_all(*paths: str | Path) -> list[Results]:
     """The results in these files and folders (their *.json, not below), in a fixed order."""
     files = []
