@@ -4,9 +4,12 @@ import gc
 from collections.abc import Callable, Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import rir_kernels  # noqa: F401 (registers our operation)
 
 # what takes long on a CPU, or needs a GPU: of these the outputs' sizes are all that matters here
 _LEFT_OUT = (torch.ops.aten.convolution.default, torch.ops.rir_kernels.conv_bn_act.default)
@@ -16,8 +19,9 @@ def kept(step: Callable[[], torch.Tensor], there_anyway: Iterable[torch.Tensor])
     """Bytes that step() allocates and that are still alive with its result, a loss: what autograd's graph holds.
 
     Every storage counts once, whole, however many tensors are views of it. The loss and the tensors that are
-    `there_anyway` (parameters, buffers, the batch) do not count. Convolutions and our operation allocate their outputs
-    and compute nothing, so the values are meaningless. Tensors may be real ones, or fake ones within their mode.
+    `there_anyway` (parameters, buffers, the batch) do not count. Convolutions and our operation allocate their outputs,
+    in channels_last, and compute nothing, so the values are meaningless. Tensors may be real ones, or fake ones within
+    their mode.
     """
     with _Allocations() as allocations:
         loss = step()
@@ -36,7 +40,8 @@ class _Allocations(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = (_left_out(operator) if operator in _LEFT_OUT else operator)(*args, **(kwargs or {}))
+        real = FakeTensor not in types
+        result = (_left_out(operator) if real and operator in _LEFT_OUT else operator)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -54,11 +59,17 @@ class _Allocations(TorchDispatchMode):
 
 
 def _left_out(operator):
-    """Called like the operator, returns uninitialized tensors of the sizes that its meta implementation says."""
+    """Called like the operator, returns uninitialized tensors of the shapes that its meta implementation says.
 
-    def moved(device, values):
-        return tree_map_only(
-            torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device), values
-        )
+    Images among them are channels_last, which the meta implementation of a convolution knows nothing of.
+    """
 
-    return lambda *args: moved("cpu", operator(*moved("meta", args)))
+    def like(tensor):
+        memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        return torch.empty(tensor.shape, dtype=tensor.dtype, memory_format=memory_format)
+
+    def call(*args):
+        metas = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
+        return tree_map_only(torch.Tensor, like, operator(*metas))
+
+    return call

@@ -38,7 +38,7 @@ def cells(found: dict) -> list[list[str]]:
     """A row for each network: gigabytes for the batch, and megabytes for each further image, "-" where not counted."""
     rows = {}
     for row in found["rows"]:
-        rows.setdefault(f"{row['title']}, {row['size']} px", {})[row["form"]] = row
+        rows.setdefault(row["title"], {})[row["form"]] = row
     return [[title, *(_cell(own.get(form)) for form in FORMS)] for title, own in rows.items()]
 
 
@@ -51,8 +51,10 @@ def texts(found: dict) -> dict[Path, str]:
     counted = _counted(found)
     alt = f"![Memory kept for backward with {found['batch']} images, by network and form]"
     fixed = {row["title"]: row["fixed"] for row in found["rows"] if row["form"] == "eager"}
+    pixels = {row["title"]: row["size"] for row in found["rows"]}
     parts = [
-        f"{counted} Gigabytes for a batch of {found['batch']} and, in brackets, megabytes for each image:",
+        f"{counted} Gigabytes for a batch of {found['batch']} and, in brackets, megabytes for each image; "
+        f"images of {', '.join(f'{size} pixels ({title})' for title, size in pixels.items())}:",
         table(header(), cells(found)),
         "Included is what does not grow with the batch, mostly the weights that autocast has rounded to 16 bits: "
         + ", ".join(f"{title} {size / 1e6:.0f} MB" for title, size in fixed.items())

@@ -23,7 +23,7 @@ FORMS = {
     "eager": "eager",
     "compile": "torch.compile",
     "fused": "fused",
-    "fused_recompute": "fused, recompute()",
+    "fused_recompute": "fused, recompute",
 }
 _IMPL = "hybrid"  # keeps what "triton" does, and has no convolution that it refuses
 
@@ -138,7 +138,7 @@ def _state(model):
 
 
 def _images(network, batch):
-    x = torch.empty(batch, 3, network.size, network.size).contiguous(memory_format=torch.channels_last)
+    x = torch.zeros(batch, 3, network.size, network.size).contiguous(memory_format=torch.channels_last)
     return x, torch.zeros(batch, dtype=torch.int64)
 
 

@@ -39,7 +39,7 @@ def run(names: Iterable[str], batch: int, folder: Path, *, command: Sequence[str
                 advance()
     if not found["rows"]:
         return None
-    title = f"Kept for backward with {batch} images, GB, and MB for each image: counted, not measured"
+    title = f"Kept for backward with {batch} images: GB, and MB for each (counted)"
     console.table(title, header(), cells(found))
     return save_json(folder / "memory.json", found)
 
