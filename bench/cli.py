@@ -13,7 +13,9 @@ from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
 
 ROOT = Path(__file__).resolve().parent
 STAND_IN = "on a stand-in for a GPU: what is measured means nothing"
-COMMANDS = ("all", *SUITES, "first", "gpu", "tune", "choose", "report", "compare", "check", "headline", "architectures")
+PIECES = ("first", "gpu")
+DOCUMENTS = ("choose", "report", "compare", "check", "headline", "memory", "architectures")
+COMMANDS = ("all", *SUITES, *PIECES, "tune", *DOCUMENTS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,8 +59,15 @@ def _parser():
     compare.set_defaults(run=_compare)
     check = commands.add_parser("check", help="whether the committed results are of the current code")
     check.set_defaults(run=_check)
-    headline = commands.add_parser("headline", help="write the README's figure and table from the committed results")
+    headline = commands.add_parser(
+        "headline", help="write the README's and docs/memory.md's figures and tables from the committed results"
+    )
     headline.set_defaults(run=_headline)
+    memory = commands.add_parser("memory", help="what a training step keeps for backward, counted without a GPU")
+    memory.add_argument("--out", type=Path, default=Path("out/memory"), metavar="DIR", help="default: %(default)s")
+    memory.add_argument("--networks", **_some, help="such as resnet18; default: all")
+    memory.add_argument("--batch", default="256", metavar="N", help="images; default: %(default)s")
+    memory.set_defaults(run=_memory)
     architectures = commands.add_parser("architectures", help="fuse_ on the networks of other libraries: is all well?")
     architectures.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     architectures.add_argument("--only", **_some, help="networks with this in their names, such as timm/resnet")
@@ -250,10 +259,24 @@ def _check(_options, _arguments):
 def _headline(_options, _arguments):
     from . import console
     from .headline import update
+    from .memory import document
 
     readme = ROOT.parent / "README.md"
     console.say(f"{readme.name}: {'updated' if update(readme, ROOT / 'results') else 'up to date already'}")
+    changed = document.update(ROOT.parent)
+    console.say(f"counted memory: {', '.join(path.name for path in changed) or 'up to date already'}")
     return 0
+
+
+def _memory(options, arguments):
+    from . import console
+    from .memory.networks import NETWORKS
+    from .memory.run import run
+
+    names = _known("--networks", options.networks, tuple(NETWORKS))
+    path = run(names, _batch(options.batch), options.out, command=arguments)
+    console.say(f"wrote {path}" if path else "nothing could be counted")
+    return 0 if path else 1
 
 
 def _architectures(options, _arguments):

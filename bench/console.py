@@ -50,6 +50,16 @@ def show(title: str, rows: list[Row]) -> None:
         console.print(f"  [red]{impl}[/]: {escape(error)}", soft_wrap=True)
 
 
+def table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Cells as they are, words in the first column and numbers in the others."""
+    grid = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        grid.add_column(escape(name), justify="right" if index else "left")
+    for row in rows:
+        grid.add_row(*map(escape, row))
+    console.print(grid)
+
+
 def _time(rows):
     """The CUDA graph with a warm cache, where there is one, else eager."""
     timed = [row for row in rows if row.ms_median is not None and row.l2 == "warm"]

@@ -7,10 +7,10 @@ from pathlib import Path
 from .check import is_stale
 from .report.document import table
 from .report.plots import speedups
-from .results import PEERS, Results, load_all
+from .results import PEERS, Results, kind_of, load_all
 from .speedup import Alternatives, cases, geometric_mean, groups
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKERS = BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PICTURE = "speedup.png"
 NOTHING = "Nothing is claimed that was not measured, and nothing has been measured on a GPU yet."
 _OP, _DTYPE, _BATCH = "rir_layer", "bf16", 256
@@ -51,7 +51,7 @@ def update(readme: str | Path, folder: str | Path) -> bool:
     """
     readme = Path(readme)
     text = readme.read_text(encoding="utf-8")
-    new = _replaced(text, block(folder, readme.parent), readme)
+    new = replaced(text, block(folder, readme.parent), readme, MARKERS)
     found = _newest(Path(folder))
     if found and (headline := _headline(found[1])):
         picture = speedups(headline, PICTURE, f"{_OP} {_DTYPE}")
@@ -64,20 +64,22 @@ def update(readme: str | Path, folder: str | Path) -> bool:
 def current(readme: str | Path, folder: str | Path) -> bool:
     """Does the README say what the committed results say? ValueError where the markers are missing."""
     text = Path(readme).read_text(encoding="utf-8")
-    return text == _replaced(text, block(folder, Path(readme).parent), readme)
+    return text == replaced(text, block(folder, Path(readme).parent), readme, MARKERS)
 
 
-def _replaced(text, content, readme):
-    pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
+def replaced(text: str, content: str, path: str | Path, markers: tuple[str, str]) -> str:
+    """`text`, which `path` holds, with `content` between the markers; ValueError where they are missing."""
+    begin, end = markers
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"{readme}: expected {BEGIN} and {END} once, each on a line of its own: put them in")
-    return pattern.sub(lambda _: f"{BEGIN}\n{content}\n{END}", text)
+        raise ValueError(f"{path}: expected {begin} and {end} once, each on a line of its own: put them in")
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
 def _newest(folder) -> tuple[Path, list[Results]] | None:
     """The device that was measured last, and its results in the order of time; those of a CPU do not count."""
     devices = []
-    for place in sorted({path.parent for path in folder.glob("*/*.json")}):
+    for place in sorted({path.parent for path in folder.glob("*/*.json") if kind_of(path) is None}):
         results = sorted(load_all(place), key=lambda result: result.created)
         if results := [result for result in results if result.device.get("type") == "cuda"]:
             devices.append((place, results))

@@ -116,6 +116,12 @@ def read_json(path: str | Path) -> Any:
         ) from error
 
 
+def kind_of(path: str | Path) -> str | None:
+    """What a file says it holds, such as "memory"; None for the benchmark's times. ResultsError where it is no JSON."""
+    data = read_json(path)
+    return data.get("kind") if isinstance(data, dict) else None
+
+
 def load_all(*paths: str | Path) -> list[Results]:
     """The results in these files and folders, in a fixed order.
 
@@ -123,7 +129,7 @@ def load_all(*paths: str | Path) -> list[Results]:
     """
     files = []
     for path in map(Path, paths):
-        files += sorted(file for file in path.glob("*.json") if not _other(file)) if path.is_dir() else [path]
+        files += sorted(file for file in path.glob("*.json") if kind_of(file) is None) if path.is_dir() else [path]
     if not files:
         raise ResultsError(f"no results in {', '.join(map(str, paths))}: run `python -m bench --out DIR` first")
     return [load(file) for file in files]
@@ -132,11 +138,6 @@ def load_all(*paths: str | Path) -> list[Results]:
 def now() -> str:
     """UTC, as results have it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _other(path):
-    data = read_json(path)
-    return isinstance(data, dict) and "kind" in data
 
 
 def save_json(path: str | Path, data: dict) -> Path:

@@ -60,7 +60,9 @@ def speedups(found: list[Alternatives], name: str, title: str) -> Picture:
     return Picture(name, title, caption, _bars(panels, [peer for peer in PEERS if peer in impls(found)]))
 
 
-def _styled(draw):
+def styled(draw):
+    """`draw` in the style of all figures."""
+
     @functools.wraps(draw)
     def wrapper(*args):
         with matplotlib.rc_context(_STYLE):
@@ -69,7 +71,7 @@ def _styled(draw):
     return wrapper
 
 
-@_styled
+@styled
 def _bars(panels, peers):
     columns = 2 if len(panels) > 4 else 1
     rows = math.ceil(len(panels) / columns)
@@ -99,7 +101,7 @@ def _bars(panels, peers):
         axes.grid(axis="x", visible=False)
     handles = [matplotlib.patches.Patch(color=COLOURS[peer], label=f"over {peer}") for peer in peers]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    return _png(figure)
+    return png(figure)
 
 
 def _labels(own):
@@ -151,7 +153,7 @@ def _ceilings(results):
     return finite(merged.get("copy_gbps")), finite(merged.get("l2_gbps")), matrix
 
 
-@_styled
+@styled
 def _roofline(points, copy, l2, matrix):
     figure = Figure(figsize=(max(8.5, 5.5 * len(points)), 5.4), layout="constrained")
     ops = list(dict.fromkeys(op for own in points.values() for op, *_ in own))
@@ -199,7 +201,7 @@ def _roofline(points, copy, l2, matrix):
             )
         )
     figure.legend(handles=handles, loc="outside right upper")
-    return _png(figure)
+    return png(figure)
 
 
 def breakdown(found: list[Alternatives]) -> Picture:
@@ -222,7 +224,7 @@ def breakdown(found: list[Alternatives]) -> Picture:
     return Picture(name, title, caption, _stacked(bars, f"milliseconds, {impl}, {dtype}"))
 
 
-@_styled
+@styled
 def _stacked(bars, label):
     figure = Figure(figsize=(9.5, 0.36 * len(bars) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -241,10 +243,10 @@ def _stacked(bars, label):
     axes.set_xlabel(label)
     handles = [matplotlib.patches.Patch(color=colour, label=op) for op, colour in STEP.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure):
+def png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return file.getvalue()

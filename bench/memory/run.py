@@ -1,0 +1,62 @@
+"""From the networks' names to the file."""
+
+import datetime
+import importlib.metadata
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import console, provenance
+from bench.results import save_json
+
+from .document import KIND, SCHEMA, cells, header
+from .networks import FORMS, NETWORKS, absent, count
+
+
+def run(names: Iterable[str], batch: int, folder: Path, *, command: Sequence[str]) -> Path | None:
+    """Counts the networks of these names, all where there is none, prints a table and leaves `folder`/memory.json.
+
+    What a library or a package is missing for is named; None where nothing could be counted.
+    """
+    networks = {name: NETWORKS[name] for name in dict.fromkeys(names)} or NETWORKS
+    found = _new(batch, command)
+    with console.progress("memory", len(networks) * len(FORMS)) as advance:
+        for name, network in networks.items():
+            for form in FORMS:
+                advance(f"{network.title}, {FORMS[form]}", step=0)
+                if reason := absent(network, form):
+                    console.say(f"{network.title}, {FORMS[form]}: {reason}")
+                else:
+                    counted = count(network, form, batch)
+                    found["rows"].append(
+                        {
+                            "network": name, "title": network.title, "size": network.size, "form": form,
+                            "per_image": counted.per_image, "fixed": counted.fixed, "bytes": counted.at(batch),
+                        }
+                    )  # fmt: skip
+                advance()
+    if not found["rows"]:
+        return None
+    title = f"Kept for backward with {batch} images: GB, and MB for each (counted)"
+    console.table(title, header(), cells(found))
+    return save_json(folder / "memory.json", found)
+
+
+def _new(batch, command):
+    found = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "bench", *command]),
+        **provenance.of_a_run(torch.device("cpu"), KIND),
+        "device": {"name": "none", "type": "counted"},
+        "batch": batch,
+        "rows": [],
+    }
+    try:
+        found["versions"]["torchvision"] = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        found["versions"]["torchvision"] = "absent"
+    return found
