@@ -17,13 +17,14 @@ SILENT = 240.0  # seconds: longer than any case takes to compile and tune
 WHOLE = 3600.0
 BF16 = ("--dtype", "bf16")
 
+# file: arguments. What has the same rows as another file has a folder of its own
 SUITES = {
     "layers": ("layers", "--ops", "rir_layer", *BF16),
     "models": ("models", *BF16),
     "kernels": ("kernels", *BF16),
     "blocks": ("layers", "--ops", "basic_block", "rir_block", *BF16),
     "layers-fp16-fp32": ("layers", "--ops", "rir_layer", "--dtype", "fp16", "fp32"),
-    "layers-overlap": ("layers", "--ops", "rir_layer", *BF16, "--overlap"),
+    "overlap/layers": ("layers", "--ops", "rir_layer", *BF16, "--overlap"),
 }
 _SMALL = ("--dtype", "fp16", "--shapes", "64@8", "--batch", "1", "--quick", "--dry")
 DRY = {
@@ -42,9 +43,13 @@ class SuitePiece(Piece):
     seconds: float = WHOLE
     silent: float | None = SILENT
 
+    @property
+    def _file(self) -> Path:
+        return self.out / f"{self.name}.json"
+
     def state(self) -> State:
         try:
-            results = load(self.out / f"{self.name}.json")
+            results = load(self._file)
         except ResultsError:
             return State()
         refused = refused_ours(results)

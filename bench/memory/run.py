@@ -1,6 +1,5 @@
 """From the networks' names to the file."""
 
-import datetime
 import importlib.metadata
 import shlex
 from collections.abc import Iterable, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bench import console, provenance
-from bench.results import save_json
+from bench.results import now, save_json
 
 from .document import KIND, SCHEMA, cells, header
 from .networks import FORMS, NETWORKS, absent, count
@@ -48,7 +47,7 @@ def _new(batch, command):
     found = {
         "kind": KIND,
         "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "command": shlex.join(["python", "-m", "bench", *command]),
         **provenance.of_a_run(torch.device("cpu"), KIND),
         "device": {"name": "none", "type": "counted"},
