@@ -19,6 +19,13 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 PAIRS = list(itertools.product((NCHW, NHWC), repeat=2))  # of images and weights
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """No plans from earlier calls, and nothing has been warned of."""
+    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+
 class Unit(nn.Module):
     def __init__(self, kernel, stride, residual):
         super().__init__()
@@ -115,7 +122,7 @@ class _Transposes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
-def test_one_copy_at_the_entry(impl, device, monkeypatch):
+def test_one_copy_at_the_entry(impl, device):
     """With channels_last weights, whatever comes in; nothing in backward. Without them, as many as there are edges."""
     x = images(2, 4, 4, 4, device=device)
     for memory_format, copies in ((NHWC, 1), (NCHW, 6)):
@@ -127,7 +134,6 @@ def test_one_copy_at_the_entry(impl, device, monkeypatch):
                 y.square().sum().backward()
                 assert transposes.found == [(2, 4, 4, 4)]
     # the plans of the same calls
-    monkeypatch.setattr(eager, "_planned", {})
     model = fused(three_units(device, NHWC), impl, 3)
     for _ in range(2):
         assert torch.equal(model(x), y)
@@ -135,9 +141,8 @@ def test_one_copy_at_the_entry(impl, device, monkeypatch):
         assert [(plan.copied, plan.in_place) for plan in eager._planned.values()] == [(None, False), (None, True)]
 
 
-def test_whose_rule_it_is_makes_another_plan(device, monkeypatch):
+def test_whose_rule_it_is_makes_another_plan(device):
     """The same tensors: a function returns x's format, a fused unit that of the convolution."""
-    monkeypatch.setattr(eager, "_planned", {})
     model = fused(Unit(1, 1, residual=False).to(device, memory_format=NHWC).eval(), "triton", 1)
     x, bn = images(2, 4, 4, 4, device=device), model.bn
     for _ in range(2):
@@ -151,7 +156,6 @@ def test_whose_rule_it_is_makes_another_plan(device, monkeypatch):
 
 def test_copies_both_ways_are_warned_of_once(device, monkeypatch):
     monkeypatch.setattr(layout, "_WARNED_ON", device.type)
-    monkeypatch.setattr(dispatch, "_warned", set())
     x, weight = images(2, 4, 4, 4, device=device), torch.ones(4, 4, 1, 1, device=device)
     one_way = fused(three_units(device, NHWC), "triton", 3).eval()
     both_ways = fused(three_units(device, NCHW), "triton", 3).eval()
@@ -171,8 +175,7 @@ def test_copies_both_ways_are_warned_of_once(device, monkeypatch):
 
 
 @pytest.mark.interpreter
-def test_the_interpreter_copies_in_silence(device, monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
+def test_the_interpreter_copies_in_silence(device):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         rir.functional.norm_act(images(2, 4, 4, 4, device=device), training=True, impl="triton")
