@@ -76,7 +76,7 @@ class Planned:
 _planned: dict[tuple, Planned | None] = {}
 
 
-def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format=False) -> tuple | None:
+def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format) -> tuple | None:
     """What calls that can share a plan have in common, None where this one may have none.
 
     tensors: x, weight, bias, bn_weight, bn_bias and residuals, which are differentiated; buffers: running_mean,
