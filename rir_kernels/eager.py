@@ -32,7 +32,7 @@ class Planned:
     spec: ConvBNActSpec
     training: bool
     save: bool  # for backward
-    copied: torch.Size | None  # the output's shape where x is contiguous, and the output is copied to that format
+    copied: torch.Size | None  # the output's shape where it is copied to contiguous
     in_place: bool  # whether the kernels can read the tensors where they are
     written: bool  # the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
@@ -77,11 +77,11 @@ class Planned:
 _planned: dict[tuple, Planned | None] = {}
 
 
-def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
+def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format) -> tuple | None:
     """What calls that can share a plan have in common, None where this one may have none.
 
     tensors: x, weight, bias, bn_weight, bn_bias and residuals, which are differentiated; buffers: running_mean,
-    running_var, num_batches_tracked.
+    running_var, num_batches_tracked; torch_format: whose rule the output's memory format follows.
     """
     impl = meant_by(impl)
     # "auto" never means our kernels off the GPU: nothing to look up there
@@ -91,7 +91,7 @@ def kind_of(tensors, buffers, spec, training, momentum, impl) -> tuple | None:
     if metadata is None or (buffers[2] is not None and buffers[2].device != tensors[0].device):
         return None
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    return (*metadata, spec, training, save, impl)
+    return (*metadata, spec, training, torch_format, save, impl)
 
 
 def _kind(tensors) -> tuple | None:
@@ -127,18 +127,21 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     return y if copy is None else copy.copy_(y)
 
 
-def prepare(kind, tensors, buffers, spec, training) -> None:
-    """Leaves the plan for calls of this kind, or that there can be none; this one has been checked."""
+def prepare(kind, tensors, buffers, spec, training, channels_last) -> None:
+    """Leaves the plan for calls of this kind, or that there can be none; this one has been checked.
+
+    channels_last: the output's format, of which a kind has one.
+    """
     if kind in _planned:
         return
     if len(_planned) >= _KEPT:
         _planned.clear()
-    _planned[kind] = _plan(tensors, buffers, spec, training, save=kind[-2])
+    _planned[kind] = _plan(tensors, buffers, spec, training, channels_last, save=kind[-2])
 
 
-def _plan(tensors, buffers, spec, training, save):
+def _plan(tensors, buffers, spec, training, channels_last, save):
     momentum = importlib.import_module("rir_kernels.triton.launch.places").Slot(0)
-    channels_last, copied = is_channels_last(tensors[0]), None
+    copied = None
 
     def forward(x, weight, bias, gamma, beta, *others):
         nonlocal copied

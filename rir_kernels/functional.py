@@ -14,7 +14,7 @@ import torch
 
 from . import aten, eager, ops, synchronized
 from .dispatch import resolve
-from .layout import as_channels_last, as_rows, is_channels_last, to_format
+from .layout import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
 from .preference import check_impl
 from .reference import functional as reference
 from .spec import ConvBNActSpec
@@ -146,18 +146,22 @@ def apply(
     momentum: float,
     impl: str,
     process_group=None,
+    torch_format: bool = False,
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
     weight None leaves the convolution out, as `norm_act` does: the spec has none of its options then, nor a shortcut.
     `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded. process_group: whose ranks
-    share the batch's statistics, in training; None is this one alone.
+    share the batch's statistics, in training; None is this one alone. torch_format: y has the memory format that
+    torch's own convolution gives it, channels_last where x or weight is, rather than x's.
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     buffers = (running_mean, running_var, num_batches_tracked)
-    kind = None if process_group is not None else eager.kind_of(tensors, buffers, spec, training, momentum, impl)
+    kind = None
+    if process_group is None:
+        kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
         return y
     check_tensors(
@@ -168,7 +172,10 @@ def apply(
     momentum = float(momentum)  # numpy's numbers are numbers too, but not to torch's norm
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)
-    channels_last = is_channels_last(x)
+    channels_last = conv_format(x, weight) if torch_format else is_channels_last(x)
+    kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
+    if kernels and not channels_last:
+        warn_of_copies(x)
     if impl == "triton" and weight is None and not spec.post_norm and (residuals or spec.branch_scale != 1.0):
         return apply(
             to_format(aten.joined(x, residuals, spec), channels_last), None, bn_weight, bn_bias, running_mean,
@@ -176,10 +183,9 @@ def apply(
             momentum=momentum, impl=impl, process_group=process_group,
         )  # fmt: skip
     if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
-        eager.prepare(kind, tensors, buffers, spec, training)
+        eager.prepare(kind, tensors, buffers, spec, training, channels_last)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
-    kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
     if kernels:
         x = as_rows(x) if weight is None else as_channels_last(x)
         vectors = map(_dense, (bias, bn_weight, bn_bias))
@@ -199,6 +205,7 @@ def apply(
         y = _plain(
             _reference if impl == "reference" else aten.conv_bn_act,
             x, weight, bn_weight, bn_bias, running_mean, running_var,
+            channels_last=None if torch_format else channels_last,
             bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
         )  # fmt: skip
     if num_batches_tracked is not None:
@@ -211,14 +218,14 @@ def _dense(vector):
     return None if vector is None else vector.contiguous()
 
 
-def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, training, **options):
-    """`run` by torch's own operators, between torch's rules and ours."""
+def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, channels_last, training, **options):
+    """`run` by torch's own operators, between torch's rules and ours; channels_last None leaves y's format to them."""
     # torch's norm wants its four tensors in one dtype, and keeps the statistics it was handed for backward: it gets
     # copies, as the buffers may change in between (DDP rewrites them before each forward)
     wide = torch.promote_types(x.dtype, torch.float32)
     bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (bn_weight, bn_bias))
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
-    y = to_format(run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options), is_channels_last(x))
+    y = to_format(run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options), channels_last)
     if training and mean is not None:
         # not by no_grad, a region of its own in an exported graph, which torch.export.save refuses
         running_mean.detach().copy_(mean.detach())

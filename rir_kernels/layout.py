@@ -1,6 +1,16 @@
-"""The memory-format rule: an output has its input's format."""
+"""The memory-format rule: an output has its input's format, or in a fused model that of torch's own convolution."""
 
 import torch
+
+from . import dispatch
+
+_WARNED_ON = "cuda"  # the type of device; in the interpreter a copy is the least of it
+_BOTH_WAYS = (
+    "x came contiguous: rir_kernels copies it to channels_last, and the output back to contiguous, at every layer. "
+    "Call model.to(memory_format=torch.channels_last) once: a model of rir.fuse_ then keeps that format behind its "
+    "first convolution. The modules and functions of rir_kernels return x's format: for them convert the images as "
+    "well, images.contiguous(memory_format=torch.channels_last)."
+)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -19,8 +29,24 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return True
 
 
-def to_format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """x itself, or a dense copy in the other format, in whose strides the format can be read again."""
+def conv_format(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether torch's own convolution returns channels_last: where x or the weight is. Without a weight, as x."""
+    return is_channels_last(x) or (weight is not None and is_channels_last(weight))
+
+
+def warn_of_copies(x: torch.Tensor) -> None:
+    """Says once that the kernels take contiguous images only by way of copies, where there are any and they cost."""
+    if x.device.type == _WARNED_ON and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1:
+        dispatch._warn_once(_BOTH_WAYS)
+
+
+def to_format(x: torch.Tensor, channels_last: bool | None) -> torch.Tensor:
+    """x itself, or a dense copy in the other format, in whose strides the format can be read again.
+
+    None: x itself, whatever its format.
+    """
+    if channels_last is None:
+        return x
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     if is_channels_last(x) != channels_last:  # `contiguous` would leave what fits both formats as it is
         return x.clone(memory_format=memory_format)

@@ -114,7 +114,8 @@ class ConvBNActFunction(torch.autograd.Function):
         alike = (x, weight, x, bn_weight, bn_bias)  # in dtype; a bias has x's
         grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
         if grads[1] is not None and weight.is_contiguous():
-            grads[1] = grads[1].contiguous()  # in the weight's own format, which DDP's buckets expect
+            # in the weight's own strides, which DDP's buckets expect: those of a 1x1 kernel too, where both formats fit
+            grads[1] = grads[1].contiguous().as_strided(weight.shape, weight.stride())
         dresiduals = [
             dresidual[:, :channels] if need else None
             for channels, need in zip(residual_channels, needed[_RESIDUALS:], strict=True)

@@ -1,17 +1,20 @@
 """What "auto" means: the names of implementations, and which of them `use_impl` puts in its place.
 
 Activation checkpointing runs a forward again within backward: after `use_impl` has ended, and on a GPU in a thread of
-autograd's. There "auto" means what it did where the node of the graph was recorded. autograd numbers the nodes that a
-thread records, so a thread keeps from which number on which name held (`_Scope`), and its scope travels with torch's
-own state of the thread, which autograd hands to its threads and gives back after each node.
+autograd's. There "auto" means what it did when the node of the graph was recorded. autograd numbers the nodes that a
+thread records, so a thread's `_Scope` keeps from which number on which name held. What is recorded within a node of
+backward has a scope of that node.
+
+Nothing is left in torch's own thread state, though autograd would hand it on: gloo's threads copy that state and need
+the interpreter's lock to free a Python object in it, while the thread that ends the process group holds the lock.
 """
 
 import bisect
 import contextlib
-import ctypes
+import functools
 import operator
-import sys
 import threading
+import weakref
 from collections import deque
 
 import torch
@@ -20,20 +23,17 @@ from .compiling import not_traced
 
 IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
 _KEPT = 1024  # changes that a thread remembers; an older graph recomputes as outside of use_impl
-_KEY = "rir_kernels.preference"
-_NEEDED = ("_current_graph_task_id", "_current_autograd_node", "_stash_obj_in_tls", "_get_obj_in_tls", "_is_key_in_tls")
+_NEEDED = ("_current_graph_task_id", "_current_autograd_node")
 # private to torch: where they are missing, "auto" means in backward what it does in the thread that runs it
 _follows_graphs = all(hasattr(torch._C, name) for name in _NEEDED) and hasattr(torch.autograd, "_get_sequence_nr")
 _backward = torch._C._current_graph_task_id if _follows_graphs else lambda: -1  # its number, -1 outside of one
-_take_back = getattr(torch._C, "_remove_obj_from_tls", None)  # torch 2.11 has none
 
 
 class _Scope:
     """What "auto" means where a graph is recorded: in a thread outside of backward, or in one node of a backward."""
 
-    def __init__(self, auto: str = "auto", task: int = -1):
+    def __init__(self, auto: str = "auto"):
         self.auto = auto
-        self.task = task  # the backward, by autograd's number for it
         self._before = auto  # the first change
         self._changes = deque(maxlen=_KEPT)  # (number of the first node that it concerns, name), ascending
 
@@ -53,41 +53,55 @@ class _Scope:
         return self._changes[index - 1][1] if index else self._before
 
 
-class _Ending:
-    """Takes the scope out of torch's state of a thread when Python's state of it goes.
-
-    Later the thread would have to wait for the interpreter's lock to free it: for ever, where the interpreter ends too.
-    """
-
-    def __del__(self, take_back=_take_back, key=_KEY):
-        take_back(key)
-
-
 class _Thread(threading.local):
     def __init__(self):
         self.traced = ""  # what "auto" means within a use_impl that is being compiled
-        self.scope = _Scope()
-        self.ending = None
+        self.base = _Scope()  # outside of backward
+        self._nodes = {}  # (backward, number of the node): its scope, as long as that backward runs
+        self._around = {}  # backward: the scope of the node that it was called in, None where there is none
+        # a thread that Python did not start, such as autograd's, has recorded nothing by itself
+        self._is_pythons = not isinstance(threading.current_thread(), threading._DummyThread)
+        if self._is_pythons:
+            with _lock:
+                _recording.add(self.base)
 
-    def share(self):
-        """Lets autograd's threads know the scope."""
-        if not _follows_graphs or torch._C._is_key_in_tls(_KEY):
-            return
-        if _take_back is not None:
-            self.ending = self.ending or _Ending()
-        elif threading.current_thread() is not threading.main_thread():  # which does not end before the interpreter
-            return
-        _stash(self.scope)
+    def scope(self) -> _Scope:
+        """The one that this call is in."""
+        backward = _backward()
+        if backward < 0:
+            self._nodes.clear()  # of a backward that failed
+            self._around.clear()
+            return self.base
+        if (node := torch._C._current_autograd_node()) is None:
+            return self.base
+        number = node._sequence_nr()
+        if (backward, number) not in self._nodes:
+            if backward not in self._around:
+                self._around[backward] = next(reversed(self._nodes.values()), None)
+                forget = functools.partial(_forget, self._nodes, self._around, backward)  # in whichever thread it ends
+                torch.autograd.Variable._execution_engine.queue_callback(forget)
+            self._nodes[backward, number] = _Scope(self._recorded(self._around[backward], number))
+        return self._nodes[backward, number]
+
+    def _recorded(self, around, number):
+        """What "auto" meant when the node of that number was recorded, in the scope `around` this backward."""
+        if around is not None:
+            return around.at(number)
+        if self._is_pythons:
+            return self.base.at(number)
+        with _lock:
+            names = {scope.at(number) for scope in _recording}
+        return names.pop() if len(names) == 1 else "auto"
 
 
-def _stash(scope):
-    """Puts the scope into torch's state of this thread."""
-    count = sys.getrefcount(scope)
-    torch._C._stash_obj_in_tls(_KEY, scope)
-    if sys.getrefcount(scope) == count:  # torch 2.11 takes no reference, and gives one back all the same
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(scope))
+def _forget(nodes, around, backward):
+    around.pop(backward, None)
+    for key in [key for key in nodes if key[0] == backward]:
+        del nodes[key]
 
 
+_lock = threading.Lock()
+_recording = weakref.WeakSet()  # the base scopes of Python's threads
 _thread = _Thread()
 _used = False  # whether any thread has entered use_impl: until then the look-up costs every eager call less
 
@@ -97,9 +111,10 @@ def use_impl(name: str):
     """Within it "auto" means `name`, in this thread; calls that name another implementation are left alone.
 
     What is recorded for autograd within it keeps that: where activation checkpointing runs a forward again, "auto"
-    means what it meant the first time, in whichever thread autograd runs it. There, too, a use_impl that is entered
-    within the forward counts for what is inside of it. It is meant for a backward that is called in the thread that
-    recorded the graph.
+    means what it meant the first time. A use_impl that is entered within that forward counts for what is inside of it.
+    On a GPU backward runs in a thread of autograd's, which cannot know who recorded the graph: if several threads use
+    our layers, and "auto" does not mean the same to all of them, it means "auto" there. A backward that is called from
+    another thread than the one that recorded the graph does not know what held there either.
 
     torch.compile looks while it compiles and not again: a compiled function keeps the implementation it was given.
 
@@ -114,10 +129,8 @@ def use_impl(name: str):
             _thread.traced = saved
         return
     global _used
-    _used, scope = True, _scope()
+    _used, scope = True, _thread.scope()
     saved = scope.auto
-    if scope is _thread.scope:
-        _thread.share()
     scope.change(name)
     try:
         yield
@@ -138,19 +151,4 @@ def meant_by(impl: str) -> str:
 
 @not_traced
 def _meant() -> str:
-    return _scope().auto if _used else "auto"
-
-
-def _scope() -> _Scope:
-    """The scope that this call is in."""
-    task = _backward()
-    if task < 0:
-        return _thread.scope
-    outer = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else _thread.scope
-    node = torch._C._current_autograd_node()
-    if outer.task == task or node is None:
-        return outer
-    # autograd takes it from this thread's state when the node is done, and hands it to a backward within the node
-    inner = _Scope(outer.at(node._sequence_nr()), task)
-    _stash(inner)
-    return inner
+    return _thread.scope().auto if _used else "auto"

@@ -1,7 +1,8 @@
 """What a generated forward calls: one chain as a fused operation, from the modules that it bypasses.
 
 They are looked at in every call. Where one may not be bypassed, or the tensors do not fit the fused operation (a
-residual that is broadcast, or of another dtype), the modules are called one by one, as they were before.
+residual that is broadcast, or of another dtype), the modules are called one by one, as they were before. The output's
+memory format is that of the convolution's output: channels_last where x or the weight is.
 """
 
 import functools
@@ -25,8 +26,9 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
         if _fits(x, residuals, conv, spec):
             parameters = conv._parameters
             return norm_state.conv_bn_act(
-                bn, x, parameters["weight"], bias=parameters["bias"], residuals=residuals, spec=spec, impl=impl
-            )
+                bn, x, parameters["weight"], bias=parameters["bias"], residuals=residuals, spec=spec, impl=impl,
+                torch_format=True,
+            )  # fmt: skip
     y = conv(x)
     if post_norm:
         y = bn(y)

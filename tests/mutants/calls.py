@@ -8,6 +8,7 @@ CHAINS = tuple(
 )
 SCALED_CHAIN = ("tests/kernels/test_chaining.py::test_a_scale_after_the_norm_is_part_of_the_sums[cpu-float32]",)
 KINDS = ("tests/kernels/test_eager.py::test_one_plan_a_kind[cpu-float32]",)
+FORMATS = ("tests/kernels/test_fused_format.py::test_whose_rule_it_is_makes_another_plan",)
 UNALIGNED = ("tests/kernels/test_eager.py::test_unaligned_memory_goes_the_long_way[cpu-float32]",)
 BOTH_WAYS = ("tests/kernels/test_eager.py::test_both_ways_agree[train-cpu-float32]",)
 SLICES = ("tests/kernels/test_plan.py::test_slices_of_larger_tensors[cpu-float32]",)
@@ -44,7 +45,12 @@ CALLS = [
     ),
     Mutant(
         "plan: repeated for another spec", "rir_kernels/eager.py",
-        "return (*metadata, spec, training, save, impl)", "return (*metadata, training, save, impl)", KINDS,
+        "return (*metadata, spec, training, torch_format, save, impl)",
+        "return (*metadata, training, torch_format, save, impl)", KINDS,
+    ),
+    Mutant(
+        "plan: repeated for another rule of memory format", "rir_kernels/eager.py",
+        "training, torch_format, save, impl)", "training, save, impl)", FORMATS,
     ),
     Mutant(
         "plan: another tensor's offset forgotten", "rir_kernels/triton/launch/places.py",

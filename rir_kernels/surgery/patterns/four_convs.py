@@ -75,7 +75,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
         eps=norm.eps,
     )
     weight = pack_weight(*(None if conv is None else conv._parameters["weight"] for conv in layer.convs.values()))
-    y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl)
+    y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl, torch_format=True)
     if len(norms) == 2:
         norm.write_back()
     return y

@@ -19,7 +19,7 @@ class FusedConvBNAct(Fused):
         conv, bn = self.conv, self.bn
         check_dtypes(x, conv.weight, conv.bias, *residuals)
         return norm_state.conv_bn_act(
-            bn, x, conv.weight, bias=conv.bias, residuals=residuals, impl=self._rir_fusion.impl,
+            bn, x, conv.weight, bias=conv.bias, residuals=residuals, impl=self._rir_fusion.impl, torch_format=True,
             spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, bn.eps),
         )  # fmt: skip
 
