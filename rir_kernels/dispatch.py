@@ -183,7 +183,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def _not_traced(function):
+def not_traced(function):
     """torch.compile calls the function and takes its result for a constant.
 
     torch.compiler.assume_constant_result sets the same mark, but imports the compiler for it, and with that triton.
@@ -193,7 +193,7 @@ def _not_traced(function):
     return function
 
 
-@_not_traced
+@not_traced
 def triton_missing() -> str:
     """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
     if _numbers(torch.__version__) < TORCH_NEEDED:
@@ -212,7 +212,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-@_not_traced
+@not_traced
 def _missing_on(index: int) -> str:
     return _find_missing_on(index)
 
@@ -236,7 +236,7 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-@_not_traced
+@not_traced
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
