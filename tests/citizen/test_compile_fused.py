@@ -30,7 +30,6 @@ def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-        warnings.filterwarnings("ignore", "Conversion of an array with ndim", DeprecationWarning)  # the interpreter's
         yield
 
 
