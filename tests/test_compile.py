@@ -106,7 +106,7 @@ def test_autocast(inside):
 
 
 def test_autocast_may_come_and_go():
-    """Each call takes what was compiled under its own autocast: that it is available is a constant, its state is not."""
+    """Each call takes what was compiled under its own autocast: availability is a constant, the state is none."""
     layer = rir.RiRLayer(8, 8)
     counter = CompileCounterWithBackend("aot_eager")
     compiled, x = torch.compile(layer, fullgraph=True, backend=counter), packed()[0]
