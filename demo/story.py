@@ -73,7 +73,7 @@ def _set_up(args, device, results):
         images = data.load("digits")
     if device.type == "cpu" and not args.data:
         torch.set_num_threads(1)  # images of 8x8 pixels are not worth sharing
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # TF32 would flip ReLUs by the thousand
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would flip ReLUs by the thousand
     threads = torch.get_num_threads()
     name = f"a CPU, {threads} of {os.cpu_count()} cores" if device.type == "cpu" else torch.cuda.get_device_name()
     environment = rir.env_report()

@@ -17,6 +17,7 @@ from .arguments import (
     check_int_or_pair,
     check_positive_int,
 )
+from .compiling import not_traced
 from .spec import ConvBNActSpec
 from .streams import check_image
 
@@ -126,9 +127,14 @@ def as_residuals(residual) -> tuple:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast gives to convolutions on this device now, None outside autocast."""
     # asked first, since "meta" and others have no autocast, and raise
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+@not_traced  # the compiler of torch 2.11 cannot look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _check_types(tensors):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
 from rir_kernels import dispatch
@@ -102,6 +103,20 @@ def test_autocast(inside):
     assert ours.dtype == torch.bfloat16
     # two roundings to bf16 that may fall apart, of values up to 4
     torch.testing.assert_close(ours, expected, rtol=0, atol=2 * 4 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_autocast_may_come_and_go():
+    """Each call takes what was compiled under its own autocast: availability is a constant, the state is none."""
+    layer = rir.RiRLayer(8, 8)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(layer, fullgraph=True, backend=counter), packed()[0]
+    for _ in range(2):
+        assert compiled(x).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert compiled(x).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            assert compiled(x).dtype == torch.float16
+    assert counter.frame_count == 3
 
 
 def test_use_impl_within_the_compiled_function():

@@ -39,12 +39,21 @@ class Fused:
 
 def swap_in(module, recipe: Recipe) -> None:
     """Fuse `module`, whose class is exactly recipe.original."""
-    object.__setattr__(module, "__class__", fused_class(recipe))  # a module's own __setattr__ is not asked
+    _set_class(module, fused_class(recipe))
 
 
 def swap_back(module) -> None:
     """The reverse, for a module that `is_fused`."""
-    object.__setattr__(module, "__class__", module._rir_fusion.original)
+    _set_class(module, module._rir_fusion.original)
+
+
+def _set_class(module, cls):
+    object.__setattr__(module, "__class__", cls)  # a module's own __setattr__ is not asked
+    # compiled functions may look at a module's class only after a change of its __dict__: torch 2.11's
+    # torch._dynamo.config.use_recursive_dict_tags_for_guards
+    attributes = module.__dict__
+    attributes["_rir_swapped"] = True
+    del attributes["_rir_swapped"]
 
 
 def is_fused(module) -> bool:

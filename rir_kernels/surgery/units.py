@@ -22,7 +22,7 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
     """
     if not (conv_obstacle(conv) or norm_obstacle(bn) or _act_obstacle(act)):
         relu = act is not None or norm_has_relu(bn)
-        spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and bool(residuals), scale)
+        spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
         if _fits(x, residuals, conv, spec):
             parameters = conv._parameters
             return norm_state.conv_bn_act(

@@ -161,7 +161,7 @@ def _meta(shape, dtype):
 
 def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> list[Row]:
     """The rows of one layer, one for each distinct kernel; .ptx and .ttgir go to the folder `save`."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     rows, seen = [], set()
     for op, kernel, constants, compiled in compile_ops(shape, DTYPES[dtype], arch):
         if (op, compiled.hash) in seen:

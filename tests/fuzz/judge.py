@@ -22,7 +22,7 @@ def use_test_settings() -> None:
     """A call that is made again has to be made as the tests make it."""
     torch.set_num_threads(1)  # as in conftest.py
     torch.backends.mkldnn.set_flags(False)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def repeatable(check):

@@ -33,10 +33,7 @@ def crossed(share, **axes):
 @pytest.fixture(autouse=True)
 def ieee_fp32(monkeypatch):
     """fp32 means fp32 here: TF32 has a test of its own."""
-    saved = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = saved
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def rand(shape, target, *, seed, scale=1.0, channels_last=True):

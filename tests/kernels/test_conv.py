@@ -167,7 +167,7 @@ def test_tf32_follows_torchs_switch():
     x, weight = rand((4, 64, 8, 8), target, seed=1), rand((64, 64, 3, 3), target, seed=2)
     golden = F.conv2d(x.double(), weight.double(), None, 1, 1)
     magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None, 1, 1)
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     z, _ = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
     error = (z.double() - golden).abs()
     assert error.max() > 1e-5 and (error <= magnitude * 2**-10).all()

@@ -149,7 +149,7 @@ def _kinds(signature):
 def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, grad=None, outer=0,
         weight_format=torch.channels_last, image_format=torch.channels_last, layer_type=rir.RiRLayer,
         **options):  # fmt: skip
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.allow_tf32 = True
     layer = layer_type(channels, channels, impl="triton", dtype=dtype, **options).train(training)
     layer.bn.float()
     layer.to(memory_format=weight_format)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -13,7 +14,9 @@ from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watc
 from rir_kernels.triton import cache
 from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
 
-if not interpreting():
+if interpreting():
+    importlib.import_module("rir_kernels.triton.interpreter").patch()
+else:
     cache.ensure_writable()
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
