@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .first.steps import StepPiece
-from .pieces import Piece, State, work
+from .pieces import Piece, State, sources_now, work
 from .process import Ended
 from .results import ResultsError, load, read_json
 from .run import refused_ours
@@ -51,6 +51,8 @@ class SuitePiece(Piece):
         try:
             results = load(self._file)
         except ResultsError:
+            return State()
+        if results.sources_hash != sources_now(self.arguments[0], results.device["type"], results.device["name"]):
             return State()
         refused = refused_ours(results)
         parts = [f"{len(results.rows)} rows"]

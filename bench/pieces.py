@@ -4,6 +4,7 @@ A piece is a command that leaves a file behind, writes what it has as it goes, a
 process of its own: one that crashes or hangs costs its own time, and the next piece follows.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .process import Ended, run_limited
+from .sources import sources_hash
 
 LEAST = 5.0  # seconds: with less there is no point in starting
 
@@ -24,6 +26,12 @@ class State:
     failed: bool = False  # something in it did
     progress: int = 0  # grows with what the file holds
     text: str = "not begun"
+
+
+@functools.cache
+def sources_now(kind: str, device_type: str, device_name: str) -> str:
+    """`sources.sources_hash`, computed once: while pieces are worked on no source changes."""
+    return sources_hash(kind, {"type": device_type, "name": device_name})
 
 
 class Piece(Protocol):

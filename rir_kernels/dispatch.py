@@ -100,11 +100,11 @@ def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
 
 def _choose(x, weight, spec, training):
     if x.device.type not in ("cuda", "cpu", "meta"):
-        _warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
+        warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
     if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or _transformed():
         return "torch"
     if missing := _missing_on(x.device.index):
-        _warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
+        warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch"
     if weight is None:
         return "triton"
@@ -200,7 +200,7 @@ def _device_name(index: int) -> str:
 
 
 @not_traced
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

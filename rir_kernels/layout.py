@@ -37,7 +37,7 @@ def conv_format(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 def warn_of_copies(x: torch.Tensor) -> None:
     """Says once that the kernels take contiguous images only by way of copies, where there are any and they cost."""
     if x.device.type == _WARNED_ON and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1:
-        dispatch._warn_once(_BOTH_WAYS)
+        dispatch.warn_once(_BOTH_WAYS)
 
 
 def to_format(x: torch.Tensor, channels_last: bool | None) -> torch.Tensor:

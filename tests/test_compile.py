@@ -185,7 +185,7 @@ def test_what_a_device_lacks_is_found_while_compiling(monkeypatch):
 
     def function(x):
         if missing := dispatch._missing_on(0):
-            dispatch._warn_once(missing)
+            dispatch.warn_once(missing)
             return x + 1
         return x
 

@@ -71,10 +71,12 @@ def _channels_last(x):
 
 def _judge(found, machine):
     """found: (call, golden, close), as the checks below return it."""
+    from rir_kernels.triton.launch.runtime import observed
+
     call, golden, close = found
     _poison(machine)
-    first = call()
-    _synchronize()
+    with observed(_announce):
+        first = call()
     expected = golden(first)
     wrong = [name for name, exact in expected.items() if not torch.equal(first[name], exact.to(first[name].dtype))]
     wrong += [f"{name} ({far})" for name, far in close(first).items() if far]
@@ -86,6 +88,12 @@ def _judge(found, machine):
         if different := [name for name in first if not torch.equal(first[name], again[name])]:
             return {"status": "failed", "error": f"repetition {repeat + 1} has other bits: {', '.join(different)}"}
     return {"repeats": machine.repeats}
+
+
+def _announce(kernel, _programs, _options):
+    """Waits for the kernel that was launched, and names it: the next one that is launched is where a hang begins."""
+    _synchronize()
+    print(f"       {kernel.__name__}", flush=True)
 
 
 def _difference(found, exact):

@@ -17,12 +17,15 @@ LOST = 3  # exit status of a step whose device is lost
 class Journal:
     """The items of a step by name, each {"status": "done", "failed" or "lost", "seconds", ...}.
 
+    compiled: a list that grows with every kernel that this process compiles; an item during which it does has their
+    number, as kernels should have been compiled ahead.
+
     A file that an earlier process left is continued: what it has is not done again, and the item that it had begun is
     "lost", since that is where the process ended. retry: items that failed or were lost are done again.
     """
 
-    def __init__(self, path: Path, head: dict, device: torch.device, *, earlier: dict | None = None, retry=False):
-        self.path, self._device = path, device
+    def __init__(self, path: Path, head: dict, device: torch.device, *, earlier=None, retry=False, compiled=()):
+        self.path, self._device, self._compiled = path, device, compiled
         items = (earlier or {}).get("items", {})
         if begun := (earlier or {}).get("begun"):
             items[begun] = {"status": "lost", "error": "the process ended at this item"}
@@ -44,12 +47,15 @@ class Journal:
             return
         self._data["begun"] = name
         self._save()
-        started = time.monotonic()
+        started, compiled = time.monotonic(), len(self._compiled)
         try:
             item = {"status": "done", **function()}
         except Exception as error:
             item = {"status": self._status(error), "error": f"{type(error).__name__}: {error}"[:2000]}
-        self.items[name] = {**item, "seconds": round(time.monotonic() - started, 2)}
+        item["seconds"] = round(time.monotonic() - started, 2)
+        if compiled := len(self._compiled) - compiled:
+            item["compiled"] = compiled
+        self.items[name] = item
         self._data["begun"] = None
         self._save()
         print(": ".join(filter(None, (f"{item['status']:6} {name}", item.get("error")))), flush=True)

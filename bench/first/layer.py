@@ -65,7 +65,10 @@ class _Layer:
 def _compare(ours, theirs):
     """Of the second step: the first one records the plan."""
     results = [[layer.step(), layer.step()][1] for layer in (ours, theirs)]
-    return _same(*results, ours.state(), theirs.state())
+    plans = sum(plan is not None for plan in eager._planned.values())
+    if not plans:
+        return {"status": "failed", "error": "no plan was recorded"}
+    return _same(*results, ours.state(), theirs.state()) | {"plans": plans}
 
 
 def _same(found, expected, state=None, expected_state=None):

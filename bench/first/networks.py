@@ -64,26 +64,18 @@ def _convert_tiny(impl, module, x, *, training):
 
 
 def run(journal, machine, _seconds):
-    impls = {EAGER: "reference", OURS: machine.impl, COMPILED: "compile"}
     for network in (Network("tiny", _Tiny, _convert_tiny, 8),) if machine.dry else NETWORKS:
         batch = _batch(journal, machine, network)
         if batch is None:
             continue
-        build = _Builder(machine, network, batch)
-        steps = {}
-
-        def set_up(label, impl, build=build, steps=steps):
-            step = build.step(impl)
-            losses = [step().item() for _ in range(2)]
-            steps[label] = step
-            return {"batch": build.batch, "losses": losses, "peak_mib": timing.peak_mib(step, machine.device)}
-
-        for label, impl in impls.items():
-            journal.take(f"{network.name}, {label}, set up", lambda a=label, b=impl, do=set_up: do(a, b))
-        journal.take(f"{network.name}, times", lambda build=build, steps=steps: _times(build, steps, machine))
-        steps.clear()
+        forms = _Forms(machine, network, batch)
+        for label in forms.impls:
+            journal.take(f"{network.name}, {label}", lambda forms=forms, label=label: forms.first(label))
+        alive = [label for label in forms.impls if journal.items[f"{network.name}, {label}"]["status"] == "done"]
+        journal.take(f"{network.name}, in turns", lambda forms=forms, alive=alive: forms.in_turns(alive))
+        forms.steps.clear()
         timing.release(machine.device)
-        journal.take(f"{network.name}, is right", lambda build=build: build.judged(machine.impl))
+        journal.take(f"{network.name}, is right", forms.judged)
 
 
 def _batch(journal, machine, network):
@@ -97,10 +89,10 @@ def _find_batch(machine, network):
     batch = machine.batch
     while True:
         try:
-            step = _Builder(machine, network, batch).step("reference")
+            step = _Forms(machine, network, batch).step(EAGER)
             found = timing.measure_eager({EAGER: step}, machine.device, timing.Settings(rounds=1, sample_ms=0.0))[EAGER]
             if (found.error is None and found.samples[0] < SECOND) or batch == 1:
-                return {"batch": batch, "ms": found.samples[0]}
+                return {"batch": batch}
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -108,12 +100,14 @@ def _find_batch(machine, network):
         batch //= 2
 
 
-class _Builder:
+class _Forms:
     """Training steps of one network at one batch, each from the same weights, images and labels."""
 
     def __init__(self, machine, network, batch):
         torch.manual_seed(0)
-        self.network, self.batch = network, batch
+        self._machine, self._network, self._batch = machine, network, batch
+        self.impls = {EAGER: "reference", OURS: machine.impl, COMPILED: "compile"}
+        self.steps = {}
         self._x = random_input(batch, 3, network.size, torch.float32, machine.device)
         self._module = prepared(models.Autocast(network.make(), machine.dtype), torch.float32, machine.device)
         with torch.no_grad():
@@ -121,27 +115,41 @@ class _Builder:
         self._module.train()
         self._y = logits.new_empty(batch, logits.shape[1])
 
-    def step(self, impl) -> Callable[[], torch.Tensor]:
-        """A training step, which returns its loss."""
-        variant = self.network.convert(impl, self._module, self._x, training=True)
-        return models.training_calls(variant, self._x, self._y)["step"]
+    def step(self, label) -> Callable[[], torch.Tensor]:
+        """A training step, which returns its loss; it is made, and compiled, once."""
+        if label not in self.steps:
+            step = models.training_calls(self._converted(self.impls[label]), self._x, self._y)["step"]
+            step()
+            self.steps[label] = step
+        return self.steps[label]
 
-    def judged(self, impl):
-        judge = Judge(self.network.convert("reference", self._module, self._x, training=True), self._x, True)
-        variant = self.network.convert(impl, self._module, self._x, training=True)
-        checked = judge.variant(impl, variant, lambda *_: {})
-        verdict = checked.check()
+    def first(self, label) -> dict:
+        """Its first figures: they are there even if there is no time for the others."""
+        step = self.step(label)
+        loss = step().item()
+        timed = timing.measure_eager({label: step}, self._machine.device, self._machine.settings)[label]
+        peak = timing.peak_mib(step, self._machine.device)
+        return {"batch": self._batch, "loss": loss, "peak_mib": peak, **self._figures(timed)}
+
+    def in_turns(self, labels) -> dict:
+        """The forms beside each other, as times are to be compared."""
+        steps = {label: self.step(label) for label in labels}
+        found = timing.measure_eager(steps, self._machine.device, self._machine.settings)
+        return {"batch": self._batch, "times": {label: self._figures(timed) for label, timed in found.items()}}
+
+    def judged(self) -> dict:
+        """Whether our form is right, by the benchmark's gate."""
+        judge = Judge(self._converted("reference"), self._x, True)
+        verdict = judge.variant(self._machine.impl, self._converted(self._machine.impl), lambda *_: {}).check()
         found = {"passed": verdict.passed, "budget_used": verdict.budget_used, "note": verdict.note}
         return found if verdict.passed else found | {"status": "failed", "error": verdict.error}
 
+    def _converted(self, impl):
+        return self._network.convert(impl, self._module, self._x, training=True)
 
-def _times(build, steps, machine):
-    found = timing.measure_eager(steps, machine.device, machine.settings)
-    times = {
-        label: {
-            "ms": statistics.median(t.samples), "host_ms": statistics.median(t.host), "samples": t.samples,
-            "images_per_s": build.batch / statistics.median(t.samples) * 1e3,
-        } if t.samples else {"error": t.error}
-        for label, t in found.items()
-    }  # fmt: skip
-    return {"batch": build.batch, "times": times}
+    def _figures(self, timed):
+        if timed.error:
+            return {"error": timed.error}
+        ms = statistics.median(timed.samples)
+        host_ms = statistics.median(timed.host)
+        return {"ms": ms, "host_ms": host_ms, "images_per_s": self._batch / ms * 1e3, "samples": timed.samples}

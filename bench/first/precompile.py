@@ -3,6 +3,7 @@
 Compiled one after the other, as launches come, they would take most of the time that there is.
 """
 
+import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from .networks import NETWORKS
 
 
 def run(journal, machine, _seconds):
+    journal.take("Triton's cache", _cache)
     jobs = _jobs(machine)
     todo = {name: job for name, job in jobs.items() if name not in journal.items}
     workers = min(len(todo), os.cpu_count() or 1)
@@ -36,6 +38,14 @@ def _jobs(machine):
             found = units.of_network(module, (machine.batch, 3, network.size, network.size), machine.dtype)
             jobs |= {f"{network.name} {unit}": (_compile_unit, unit, machine.dtype, machine.arch) for unit in found}
     return jobs
+
+
+def _cache():
+    """What Triton's cache depends on beside the kernels: a hash of Triton itself, and its assembler's version."""
+    from triton import knobs
+    from triton.runtime.cache import triton_key
+
+    return {"key": hashlib.sha256(triton_key().encode()).hexdigest(), "ptxas": knobs.nvidia.ptxas.version}
 
 
 def _compile_shape(shape, dtype, arch):

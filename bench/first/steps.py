@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import provenance
-from bench.pieces import Piece, State, work
+from bench.pieces import Piece, State, sources_now, work
 from bench.process import Ended
 from bench.results import now, save_json, save_text
 
@@ -37,9 +37,18 @@ def run_step(name: str, out: Path, command: Sequence[str], *, dry: bool, retry: 
         made_with = [(data.get("sources_hash"), data.get("device", {}).get("name")) for data in (earlier, head)]
         if made_with[0] != made_with[1]:  # other kernels, or another GPU
             earlier = {}
-        journal = Journal(path, head, machine.device, earlier=earlier, retry=retry)
+        journal = Journal(path, head, machine.device, earlier=earlier, retry=retry, compiled=_compiled())
         importlib.import_module(f"bench.first.{name}").run(journal, machine, seconds)
         return journal.finish()
+
+
+def _compiled() -> list[str]:
+    """A list to which the names of kernels are added as this process compiles them."""
+    from triton import knobs
+
+    names = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or names.append(src.name)
+    return names
 
 
 def run_all(out: Path, minutes: float, *, dry: bool) -> bool:
@@ -62,6 +71,12 @@ def _read(path) -> dict:
     return data if isinstance(data, dict) and (data.get("kind"), data.get("schema")) == (KIND, SCHEMA) else {}
 
 
+def _is_stale(data) -> bool:
+    """Whether the file is of other kernels; one that a step left when it crashed before its start is of none."""
+    device = data.get("device")
+    return device is not None and data["sources_hash"] != sources_now(KIND, device["type"], device["name"])
+
+
 @dataclass(frozen=True)
 class StepPiece(Piece):
     """A step in a process of its own."""
@@ -77,7 +92,7 @@ class StepPiece(Piece):
 
     def state(self) -> State:
         data = _read(file_of(self.out, self.name))
-        if not data:
+        if not data or _is_stale(data):
             return State()
         items = data["items"]
         failed = [name for name, item in items.items() if item["status"] != "done"]

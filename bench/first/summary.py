@@ -24,26 +24,26 @@ def _head(steps):
 
 
 def _networks(data):
-    """| network, batch | form | ms | images/s | peak MiB |"""
+    """The times taken in turns, else those that each form took by itself."""
     if data is None:
         return ""
-    lines = ["| training step | | ms | images/s | peak MiB | time of eager's |", "|---|---|---|---|---|---|"]
-    for name, item in data["items"].items():
-        if not name.endswith(", times") or "times" not in item:
-            continue
-        network = name.removesuffix(", times")
-        eager = item["times"].get(EAGER, {}).get("ms")
-        right = data["items"].get(f"{network}, is right", {}).get("passed")
-        for label in (EAGER, COMPILED, OURS):
-            timed = item["times"].get(label, {})
+    items = data["items"]
+    lines = ["| training step | form | ms | images/s | peak MiB | time of eager's |", "|---|---|---|---|---|---|"]
+    for network in dict.fromkeys(name.split(", ")[0] for name in items):
+        alone = {label: items.get(f"{network}, {label}", {}) for label in (EAGER, COMPILED, OURS)}
+        times = items.get(f"{network}, in turns", {}).get("times", alone)
+        right = items.get(f"{network}, is right", {}).get("passed")
+        for label, first in alone.items():
+            timed = times.get(label, {})
             if "ms" not in timed:
                 continue
-            peak = data["items"].get(f"{network}, {label}, set up", {}).get("peak_mib")
+            judged = {True: " (judged right)", False: " (WRONG)", None: " (not judged)"}[right] if label == OURS else ""
+            peak = "" if first["peak_mib"] is None else f"{first['peak_mib']:.0f}"
+            eager = times.get(EAGER, {}).get("ms")
             ratio = "" if eager is None else f"{timed['ms'] / eager:.2f}"
-            judged = "" if label != OURS else {True: " (judged right)", False: " (WRONG)"}.get(right, " (not judged)")
             lines.append(
-                f"| {network} x{item['batch']} | {label}{judged} | {timed['ms']:.2f} | {timed['images_per_s']:.0f} | "
-                f"{'' if peak is None else f'{peak:.0f}'} | {ratio} |"
+                f"| {network} x{first['batch']} | {label}{judged} | {timed['ms']:.2f} | {timed['images_per_s']:.0f} | "
+                f"{peak} | {ratio} |"
             )
     return "\n".join(lines) if len(lines) > 2 else ""
 

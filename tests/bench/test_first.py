@@ -92,6 +92,13 @@ def test_a_kernel_that_is_broken_on_purpose_is_named(tmp_path):
     assert "failed 64@8 x256 data gradient, sums: not exact: sum dy * xhat" in done.stdout
 
 
+def test_a_step_of_other_kernels_is_begun_again(everything, monkeypatch):
+    out, _ = everything
+    assert StepPiece("exactness", out, dry=True).state().done
+    monkeypatch.setattr("bench.first.steps.sources_now", lambda *_: "other sources")
+    assert not StepPiece("exactness", out, dry=True).state().begun
+
+
 # the file of a step
 
 

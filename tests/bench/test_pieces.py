@@ -106,9 +106,12 @@ def test_what_failed_comes_after_what_was_never_begun(started):
     assert [name for name, _ in started] == ["b", "a"]
 
 
-def test_the_state_of_a_suite(tmp_path):
+def test_the_state_of_a_suite(tmp_path, monkeypatch):
     piece = SuitePiece("layers", DRY["layers"], tmp_path)
     assert not piece.state().begun
+    results([row()]).save(tmp_path / "layers.json")
+    assert not piece.state().begun  # it is of other sources
+    monkeypatch.setattr("bench.gpu.sources_now", lambda *_: results().sources_hash)
     results([row()], unreached=["rir_layer 64@8 x256 bf16"]).save(tmp_path / "layers.json")
     assert piece.state() == State(True, False, False, 1, "1 rows; 1 cases missing, such as rir_layer 64@8 x256 bf16")
     results([row()], begun="rir_layer 64@8 x256 bf16").save(tmp_path / "layers.json")
