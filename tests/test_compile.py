@@ -106,7 +106,7 @@ def test_autocast(inside):
 
 
 def test_autocast_may_come_and_go():
-    """Whether it is enabled is looked at in every call; what is compiled without it knows of it no less."""
+    """Each call takes what was compiled under its own autocast: availability is a constant, the state is none."""
     layer = rir.RiRLayer(8, 8)
     counter = CompileCounterWithBackend("aot_eager")
     compiled, x = torch.compile(layer, fullgraph=True, backend=counter), packed()[0]

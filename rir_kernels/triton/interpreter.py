@@ -13,7 +13,7 @@ from triton.runtime import interpreter
 
 
 def patch() -> None:
-    """For the whole process; call it before the first kernel is interpreted. Other versions of Triton are left alone."""
+    """For the whole process, before the first kernel is interpreted. Other versions of Triton are left alone."""
     if triton.__version__.startswith("3.6."):
         interpreter._patch_lang_tensor = functools.partial(_patch_lang_tensor, interpreter._patch_lang_tensor)
 

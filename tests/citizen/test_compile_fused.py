@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
 from tests.citizen.networks import BLOCKS, BasicBlock, twins
-from tests.surgery_helpers import CLOSE, ShiftedNorm, fused_calls, randn, settle, step
+from tests.surgery_helpers import CLOSE, ShiftedNorm, randn, settle, step
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_blocks(name):
     assert_same_step(torch.compile(fused, fullgraph=True, backend="eager"), original, x)
 
 
-# the guards of a module that holds nothing but modules, as PreResUnit does, are not those of others in torch 2.11
+# torch 2.11 checks the guards of some modules, PreResUnit among them, only after a change of their __dict__
 @pytest.mark.parametrize("make", [block, BLOCKS["PreResUnit"]], ids=["block", "PreResUnit"])
 def test_fused_after_compiling_and_back(make):
     """A call runs the graph that was made of the class that the module has now."""
