@@ -72,7 +72,7 @@ class ConvBNActFunction(torch.autograd.Function):
         if weight is None:
             x, z = None, x.detach()
         # after the norm the ReLU's mask is that of the sum: z alone does not tell it, nor what a factor has turned
-        told_by_z = not (spec.post_norm and (residuals or spec.norm_scale <= 0))
+        told_by_z = not (spec.post_norm and (len(residuals) > 0 or spec.norm_scale <= 0))
         if told_by_z:
             recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         mask = None if told_by_z or not spec.relu else y
