@@ -119,8 +119,9 @@ def _measure(options, arguments):
     if options.overlap:
         os.environ["RIR_KERNELS_OVERLAP"] = "1"
     if options.dry:
-        from .stand_in import stand_in
+        from .stand_in import check_folder, stand_in
 
+        check_folder(options.out)
         options.device, options.dry = "cuda", False
         with stand_in():
             return _measure(options, arguments)
@@ -180,7 +181,10 @@ def _batch(text):
 
 def _first(options, arguments):
     from .first import steps
+    from .stand_in import check_folder
 
+    if options.dry:
+        check_folder(options.out)
     if options.step:
         good = steps.run_step(
             options.step, options.out, arguments, dry=options.dry, retry=options.retry, seconds=options.seconds
@@ -191,7 +195,10 @@ def _first(options, arguments):
 
 def _gpu(options, _arguments):
     from .gpu import run_all
+    from .stand_in import check_folder
 
+    if options.dry:
+        check_folder(options.out)
     return 0 if run_all(options.out, options.minutes, dry=options.dry) else 1
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import ceilings
+from .results import read_json
 
 NAME = "stand-in (no GPU)"
 CPU = torch.device("cpu")
@@ -66,6 +68,14 @@ def stand_in() -> Iterator[None]:
         _OnTheCPU(),
     ):
         yield
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where the folder holds results of a real device, which those of the stand-in would replace."""
+    for path in sorted(folder.glob("*.json")):
+        device = (read_json(path) or {}).get("device", {}).get("name", NAME)
+        if device != NAME:
+            raise ValueError(f"{path} was measured on {device}: give the stand-in a folder of its own with --out")
 
 
 class _OnTheCPU(TorchFunctionMode):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import cli
 from bench.first import STEPS, units
 from bench.first.journal import LOST, Journal
 from bench.first.machine import Machine
@@ -17,6 +18,7 @@ from bench.first.steps import StepPiece, file_of
 from bench.process import Ended
 from bench.timing import DeviceLost
 from rir_kernels.triton.shapes import SHAPE_TABLE
+from tests.bench.helpers import results
 from tests.mutants.table import MUTANTS
 from tests.simulated_helpers import needs_compiler, simulated
 
@@ -90,6 +92,16 @@ def test_a_kernel_that_is_broken_on_purpose_is_named(tmp_path):
     wrong = {name for name, item in items.items() if item["status"] != "done"}
     assert len(items) == 5 and wrong == {"64@8 x256 data gradient, sums"}, done.stderr
     assert "failed 64@8 x256 data gradient, sums: not exact: sum dy * xhat" in done.stdout
+
+
+def test_results_of_a_gpu_are_not_replaced(tmp_path, capsys):
+    made_up = results().save(tmp_path / "layers.json")
+    before = made_up.read_text()
+    for command in (["first"], ["gpu"], ["layers", "--shapes", "64@8"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, "--dry", "--out", str(tmp_path)])
+        assert "was measured on Made-up GPU" in capsys.readouterr().err
+    assert made_up.read_text() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_step_of_other_kernels_is_begun_again(everything, monkeypatch):
@@ -195,9 +207,9 @@ def test_the_units_of_a_network():
     model = torch.nn.Sequential(Block(), Block())
     rir.fuse_(model)
     found = units.of_network(model, (4, 16, 8, 8), torch.bfloat16)
-    # the first block needs no gradient of the images; in each the second convolution follows a norm, and adds
-    assert [(unit.needs_x, unit.after, len(unit.residuals)) for unit in found] == [
-        (False, None, 0), (True, True, 1), (True, None, 0),
+    # images get no gradient, neither as x nor as a residual; in each block the second convolution follows a norm
+    assert [(unit.needs_x, unit.needs_residual, unit.after, len(unit.residuals)) for unit in found] == [
+        (False, False, None, 0), (True, False, True, 1), (True, False, None, 0), (True, True, True, 1),
     ]  # fmt: skip
     assert all(unit.x == (4, 16, 8, 8) and unit.weight == (16, 16, 3, 3) for unit in found)
 
