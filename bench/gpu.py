@@ -17,7 +17,7 @@ SILENT = 240.0  # seconds: longer than any case takes to compile and tune
 WHOLE = 3600.0
 BF16 = ("--dtype", "bf16")
 
-# file: arguments. What has the same rows as another file has a folder of its own
+# file: arguments. A file with the same rows as another one has its own folder
 SUITES = {
     "layers": ("layers", "--ops", "rir_layer", *BF16),
     "models": ("models", *BF16),

@@ -1,7 +1,7 @@
 """Work that is done in pieces, as far as the time goes, and continued by the next call.
 
 A piece is a command that leaves a file behind, writes what it has as it goes, and continues what it finds. It runs in a
-process of its own: one that crashes or hangs costs its own time, and the next piece follows.
+separate process: a crash or a hang costs the time of that piece, and the next one follows.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A command in a process of its own, killed with all of its children where it takes too long or falls silent."""
+"""Runs a command, and kills it with all of its children if it takes too long or falls silent."""
 
 import contextlib
 import os

@@ -75,7 +75,7 @@ def check_folder(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         device = (read_json(path) or {}).get("device", {}).get("name", NAME)
         if device != NAME:
-            raise ValueError(f"{path} was measured on {device}: give the stand-in a folder of its own with --out")
+            raise ValueError(f"{path} was measured on {device}: give the stand-in another folder with --out")
 
 
 class _OnTheCPU(TorchFunctionMode):

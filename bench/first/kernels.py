@@ -1,7 +1,7 @@
 """How fast is each kernel: by tiles of one row of boxes and of more, with ATen's operators in turn.
 
 Times are of CUDA graphs with a warm L2 cache. Every kernel passes the gate of `bench kernels` first. What they are held
-against is measured too: a copy, a matrix product, reading from the L2 cache, and cuDNN's convolutions alone.
+against is measured too: a copy, a matrix product, reading from the L2 cache, and cuDNN's plain convolutions.
 """
 
 import dataclasses

@@ -133,7 +133,7 @@ class _Forms:
         return {"batch": self._batch, "loss": loss, "peak_mib": peak, **self._figures(timed)}
 
     def in_turns(self, labels) -> dict:
-        """The forms beside each other, as times are to be compared."""
+        """All forms interleaved, which is how times are to be compared."""
         steps = {label: self.step(label) for label in labels}
         found = timing.measure_eager(steps, self._machine.device, self._machine.settings)
         return {"batch": self._batch, "times": {label: self._figures(timed) for label, timed in found.items()}}

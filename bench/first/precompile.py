@@ -41,7 +41,7 @@ def _jobs(machine):
 
 
 def _cache():
-    """What Triton's cache depends on beside the kernels: a hash of Triton itself, and its assembler's version."""
+    """What Triton's cache depends on besides the kernels: a hash of Triton itself, and its assembler's version."""
     from triton import knobs
     from triton.runtime.cache import triton_key
 

@@ -1,4 +1,4 @@
-"""The steps in their order, and how one is run: in this process, or in one of its own as a piece of the whole."""
+"""The steps in their order, and how one is run: in this process, or as a piece of the whole in a separate one."""
 
 import importlib
 import json
@@ -52,7 +52,7 @@ def _compiled() -> list[str]:
 
 
 def run_all(out: Path, minutes: float, *, dry: bool) -> bool:
-    """All steps, as far as the minutes go, each in a process of its own; whether none failed."""
+    """All steps, as far as the minutes go, each in a separate process; whether none failed."""
     good = work([StepPiece(name, out, dry) for name in STEPS], minutes)
     from .summary import summary
 
@@ -79,7 +79,7 @@ def _is_stale(data) -> bool:
 
 @dataclass(frozen=True)
 class StepPiece(Piece):
-    """A step in a process of its own."""
+    """A step that runs in a separate process."""
 
     name: str
     out: Path
