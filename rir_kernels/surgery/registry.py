@@ -1,5 +1,7 @@
 """What is known of other people's classes. They are named, not imported: no instance is there without its library."""
 
+import inspect
+
 from torch import nn
 
 from .swap import is_fused
@@ -30,7 +32,13 @@ def is_inlined(module: nn.Module) -> bool:
     kind = type(module)
     if is_fused(module):
         return False
-    return kind.forward is nn.Sequential.forward or kind in _inlined or full_name(kind) in _inlined
+    return calls_in_turn(kind) or kind in _inlined or full_name(kind) in _inlined
+
+
+def calls_in_turn(kind: type) -> bool:
+    """Whether its forward is nn.Sequential's: one child after the other."""
+    # looked up as it stands: on scripted classes, torch's descriptor for `forward` raises
+    return inspect.getattr_static(kind, "forward", None) is nn.Sequential.forward
 
 
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:

@@ -5,7 +5,7 @@ from torch import nn
 from ..chains import NORMS, Chain, find_chains
 from ..guards import bypass_obstacle
 from ..program import write_program
-from ..registry import is_inlined
+from ..registry import calls_in_turn, is_inlined
 from ..swap import Fused
 from ..tracing import Trace, Untraceable, sketch, trace
 from .base import Family, Fold, Match, Refusal
@@ -17,7 +17,7 @@ class FusedForward(Fused):
 
 def _knows(kind):
     # torch's own modules are leaves, but for what calls one child after the other
-    return kind.forward is nn.Sequential.forward or not kind.__module__.startswith("torch.")
+    return calls_in_turn(kind) or not kind.__module__.startswith("torch.")
 
 
 def _find(module):
