@@ -41,6 +41,11 @@ def calls_in_turn(kind: type) -> bool:
     return inspect.getattr_static(kind, "forward", None) is nn.Sequential.forward
 
 
+def is_never_called(kind: type) -> bool:
+    """Whether it has no forward, as nn.ModuleList and nn.ModuleDict: others call its children."""
+    return inspect.getattr_static(kind, "forward", None) is nn.Module.forward
+
+
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:
     """The activation and what must be nothing, of a norm of such a kind; None for all others."""
     names = _norm_acts.get(full_name(type(norm)))
