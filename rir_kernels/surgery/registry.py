@@ -35,15 +35,19 @@ def is_inlined(module: nn.Module) -> bool:
     return calls_in_turn(kind) or kind in _inlined or full_name(kind) in _inlined
 
 
+def forward_of(kind: type):
+    """The class's forward as it stands there: on scripted classes, looking it up otherwise raises."""
+    return inspect.getattr_static(kind, "forward")
+
+
 def calls_in_turn(kind: type) -> bool:
     """Whether its forward is nn.Sequential's: one child after the other."""
-    # looked up as it stands: on scripted classes, torch's descriptor for `forward` raises
-    return inspect.getattr_static(kind, "forward", None) is nn.Sequential.forward
+    return forward_of(kind) is nn.Sequential.forward
 
 
 def is_never_called(kind: type) -> bool:
     """Whether it has no forward, as nn.ModuleList and nn.ModuleDict: others call its children."""
-    return inspect.getattr_static(kind, "forward", None) is nn.Module.forward
+    return forward_of(kind) is nn.Module.forward
 
 
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from rir_kernels.surgery import fold_bn_, fuse_
 from tests.surgery_helpers import assert_same, randn, settle
@@ -109,9 +110,18 @@ class Extractor(fx.GraphModule):
     """As feature extractors have a class for their graphs."""
 
 
+def of_operators(model):
+    """As torch.export has it: functions in the place of children."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    norm = [graph.get_attr(f"1.{name}") for name in ("weight", "bias", "running_mean", "running_var")]
+    graph.output(graph.call_function(torch.ops.aten.batch_norm.default, (x, *norm, False, 0.1, 1e-5, True)))
+    return fx.GraphModule(model, graph)
+
+
 GRAPHS = {
     "symbolic_trace": fx.symbolic_trace,
-    "export": lambda model: torch.export.export(model, (X.float(),)).module(),
+    "operators": of_operators,
     "subclass": lambda model: Extractor(model, fx.symbolic_trace(model).graph),
 }
 
@@ -128,3 +138,13 @@ def test_graph_modules_say_why(made_by):
 def test_graph_modules_without_a_norm_are_not_named():
     report = fuse_(fx.symbolic_trace(nn.Sequential(*convs(1), nn.ReLU())))
     assert not report.replaced and not report.skipped
+
+
+def test_a_class_that_torch_put_on_top_says_why():
+    original = settle(Lists(pairwise))
+    original.scale = nn.Parameter(torch.ones(1))
+    parametrize.register_parametrization(original, "scale", nn.Identity())
+    fused = copy.deepcopy(original)
+    report = fuse_(fused)
+    assert not report.replaced and "ParametrizedLists" in report.skipped[0].reason
+    assert type(fused).__name__ == "ParametrizedLists"
