@@ -10,7 +10,7 @@ from ..preference import check_impl
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
-from .tracing import Untraceable
+from .tracing import Untraceable, first_line
 
 
 def fuse_(
@@ -61,16 +61,20 @@ def fuse_(
 
     def fuse(module, family, names):
         """This one module; returns what is bypassed then."""
-        found = family.find(module)
         kind, also = type(module).__name__, tuple(names[1:])
+        try:
+            found = family.find(module)
+        except Exception as error:
+            report.skipped.append(Skipped(names[0], _fault(error), kind, also))
+            return set()
         matches, reasons = _select(module, family, found, enabled, filter_fn, names)
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
         if matches:
             try:
                 recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
                 _check_class(recipe)
-            except Untraceable as reason:
-                report.skipped.append(Skipped(names[0], str(reason), kind, also))
+            except Exception as error:
+                report.skipped.append(Skipped(names[0], _fault(error), kind, also))
                 return set()
             swaps.append((module, recipe))
         report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
@@ -163,6 +167,13 @@ def _unit_obstacle(module, family):
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""
+
+
+def _fault(error):
+    """The reason why one module is skipped: whatever is odd about it, all others are fused."""
+    if isinstance(error, Untraceable):
+        return str(error)
+    return f"it cannot be fused: {first_line(error)}"
 
 
 def _check_class(recipe):

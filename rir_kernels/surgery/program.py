@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import linecache
+import operator
 import re
 import sys
 import types
@@ -70,21 +71,26 @@ class Program:
 def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str]) -> Program:
     """The program for these chains of the trace; the trace itself is left as it is."""
     graph, copies = fx.Graph(), {}
+    root = graph.placeholder("self")
     graph.output(graph.graph_copy(trace.graph, copies))
     for node in graph.nodes:
-        node.target = in_place.FUNCTIONS.get(node.target, node.target)
+        node.target = node.name if node.op == "placeholder" else in_place.FUNCTIONS.get(node.target, node.target)
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        # of the class, see swap.Recipe
+        impl = graph.call_function(getattr, (graph.call_function(getattr, (root, "_rir_fusion")), "impl"))
     for chain in chains:
-        _replace(graph, chain, copies)
+        _replace(graph, chain, copies, impl)
+    _look_up(graph, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
     return Program(_source(graph), trace.inputs, untouched, trace.reads)
 
 
-def _replace(graph, chain, copies):
+def _replace(graph, chain, copies, impl):
     last = copies[chain.nodes[-1]]
     with graph.inserting_before(last):
         x, norm = copies[chain.input], graph.get_attr(chain.norm.target)
-        options = {"impl": graph.get_attr("_rir_fusion.impl")}  # of the class, see swap.Recipe
+        options = {"impl": impl}
         act = None if chain.relu is None else "relu"
         if chain.relu is not None and chain.relu.op == "call_module":
             act = graph.get_attr(chain.relu.target)
@@ -100,6 +106,34 @@ def _replace(graph, chain, copies):
     for node in reversed(chain.nodes):
         graph.erase_node(copies[node])
     copies[chain.nodes[-1]] = fused  # which may be what another chain takes in
+
+
+def _look_up(graph, module):
+    """Takes children, parameters and buffers by keys, since not every name of a child can be spelled in Python."""
+    (root, *_) = graph.nodes
+    children, dicts = {(): root}, {}
+
+    def found(path):
+        """The node of the child at `path`, which is looked up once."""
+        if path not in children:
+            owner = found(path[:-1])
+            if owner not in dicts:
+                dicts[owner] = graph.create_node("call_function", getattr, (owner, "_modules"), name="modules")
+            key = (dicts[owner], path[-1])
+            children[path] = graph.create_node("call_function", operator.getitem, key, name=f"{path[-1]}_module")
+        return children[path]
+
+    for node in [node for node in graph.nodes if node.op in ("get_attr", "call_module")]:
+        path = tuple(node.target.split("."))
+        with graph.inserting_before(node):
+            if node.op == "call_module":
+                value = graph.call_function(units.call, (found(path), *node.args), dict(node.kwargs))
+            elif child(module, path) is not None:
+                value = found(path)
+            else:
+                value = graph.call_function(units.attribute, (found(path[:-1]), path[-1]))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
 
 
 def _source(graph):

@@ -126,7 +126,7 @@ def _trace(module, inlined):
     except Untraceable:
         raise
     except Exception as error:
-        raise Untraceable(f"its forward cannot be traced: {_first_line(error)}") from None
+        raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
     return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs, tracer.asks_mode)
 
 
@@ -331,5 +331,6 @@ def _code(graph):
     return graph.python_code("self").src
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """For a reason: its kind, and the beginning of what it says."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -49,6 +49,16 @@ def bn_act(x, bn, act, *, impl="auto"):
     return norm_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl)
 
 
+def call(module, /, *args, **kwargs):
+    """A child that is not bypassed."""
+    return module(*args, **kwargs)
+
+
+def attribute(module, name):
+    """A parameter or buffer."""
+    return getattr(module, name)
+
+
 def _act(y, act):
     return F.relu(y) if act == "relu" else y if act is None else act(y)
 
