@@ -20,8 +20,9 @@ from torch.fx.node import _get_qualified_name
 
 from . import in_place, units
 from .chains import Chain
+from .classes import Method, methods_of
 from .guards import bypass_obstacle, call_obstacle
-from .tracing import Path, Read, Trace, Untraceable, child, holds
+from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Program:
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
         return ""
+
+    def methods(self, original: type) -> tuple[Method, ...]:
+        """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""
+        kinds = {(): original} | {path: kind for path, kind in self.untouched}
+        called = {(path, "forward") for path in kinds}
+        called |= {(read.path, read.name) for read in self.reads if is_of_the_class(read) and read.path in kinds}
+        return tuple(method for path, name in sorted(called) for method in methods_of(kinds[path], name))
 
     def forward(self, original: type):
         """The forward of a fused class."""

@@ -14,6 +14,7 @@ from ...graphs import check_host_may_read
 from ...spec import ConvBNActSpec
 from ...streams import pack_weight
 from ...sync_batchnorm import SyncBatchNorm2d
+from ..classes import BatchNorm2d, Conv2d
 from ..guards import bypass_obstacle
 
 
@@ -113,7 +114,7 @@ class _JoinedNorm:
 
 
 def _conv_obstacle(conv, shape, layer):
-    if reason := bypass_obstacle(conv, nn.Conv2d):
+    if reason := bypass_obstacle(conv, Conv2d):
         return reason
     found = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     expected = layer.stride, (layer.kernel_size // 2, layer.kernel_size // 2), (1, 1), 1, "zeros"
@@ -129,7 +130,7 @@ def _conv_obstacle(conv, shape, layer):
 
 
 def _norm_obstacle(norm, channels):
-    if reason := bypass_obstacle(norm, nn.BatchNorm2d):
+    if reason := bypass_obstacle(norm, BatchNorm2d):
         return reason
     parameters, buffers = norm._parameters, norm._buffers
     if not ("weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers):

@@ -9,9 +9,9 @@ class can only be there if it has been.
 import sys
 
 import torch
-from torch import nn
 
 from ...joining import join, split
+from ..classes import Conv2d, ReLU
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -55,9 +55,9 @@ def _obstacle(unit):
         activation = modules.get(name)
         if reason := bypass_obstacle(activation, _library().PostActivation):
             return f"{name}: {reason}"
-        if reason := bypass_obstacle(activation._modules.get("activ"), nn.ReLU):
+        if reason := bypass_obstacle(activation._modules.get("activ"), ReLU):
             return f"{name}.activ: {reason}"
-    if reason := bypass_obstacle(modules.get(_CONVS[0]), nn.Conv2d):
+    if reason := bypass_obstacle(modules.get(_CONVS[0]), Conv2d):
         return f"{_CONVS[0]}: {reason}"
     layer = _layer(unit)
     if reason := four_convs.obstacle(layer):
@@ -67,7 +67,7 @@ def _obstacle(unit):
             return "the identity does not have the shape of the convolutions' output"
         return ""
     conv = modules.get("identity_conv")  # it is called, and may have hooks and parametrizations
-    if not isinstance(conv, nn.Conv2d) or conv.out_channels != layer.outputs[0]:
+    if not isinstance(conv, Conv2d) or conv.out_channels != layer.outputs[0]:
         return "identity_conv: expected a Conv2d with the residual stream's channels"
     return ""
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..chains import NORMS, Chain, find_chains
+from ..classes import Conv2d
 from ..guards import bypass_obstacle
 from ..program import write_program
 from ..registry import is_inlined
@@ -60,7 +61,7 @@ def _folds(module):
         return []
     try:
         # any Conv2d takes a norm in, grouped or not
-        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
+        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, Conv2d))
     except Untraceable:
         return []
     return [
