@@ -109,6 +109,7 @@ def fused_class(recipe: Recipe) -> type:
     original, methods = recipe.original, recipe.methods
     program = recipe.program
     fused = recipe.mixin.forward if program is None else program.forward(original)
+    helpers = {} if program is None else program.helpers()
 
     @functools.wraps(original.forward)
     def forward(module, *args, **kwargs):
@@ -118,7 +119,7 @@ def fused_class(recipe: Recipe) -> type:
 
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": original.__doc__, "_rir_fusion": recipe}
-    return subclass_of(original, recipe.mixin, namespace | {"forward": forward})
+    return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward})
 
 
 def _rebuild(recipe, build, arguments):

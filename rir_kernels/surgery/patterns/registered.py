@@ -95,6 +95,9 @@ class _Written:
     def methods(self, original: type) -> tuple[Method, ...]:
         return tuple(m for kind in dict.fromkeys(kind for _, kind in self.parts) for m in methods_of(kind, "forward"))
 
+    def helpers(self) -> dict[str, Callable]:
+        return {}
+
     def forward(self, original: type):
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):

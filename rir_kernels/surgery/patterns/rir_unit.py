@@ -11,6 +11,7 @@ import sys
 import torch
 
 from ...joining import join, split
+from ...validation import FLOATS
 from ..classes import Conv2d, ReLU
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
@@ -89,7 +90,8 @@ def _fits(layer, r, t):
     # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
     if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
         return False
-    if r.dtype != t.dtype and not torch.is_autocast_enabled(r.device.type):
+    dtypes = {r.dtype, t.dtype, *(conv.weight.dtype for conv in layer.convs.values())}
+    if (len(dtypes) > 1 or r.dtype not in FLOATS) and not torch.is_autocast_enabled(r.device.type):
         return False
     return four_convs.counts_agree(layer)
 
