@@ -40,7 +40,7 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
 def bn_act(x, bn, act, *, impl="auto", one_by_one=None):
     """act(bn(x)), where one of them is or has a ReLU; one_by_one: as in `conv_bn_act`."""
     otherwise = functools.partial(_bn_act, bn, act, x) if one_by_one is None else functools.partial(one_by_one, x)
-    if type(x) is not torch.Tensor or x.dim() != 4 or norm_obstacle(bn) or _act_obstacle(act):
+    if not _is_image(x) or norm_obstacle(bn) or _act_obstacle(act):
         return otherwise()
     relu = act is not None or norm_has_relu(bn)
     return norm_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
@@ -78,8 +78,12 @@ def _spec(stride, padding, eps, relu, post_norm=False, scale=1.0):
 _kept_spec = functools.lru_cache(maxsize=1024)(ConvBNActSpec)
 
 
+def _is_image(x):
+    return type(x) is torch.Tensor and x.dim() == 4 and x.layout is torch.strided
+
+
 def _fits(x, residuals, weight, spec):
-    if weight is None or not all(type(t) is torch.Tensor and t.dim() == 4 for t in (x, *residuals)):
+    if weight is None or not all(map(_is_image, (x, *residuals))):
         return False
     if not residuals:
         return True
