@@ -11,6 +11,8 @@ import types
 
 from torch import nn
 
+from ..compiling import not_traced
+
 Method = tuple[type, str, object]  # the class, the method's name, what it was
 
 
@@ -39,6 +41,7 @@ def replaced(methods: tuple[Method, ...]) -> str:
     return ""
 
 
+@not_traced
 def know(kind: type) -> None:
     """From here on instances of `kind` may be bypassed, so long as the class is as its library defined it."""
     if kind in _known:

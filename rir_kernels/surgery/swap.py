@@ -108,7 +108,7 @@ def fused_class(recipe: Recipe) -> type:
     """The class of modules that are fused so."""
     original, methods = recipe.original, recipe.methods
     program = recipe.program
-    fused = recipe.mixin.forward if program is None else program.forward(original)
+    fused = getattr(recipe.mixin, "forward", original.forward) if program is None else program.forward(original)
     helpers = {} if program is None else program.helpers()
 
     @functools.wraps(original.forward)

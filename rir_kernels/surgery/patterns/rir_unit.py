@@ -12,7 +12,7 @@ import torch
 
 from ...joining import join, split
 from ...validation import FLOATS
-from ..classes import Conv2d, ReLU
+from ..classes import Conv2d, ReLU, know
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -51,10 +51,11 @@ def _library():
 
 def _obstacle(unit):
     """Why the unit's modules cannot be bypassed; those of `_layer` can be read only after the types are known."""
-    modules = unit._modules
+    modules, kind = unit._modules, _library().PostActivation
+    know(kind)
     for name in _ACTIVATIONS:
         activation = modules.get(name)
-        if reason := bypass_obstacle(activation, _library().PostActivation):
+        if reason := bypass_obstacle(activation, kind):
             return f"{name}: {reason}"
         if reason := bypass_obstacle(activation._modules.get("activ"), ReLU):
             return f"{name}.activ: {reason}"
