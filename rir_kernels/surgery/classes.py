@@ -26,11 +26,17 @@ _BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's mod
 
 
 def methods_of(kind: type, *names: str) -> tuple[Method, ...]:
-    """These methods as `kind` has them now, and those of its bases, which they may call by super()."""
+    """These methods as `kind` has them now, and those of its bases that they may call."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    return tuple(
-        (base, name, getattr(base, name)) for name in names for base in bases if base is kind or name in vars(base)
-    )
+    found = []
+    for name in names:
+        for base in bases:
+            if base is kind or name in vars(base):
+                found.append((base, name, getattr(base, name)))
+                code = getattr(found[-1][-1], "__code__", None)
+                if code is not None and not {"super", *(base.__name__ for base in bases)} & set(code.co_names):
+                    break
+    return tuple(found)
 
 
 def replaced(methods: tuple[Method, ...]) -> str:

@@ -107,10 +107,21 @@ def _touched(module) -> str:
         _ = module.forward, getattr(module, "_conv_forward", None)  # a look-up leaves a guard, the next line none
     if "forward" in attributes or "_conv_forward" in attributes:
         return "its forward was replaced on the instance"
-    for parameter in (*module._parameters.values(), attributes.get("weight"), attributes.get("bias")):
+    parameters = module._parameters.values()
+    if "weight" in attributes or "bias" in attributes:
+        parameters = (*parameters, attributes.get("weight"), attributes.get("bias"))
+    for parameter in parameters:
         if parameter is not None and _wraps_tensors(parameter):
             return f"a parameter of it is a {type(parameter).__name__}"
     return ""
+
+
+def tensor_of(module, name: str):
+    """module.name, a parameter or whatever else stands for one."""
+    parameters = module._parameters
+    if name in parameters and name not in module.__dict__:
+        return parameters[name]
+    return getattr(module, name)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -26,7 +26,8 @@ class Recipe:
     def __post_init__(self):
         if self.methods is None:
             also = () if self.program is None else self.program.methods(self.original)
-            object.__setattr__(self, "methods", (*methods_of(self.original, "forward"), *also))
+            found = dict.fromkeys((*methods_of(self.original, "forward"), *also))
+            object.__setattr__(self, "methods", tuple(found))
 
     def __deepcopy__(self, memo):
         return self

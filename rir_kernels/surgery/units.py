@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import norm_state
 from ..spec import ConvBNActSpec
-from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle
+from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
 
 
 def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", one_by_one=None):
@@ -28,12 +28,20 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
         otherwise = functools.partial(one_by_one, x, *residuals)
     if conv_obstacle(conv) or norm_obstacle(bn) or _act_obstacle(act):
         return otherwise()
-    relu, weight = act is not None or norm_has_relu(bn), conv.weight
+    relu, weight = act is not None or norm_has_relu(bn), tensor_of(conv, "weight")
     spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
     if not _fits(x, residuals, weight, spec):
         return otherwise()
     return norm_state.conv_bn_act(
-        bn, x, weight, bias=conv.bias, residuals=residuals, spec=spec, impl=impl, torch_format=True, otherwise=otherwise
+        bn,
+        x,
+        weight,
+        bias=tensor_of(conv, "bias"),
+        residuals=residuals,
+        spec=spec,
+        impl=impl,
+        torch_format=True,
+        otherwise=otherwise,
     )
 
 
