@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
+from .classes import Identity
 from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
@@ -220,7 +221,7 @@ class _Finder:
         return self.module.get_submodule(node.target) if node.op == "call_module" else None
 
     def is_identity(self, node):
-        return type(self.child(node)) is nn.Identity and len(node.args) == 1 and not node.kwargs
+        return type(self.child(node)) is Identity and len(node.args) == 1 and not node.kwargs
 
     def is_relu(self, node):
         if node.op == "call_module":

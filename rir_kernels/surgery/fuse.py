@@ -7,9 +7,10 @@ from torch import nn
 
 from ..folded_norm import FoldedNorm
 from ..preference import check_impl
+from .classes import subclass_obstacle
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
+from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
 from .tracing import Untraceable, first_line
 
 
@@ -72,7 +73,6 @@ def fuse_(
         if matches:
             try:
                 recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
-                _check_class(recipe)
             except Exception as error:
                 report.skipped.append(Skipped(names[0], _fault(error), kind, also))
                 return set()
@@ -83,6 +83,8 @@ def fuse_(
 
     walk(model, fuse)
     if not dry_run:
+        for _, recipe in swaps:
+            fused_class(recipe)  # all of them are there before any is swapped
         for module, recipe in swaps:
             swap_in(module, recipe)
     return report
@@ -159,10 +161,10 @@ def _select(module, family, found, enabled, filter_fn, names):
 def _unit_obstacle(module, family):
     if is_fused(module):
         program = module._rir_fusion.program
-        changed = program and program.obstacle(module)
+        changed = changed_class(module) or (program and program.obstacle(module))
         state = f", but runs its own forward, since {changed}" if changed else ""
         return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
-    if reason := family.obstacle(type(module)):
+    if reason := family.obstacle(type(module)) or subclass_obstacle(type(module)):
         return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -174,14 +176,6 @@ def _fault(error):
     if isinstance(error, Untraceable):
         return str(error)
     return f"it cannot be fused: {first_line(error)}"
-
-
-def _check_class(recipe):
-    """Makes the class that swapping takes: where a base class refuses it, no module has been swapped yet."""
-    try:
-        fused_class(recipe)
-    except Exception as error:
-        raise Untraceable(f"its class takes no subclass: {type(error).__name__}: {error}") from error
 
 
 def _check_patterns(patterns):

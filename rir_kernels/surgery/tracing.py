@@ -109,6 +109,11 @@ def holds(module: nn.Module, read: Read) -> bool:
     return (tuple(value) if type(value) is list else value) == found
 
 
+def is_of_the_class(read: Read) -> bool:
+    """Whether it is a method or property that the instance does not override."""
+    return read.found is _Found.OF_THE_CLASS
+
+
 def child(module: nn.Module, path: Path) -> nn.Module | None:
     """The module at `path`, None where there is none any more."""
     for name in path:

@@ -1,8 +1,9 @@
 """Any module whose forward torch.fx can trace: conv, BN, (+), ReLU in a row, in whatever way forward calls them."""
 
-from torch import fx, nn
+from torch import fx
 
 from ..chains import NORMS, Chain, find_chains
+from ..classes import Conv2d
 from ..guards import bypass_obstacle
 from ..program import write_program
 from ..registry import calls_in_turn, forward_of, is_inlined, is_never_called
@@ -87,7 +88,7 @@ def _folds(module):
         return []
     try:
         # any Conv2d takes a norm in, grouped or not
-        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
+        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, Conv2d))
     except Untraceable:
         return []
     return [
