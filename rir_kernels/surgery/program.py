@@ -45,7 +45,8 @@ class Program:
         for read in self.reads:
             owner = child(module, read.path)
             if compiling:
-                _ = getattr(owner, read.name, None)  # a look-up leaves a guard, one in the instance's dict none
+                # a look-up leaves a guard, one in the instance's dict none
+                _ = hasattr(owner, read.name) and getattr(owner, read.name, None)
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
         return ""

@@ -54,6 +54,7 @@ class _Found(enum.Enum):
     NONE = "a child, parameter or buffer that is None"
     PRESENT = "a child, parameter or buffer that is not"
     OF_THE_CLASS = "a method or property that the instance does not override"
+    ABSENT = "nothing: hasattr was False, or getattr returned its default"
 
 
 class _Children(NamedTuple):
@@ -96,6 +97,8 @@ def holds(module: nn.Module, read: Read) -> bool:
     found, name = read.found, read.name
     if found is _Found.OF_THE_CLASS:
         return name not in module.__dict__
+    if found is _Found.ABSENT:
+        return not _has(module, name)
     if found is _Found.PRESENT or found is _Found.NONE:
         # nn.Module's own look-up is in Python, and slow
         value = module._modules.get(name)
@@ -107,6 +110,12 @@ def holds(module: nn.Module, read: Read) -> bool:
     if type(found) is _Items:
         return isinstance(value, dict) and tuple(value.items()) == found.of_dict
     return (tuple(value) if type(value) is list else value) == found
+
+
+def _has(module, name):
+    """hasattr, without the exception that nn.Module raises and catches for a name it does not know."""
+    kept = (module.__dict__, module._modules, module._parameters, module._buffers)
+    return any(name in names for names in kept) or hasattr(type(module), name)
 
 
 def child(module: nn.Module, path: Path) -> nn.Module | None:
@@ -289,11 +298,7 @@ def _recording(tracer):
         try:
             value = object.__getattribute__(module, name)
         except AttributeError:  # nn.Module.__getattr__ comes next
-            attributes = object.__getattribute__(module, "__dict__")
-            for kind in ("_modules", "_parameters", "_buffers"):
-                if name in attributes.get(kind, ()):
-                    absent = attributes[kind][name] is None
-                    tracer.reads.append(Read(path, name, _Found.NONE if absent else _Found.PRESENT))
+            tracer.reads.append(Read(path, name, _found_in_dicts(module, name)))
             raise
         tracer.reads.append(Read(path, name, _found(module, name, value)))
         return value
@@ -308,6 +313,18 @@ def _recording(tracer):
     finally:
         nn.Module.__setattr__ = setattr_of_torch
         del nn.Module.__getattribute__
+
+
+def _found_in_dicts(module, name):
+    """What nn.Module.__getattr__ is about to find."""
+    attributes = object.__getattribute__(module, "__dict__")
+    for kind in ("_modules", "_parameters", "_buffers"):
+        if name in attributes.get(kind, ()):
+            return _Found.NONE if attributes[kind][name] is None else _Found.PRESENT
+    own = next(kind for kind in type(module).__mro__ if "__getattr__" in vars(kind))
+    if own is not nn.Module:
+        raise Untraceable(f"its forward reads {name!r}, for which {own.__name__} has a __getattr__")
+    return _Found.ABSENT
 
 
 def _found(module, name, value):
