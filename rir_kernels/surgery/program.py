@@ -21,6 +21,7 @@ from torch.fx.node import _get_qualified_name
 from . import in_place, units
 from .chains import Chain
 from .guards import bypass_obstacle, call_obstacle
+from .outside import Outside
 from .tracing import Path, Read, Trace, Untraceable, child, holds
 
 
@@ -35,6 +36,7 @@ class Program:
     inputs: tuple[str, ...]
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
+    outside: tuple[Outside, ...]
 
     def obstacle(self, module: nn.Module) -> str:
         """Why the original forward must be run."""
@@ -49,6 +51,9 @@ class Program:
                 _ = hasattr(owner, read.name) and getattr(owner, read.name, None)
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
+        for one in self.outside:
+            if not one.holds():
+                return f"{one.name} has changed"
         return ""
 
     def forward(self, original: type):
@@ -78,7 +83,7 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         _replace(graph, chain, copies)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    return Program(_source(graph), trace.inputs, untouched, trace.reads)
+    return Program(_source(graph), trace.inputs, untouched, trace.reads, trace.outside)
 
 
 def _replace(graph, chain, copies):

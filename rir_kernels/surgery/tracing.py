@@ -8,11 +8,12 @@ value is, or runs a part of itself under another mode (no_grad, autocast, checkp
 
 import contextlib
 import enum
+import functools
 import inspect
 import itertools
 import random
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +22,15 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
+from .outside import Outside, is_fixed
 from .swap import class_of
+from .watch import Watch
 
 Path = tuple[str, ...]  # of names of children; () is the module itself
 
 
-class Untraceable(Exception):
-    """Why a forward has no graph that stands for it."""
+class Untraceable(BaseException):
+    """Why a forward has no graph that stands for it. No Exception, which forward may catch."""
 
 
 class Read(NamedTuple):
@@ -41,11 +44,12 @@ class Read(NamedTuple):
 class Trace(NamedTuple):
     """inputs: the names of forward's arguments without a default; the others had their defaults.
 
-    asks_mode: whether a forward that was looked into reads `training`.
+    asks_mode: whether a forward that was looked into reads `training`. outside: what else decided the graph.
     """
 
     graph: fx.Graph
     reads: tuple[Read, ...]
+    outside: tuple[Outside, ...]
     inputs: tuple[str, ...]
     asks_mode: bool
 
@@ -83,7 +87,12 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     first = traces[0]
     if len({_code(trace.graph) for trace in traces}) > 1:
         raise Untraceable("its forward is another one in evaluation, or without gradients")
-    return first._replace(reads=tuple(dict.fromkeys(read for trace in traces for read in trace.reads)))
+    reads = dict.fromkeys(read for trace in traces for read in trace.reads)
+    outside = dict.fromkeys(one for trace in traces for one in trace.outside)
+    # a question with two answers is one about gradients: neither makes a difference
+    asked = Counter(one.question for one in outside)
+    outside = (one for one in outside if one.arguments is None or asked[one.question] == 1)
+    return first._replace(reads=tuple(reads), outside=tuple(outside))
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:
@@ -127,16 +136,24 @@ def child(module: nn.Module, path: Path) -> nn.Module | None:
     return module
 
 
+def refuse(reason: str):
+    """Raises it."""
+    raise Untraceable(reason)
+
+
 def _trace(module, inlined):
     tracer = _Tracer(module, inlined)
     try:
         with _recording(tracer), _without_random_numbers():
             graph = tracer.trace(module)
-    except Untraceable:
+        if tracer.watch.doubts:
+            refuse(tracer.watch.doubts[0])
+    except (Untraceable, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise Untraceable(f"its forward cannot be traced: {_first_line(error)}") from None
-    return Trace(graph, tuple(dict.fromkeys(tracer.reads)), tracer.inputs, tracer.asks_mode)
+    reads = tuple(dict.fromkeys(tracer.reads))
+    return Trace(graph, reads, tracer.watch.found, tracer.inputs, tracer.asks_mode)
 
 
 @contextlib.contextmanager
@@ -166,6 +183,7 @@ class _Tracer(fx.Tracer):
         self.inputs: tuple[str, ...] = ()
         self.asks_mode = False
         self.running = False  # forward is, rather than what fx does before
+        self.watch: Watch | None = None
         self.around = _surroundings()
 
     def is_leaf_module(self, m, module_qualified_name):
@@ -178,8 +196,16 @@ class _Tracer(fx.Tracer):
         if any(p.kind is p.KEYWORD_ONLY for p in required):
             raise Untraceable("its forward has keyword-only arguments without a default")
         self.inputs = tuple(p.name for p in required)
+        modules = [self.root, *(self.root.get_submodule(path) for path in self.inlined)]
+        self.watch = Watch(modules, lambda: len(self.graph.nodes), refuse)
+
+        @functools.wraps(root_fn)
+        def watched(*args):
+            with self.watch:
+                return root_fn(*args)
+
         self.running = True
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
+        return watched, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
 
     def call_module(self, m, forward, args, kwargs):
         self.inside.append(self.paths.get(id(m), ()))
@@ -215,16 +241,35 @@ class _Tracer(fx.Tracer):
     def proxy(self, node):
         return _Value(node, self)
 
+    def to_bool(self, obj):
+        return _without_an_answer(super().to_bool, obj)
+
+    def iter(self, obj):
+        return _without_an_answer(super().iter, obj)
+
+
+def _without_an_answer(ask, value):
+    # forward may catch an error, and go another way than with tensors
+    try:
+        return ask(value)
+    except fx.proxy.TraceError as error:
+        raise Untraceable(f"its forward cannot be traced: {_first_line(error)}") from None
+
 
 class _Value(fx.Proxy):
     def __float__(self):
         raise Untraceable("its forward makes a Python number of a value")
 
-    __int__ = __float__
+    __int__ = __index__ = __complex__ = __len__ = __float__
+
+    def __getattr__(self, name):
+        if self.node.op == "placeholder" and not name.startswith("_") and not hasattr(torch.Tensor, name):
+            raise Untraceable(f"its forward asks an input for {name!r}, which no tensor has")
+        return super().__getattr__(name)
 
     @property
     def __class__(self):  # where isinstance looks second
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __name__)):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__)):
             return _Value
         raise Untraceable("its forward asks what type a value is")
 
@@ -250,12 +295,21 @@ for _function in in_place.FUNCTIONS:
     setattr(_Value, f"__{_function.__name__}__", _augmented(_function))
 
 
+def _autocast_depth():
+    """How many autocast contexts there are, those that turn it off as well."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 def _surroundings():
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_autocast_dtype("cuda"),
+        _autocast_depth(),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
         torch._C._len_torch_dispatch_stack(),
         torch._C._len_torch_function_stack(),
@@ -288,7 +342,7 @@ def _recording(tracer):
     def read(module, name):
         caller = sys._getframe(1)
         where = caller.f_globals.get("__name__", "")
-        machinery = where.startswith(("torch.fx", __name__)) or (
+        machinery = where.startswith(("torch.fx", __package__)) or (
             where == nn.Module.__module__ and caller.f_code.co_name in _MACHINERY
         )
         path = None if machinery or not tracer.running or name.startswith("__") else tracer.paths.get(id(module))
@@ -301,13 +355,14 @@ def _recording(tracer):
             tracer.reads.append(Read(path, name, _found_in_dicts(module, name)))
             raise
         tracer.reads.append(Read(path, name, _found(module, name, value)))
+        tracer.watch.attribute(value)
         return value
 
-    def refuse(module, name, value):
+    def no_setting(module, name, value):
         raise Untraceable(f"its forward sets the attribute {name!r}")
 
     setattr_of_torch = nn.Module.__setattr__
-    nn.Module.__getattribute__, nn.Module.__setattr__ = read, refuse
+    nn.Module.__getattribute__, nn.Module.__setattr__ = read, no_setting
     try:
         yield
     finally:
@@ -339,7 +394,8 @@ def _found(module, name, value):
         return _Items(tuple(value.items()))
     if isinstance(value, _CONSTANTS):
         return value
-    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):  # found again by its name
+    named = "<" not in getattr(value, "__qualname__", "<")  # found again by its name
+    if callable(value) and named and (is_fixed(value) or isinstance(value.__self__, nn.Module)):
         return value
     raise Untraceable(f"its forward reads the attribute {name!r}, a {type(value).__name__}")
 
@@ -349,4 +405,7 @@ def _code(graph):
 
 
 def _first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    try:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception:
+        return type(error).__name__
