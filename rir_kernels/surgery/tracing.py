@@ -44,7 +44,8 @@ class Read(NamedTuple):
 class Trace(NamedTuple):
     """inputs: the names of forward's arguments without a default; the others had their defaults.
 
-    asks_mode: whether a forward that was looked into reads `training`. outside: what else decided the graph.
+    asks_mode: whether a forward that was looked into reads `training`. outside: what else decided the graph, such as
+    answers of torch, which have `arguments`.
     """
 
     graph: fx.Graph
@@ -82,6 +83,8 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     for training, gradients in itertools.product((True, False), repeat=2):
         if not training and not any(trace.asks_mode for trace in traces):
             break  # evaluation can make no difference
+        if not gradients and not any(one.arguments is not None for trace in traces for one in trace.outside):
+            continue  # nor can gradients, where torch is asked for nothing
         with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
             traces.append(_trace(module, inlined))
     first = traces[0]

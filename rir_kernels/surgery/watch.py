@@ -19,6 +19,7 @@ _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
 _BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
+_APART = ("_find_and_load", "__del__")
 _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 # what their attributes are is said by them, or asked by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
@@ -37,6 +38,7 @@ class Watch:
         self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
         self.kept, self.before = Kept(), {}
         self.entered, self.within, self.asking = set(), set(), []
+        self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
         self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
         for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
             if not _is_library(kind.__module__):
@@ -65,7 +67,14 @@ class Watch:
             self.refuse("its forward changes something beside its tensors: a list, a dict, an attribute or a global")
 
     def _event(self, frame, event, argument):
+        if self.apart is not None:
+            if event == "return" and frame is self.apart:
+                self.apart = None
+            return
         if event == "call":
+            if frame.f_code.co_name in _APART:
+                self.apart = frame
+                return
             if not _in_library(frame):
                 self._enter(frame)
             elif self._is_asked_by_a_model(frame):
