@@ -35,8 +35,8 @@ def fuse_(
     torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
     one layer that disagree), or an attribute that forward decided by, the modules are called as they were before.
-    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward does beside its tensors
-    (appends to a list of the program's, prints) is done while tracing and no more.
+    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes beside its
+    tensors (a list, an attribute, a global) is put back, and that module is left alone; what it prints is printed.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
@@ -65,7 +65,7 @@ def fuse_(
         kind, also = type(module).__name__, tuple(names[1:])
         try:
             found = family.find(module)
-        except Exception as error:
+        except (Untraceable, Exception) as error:
             report.skipped.append(Skipped(names[0], _fault(error), kind, also))
             return set()
         matches, reasons = _select(module, family, found, enabled, filter_fn, names)
@@ -73,7 +73,7 @@ def fuse_(
         if matches:
             try:
                 recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
-            except Exception as error:
+            except (Untraceable, Exception) as error:
                 report.skipped.append(Skipped(names[0], _fault(error), kind, also))
                 return set()
             swaps.append((module, recipe))

@@ -24,6 +24,7 @@ from . import in_place, units
 from .chains import Chain
 from .classes import Method, methods_of
 from .guards import bypass_obstacle, call_obstacle
+from .outside import Outside
 from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
 
 _ONE_BY_ONE = "_rir_one_by_one_"
@@ -40,6 +41,7 @@ class Program:
     inputs: tuple[str, ...]
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
+    outside: tuple[Outside, ...]
 
     def obstacle(self, module: nn.Module) -> str:
         """Why the original forward must be run."""
@@ -50,9 +52,13 @@ class Program:
         for read in self.reads:
             owner = child(module, read.path)
             if compiling:
-                _ = getattr(owner, read.name, None)  # a look-up leaves a guard, one in the instance's dict none
+                # a look-up leaves a guard, one in the instance's dict none
+                _ = hasattr(owner, read.name) and getattr(owner, read.name, None)
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
+        for one in self.outside:
+            if not one.holds():
+                return f"{one.name} has changed"
         return ""
 
     def methods(self, original: type) -> tuple[Method, ...]:
@@ -101,7 +107,7 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    return Program(_source(functions), trace.inputs, untouched, trace.reads)
+    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside)
 
 
 def _one_by_one(chain):
