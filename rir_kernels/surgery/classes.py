@@ -26,17 +26,11 @@ _BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's mod
 
 
 def methods_of(kind: type, *names: str) -> tuple[Method, ...]:
-    """These methods as `kind` has them now, and those of its bases that they may call."""
+    """These methods as `kind` has them now, and those of its bases, which any method of it may call."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    found = []
-    for name in names:
-        for base in bases:
-            if base is kind or name in vars(base):
-                found.append((base, name, getattr(base, name)))
-                code = getattr(found[-1][-1], "__code__", None)
-                if code is not None and not {"super", *(base.__name__ for base in bases)} & set(code.co_names):
-                    break
-    return tuple(found)
+    return tuple(
+        (base, name, getattr(base, name)) for name in names for base in bases if base is kind or name in vars(base)
+    )
 
 
 def replaced(methods: tuple[Method, ...]) -> str:
@@ -53,6 +47,8 @@ def know(kind: type) -> None:
     if kind in _known:
         return
     methods = methods_of(kind, *(name for name in _BYPASSED if hasattr(kind, name)))
+    if kind.__module__.startswith("torch."):  # whose methods call none of these of their bases
+        methods = tuple(method for method in methods if method[0] is kind)
     # where it was patched before this look, nothing equals what should be there
     _known[kind] = tuple((base, name, m if _is_from(base, m) else object()) for base, name, m in methods)
 

@@ -34,8 +34,9 @@ def fuse_(
     hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
     torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
-    one layer that disagree), or an attribute that forward decided by, the modules are called as they were before.
-    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes beside its
+    one layer that disagree, its class patched), or an attribute that forward decided by, the modules are called as they
+    were before; so they are where a call cannot be one operation, and raise what they raise.
+    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes besides its
     tensors (a list, an attribute, a global) is put back, and that module is left alone; what it prints is printed.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
