@@ -73,16 +73,22 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     Nodes know in whose forward they stand: node.meta["scope"], a Path. Raises Untraceable; the module is as before.
     Other threads should not run models meanwhile: torch.fx puts itself in the place of nn.Module's methods.
     """
+    traces = trace_modes(module, inlined)
+    first = traces[0]
+    if len({_code(trace.graph) for trace in traces}) > 1:
+        raise Untraceable("its forward is another one in evaluation, or without gradients")
+    return first._replace(reads=tuple(dict.fromkeys(read for trace in traces for read in trace.reads)))
+
+
+def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset()) -> list[Trace]:
+    """As `trace`, one for each mode: training or, where forward asks, evaluation; with gradients and without."""
     traces = []
     for training, gradients in itertools.product((True, False), repeat=2):
         if not training and not any(trace.asks_mode for trace in traces):
             break  # evaluation can make no difference
         with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
             traces.append(_trace(module, inlined))
-    first = traces[0]
-    if len({_code(trace.graph) for trace in traces}) > 1:
-        raise Untraceable("its forward is another one in evaluation, or without gradients")
-    return first._replace(reads=tuple(dict.fromkeys(read for trace in traces for read in trace.reads)))
+    return traces
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:

@@ -58,16 +58,25 @@ def _folds(module):
     inlined = _to_inline(module)
     if inlined is None:
         return []
+    if "forward" in module.__dict__:
+        return [Refusal("its forward was replaced on the instance")]
     try:
         # any Conv2d takes a norm in, grouped or not
-        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
-    except Untraceable:
-        return []
-    return [
-        Fold(chain.norm.target, chain.conv.target if chain.post_norm else None)
-        for chain in chains
-        if isinstance(chain, Chain) and chain.conv is not None
-    ]
+        traced = trace(module, inlined)
+        chains = find_chains(module, traced.graph, lambda conv: bypass_obstacle(conv, nn.Conv2d))
+    except Untraceable as reason:
+        return [Refusal(str(reason))]
+    return [one if isinstance(one, Refusal) else _fold(one, traced) for one in chains]
+
+
+def _fold(chain, traced):
+    if chain.conv is None:
+        return Refusal("no convolution in front of the norm", chain.parts)
+    if not chain.post_norm:
+        return Fold(chain.norm.target, trace=traced)
+    scopes = {node.meta["scope"] for node in (chain.conv, chain.norm)}
+    inlined = {scope[:depth] for scope in scopes for depth in range(1, len(scope) + 1)}
+    return Fold(chain.norm.target, chain.conv.target, tuple(sorted(".".join(path) for path in inlined)), traced)
 
 
 def _to_inline(module):
