@@ -73,7 +73,7 @@ def _folds(model, report):
             untraced.setdefault(module, one.reason)
             for part in map(module.get_submodule, one.parts):
                 if isinstance(part, _NormBase):
-                    found[part] = module, one
+                    found.setdefault(part, (module, one))  # the forward around it may have seen a convolution
         return ()
 
     walk(model, visit)

@@ -17,6 +17,7 @@ from .swap import class_of
 from .tracing import Trace, Untraceable, child, trace_modes
 
 _CHANGED = {"weight", "bias", "_parameters"}  # of a convolution that takes a norm in
+_CALL_THEIR_CHILDREN = ("torch.nn.", "rir_kernels.")  # and do nothing else with them: Sequential, RiRBlock
 _NAMES = _CHANGED | {"running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -151,7 +152,7 @@ def _look(module) -> Seen | str:
     kind = class_of(module)
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    if kind.forward.__module__.startswith("torch.nn."):  # Sequential, DataParallel: they call what they own
+    if kind.forward.__module__.startswith(_CALL_THEIR_CHILDREN):
         return Seen(Counter(module._modules.values()), {}, set())
     try:
         return _seen(module, trace_modes(module))
