@@ -89,7 +89,7 @@ def _folds(model, report):
         else:
             conv = one.conv and module.get_submodule(one.conv)
             forwards = (module, *map(module.get_submodule, one.inlined))
-            reason = _obstacle(norm, conv) or users.other_use(Pair(norm, conv, forwards, one.trace))
+            reason = _obstacle(norm, conv) or users.other_use(Pair(norm, conv, forwards, one.traces))
         if reason:
             report.skipped.append(Skipped(name, reason, type(norm).__name__))
             continue
@@ -103,9 +103,9 @@ def _folds(model, report):
 def _why_not_found(name, names, untraced):
     """Why no chain was found for the norm of this name: the innermost forward around it says so."""
     around = [module for module in untraced if name.startswith(f"{names[module]}." if names[module] else "")]
-    return (
-        untraced[max(around, key=lambda module: len(names[module]))] if around else "no forward that is known calls it"
-    )
+    if not around:
+        return "no convolution in front of the norm was found"
+    return untraced[max(around, key=lambda module: len(names[module]))]
 
 
 def _obstacle(norm, conv):

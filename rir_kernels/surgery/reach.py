@@ -3,17 +3,23 @@
 import dis
 import functools
 import gc
+import sys
 import types
 import weakref
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from .swap import class_of
 
 _MOST = 10_000  # objects looked at for one module: a dataset that it holds is not searched
 _TABLES = ("_modules", "_parameters", "_buffers")
 _TRAVERSE = {"modules", "parameters", "buffers", "named_modules", "named_parameters", "named_buffers", "state_dict"}
 _TRAVERSE |= {"get_submodule", "get_parameter", "get_buffer"}
+_TYPES = {"isinstance", "issubclass", "type", "__class__"}
+_LOADS_METHODS = sys.version_info >= (3, 12)  # LOAD_ATTR does, by a flag; before it was LOAD_METHOD
 _CHILDREN = {"_modules", "_parameters", "_buffers", "children", "named_children", "__dict__"}
 
 
@@ -45,12 +51,46 @@ def held_within(objects: Iterable, known: Container[nn.Module]) -> list:
     return found
 
 
+class Load(NamedTuple):
+    """A name in code, and the module whose attribute it is; None where it is another's, or a global or a string."""
+
+    name: str
+    owner: nn.Module | None
+    to_call: bool = False
+
+
 def code_may_reach(code: Callable | type, module: nn.Module, within, parts: set[nn.Module], names: set[str]) -> str:
-    """Which attribute in the code of a hook, or in the forward of a class, may lead to `parts`, or an empty string.
+    """Which name in the code of a hook, or in the forward of a class, may lead to `parts`, or an empty string.
 
     module: what the code calls self. within: whether another module has `parts` within. names: of the parts, and of
-    what they own: they count where nothing is known of the object that they are loaded from.
+    what they own: they count where nothing is known of the object that they are loaded from. Items count as loaded
+    where a module that has a part for an item is used otherwise than by a call.
     """
+    for load in loads(code, module):
+        if load is None:
+            return "has code that cannot be read"
+        name, owner = load.name, load.owner
+        if owner is None:
+            reaches = name in names or name in _TRAVERSE or name in _CHILDREN
+        elif name in _CHILDREN:
+            reaches = not parts.isdisjoint(owner._modules.values())
+        else:
+            found = owner._modules.get(name)
+            items = found is not None and not load.to_call and hasattr(type(found), "__getitem__")
+            reaches = found in parts or (name in _TRAVERSE and within(owner))
+            reaches |= items and not parts.isdisjoint(found._modules.values())
+        if reaches:
+            return f"names {name!r}"
+    return ""
+
+
+def asks_types(module: nn.Module) -> bool:
+    """Whether forward may ask of which class a module is."""
+    return any(load is not None and load.name in _TYPES for load in loads(class_of(module), module))
+
+
+def loads(code: Callable | type, module: nn.Module) -> Iterator[Load | None]:
+    """What is loaded by name in a hook or the forward of a class, and in what these call; None: it is not in Python."""
     known = module  # by the first argument
     if isinstance(code, type):
         code = code.forward
@@ -64,28 +104,20 @@ def code_may_reach(code: Callable | type, module: nn.Module, within, parts: set[
     while queue:
         function, known = queue.pop()
         if not isinstance(function, types.FunctionType):
-            return "has code that cannot be read"
-        if function in seen:
-            continue
-        seen.add(function)
-        me = function.__code__.co_varnames[:1] if known is not None else ()
-        for loaded, owner in _loads(function.__code__, me, known):
-            if owner is None:
-                reaches = loaded in names or loaded in _TRAVERSE or loaded in _CHILDREN
-            elif loaded in _CHILDREN:
-                reaches = not parts.isdisjoint(owner._modules.values())
-            else:
-                reaches = owner._modules.get(loaded) in parts or (loaded in _TRAVERSE and within(owner))
-            if reaches:
-                return f"names {loaded!r}"
-            if owner is None or owner is module:
-                queue += [(f, module) for f in _methods(type(module), loaded) if known is not None]
-            queue += [(f, None) for f in [function.__globals__.get(loaded)] if _is_ours(f)]
-    return ""
+            yield None
+        elif function not in seen:
+            seen.add(function)
+            me = function.__code__.co_varnames[:1] if known is not None else ()
+            for load in _loads(function.__code__, me, known):
+                yield load
+                if known is not None and load.owner in (None, module):
+                    queue += [(f, module) for f in _methods(type(module), load.name)]
+                called = function.__globals__.get(load.name)
+                queue += [(called, None)] if _is_ours(called) else []
 
 
 def _loads(code, me, known):
-    """(name, the module it is loaded from or None) of attributes and globals, and of strings that may name some."""
+    """Attributes and globals, and strings that may name some."""
     owner = None
     for instruction in dis.get_instructions(code):
         value = instruction.argval
@@ -93,14 +125,15 @@ def _loads(code, me, known):
             last = value[-1] if isinstance(value, tuple) else value
             owner = known if last in me else None
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            yield value, owner
+            to_call = bool(instruction.arg & 1) if _LOADS_METHODS else instruction.opname == "LOAD_METHOD"
+            yield Load(value, owner, to_call)
             owner = owner and owner._modules.get(value)
         elif instruction.opname == "LOAD_GLOBAL":
-            yield value, None
+            yield Load(value, None)
             owner = None
         else:
             if isinstance(value, str) and instruction.opname == "LOAD_CONST":
-                yield from ((part, None) for part in value.split("."))
+                yield from (Load(part, None) for part in value.split("."))
             owner = None
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -8,6 +8,7 @@ value is, or runs a part of itself under another mode (no_grad, autocast, checkp
 
 import contextlib
 import enum
+import functools
 import inspect
 import itertools
 import random
@@ -80,14 +81,17 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     return first._replace(reads=tuple(dict.fromkeys(read for trace in traces for read in trace.reads)))
 
 
-def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset()) -> list[Trace]:
-    """As `trace`, one for each mode: training or, where forward asks, evaluation; with gradients and without."""
+def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, options: bool = False) -> list[Trace]:
+    """As `trace`, one for each mode: training or, where forward asks, evaluation; with gradients and without.
+
+    options: with the arguments that have a default given as well, the reverse of a bool.
+    """
     traces = []
     for training, gradients in itertools.product((True, False), repeat=2):
         if not training and not any(trace.asks_mode for trace in traces):
             break  # evaluation can make no difference
         with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
-            traces.append(_trace(module, inlined))
+            traces.append(_trace(module, inlined, options))
     return traces
 
 
@@ -124,8 +128,13 @@ def child(module: nn.Module, path: Path) -> nn.Module | None:
     return module
 
 
-def _trace(module, inlined):
-    tracer = _Tracer(module, inlined)
+def options_of(module: nn.Module) -> list[inspect.Parameter]:
+    """The arguments of its forward that have a default."""
+    return [p for p in inspect.signature(class_of(module).forward).parameters.values() if p.default is not p.empty]
+
+
+def _trace(module, inlined, options=False):
+    tracer = _Tracer(module, inlined, options)
     try:
         with _recording(tracer), _without_random_numbers():
             graph = tracer.trace(module)
@@ -155,8 +164,9 @@ def _without_random_numbers():
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what changes a buffer in place would do so now, and not in the graph
 
-    def __init__(self, module, inlined):
+    def __init__(self, module, inlined, options):
         super().__init__(autowrap_modules=())
+        self.options = options_of(module) if options else []
         self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
         self.inlined, self.inside = inlined, [()]
         self.reads: list[Read] = []
@@ -175,8 +185,16 @@ class _Tracer(fx.Tracer):
         if any(p.kind is p.KEYWORD_ONLY for p in required):
             raise Untraceable("its forward has keyword-only arguments without a default")
         self.inputs = tuple(p.name for p in required)
+        options = {p.name: self.given(p) for p in self.options}
         self.running = True
+        if options:
+            root_fn = functools.partial(root_fn, **options)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
+
+    def given(self, parameter):
+        if isinstance(parameter.default, bool):
+            return not parameter.default
+        return self.create_proxy("placeholder", parameter.name, (), {})
 
     def call_module(self, m, forward, args, kwargs):
         self.inside.append(self.paths.get(id(m), ()))

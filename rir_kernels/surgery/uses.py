@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .reach import code_may_reach, held_by, held_within
+from ..folded_norm import FoldedNorm
+from .reach import asks_types, code_may_reach, held_by, held_within
 from .swap import class_of
-from .tracing import Trace, Untraceable, child, trace_modes
+from .tracing import Trace, Untraceable, child, options_of, trace_modes
 
 _CHANGED = {"weight", "bias", "_parameters"}  # of a convolution that takes a norm in
 _CALL_THEIR_CHILDREN = ("torch.nn.", "rir_kernels.")  # and do nothing else with them: Sequential, RiRBlock
@@ -24,14 +25,14 @@ _NAMES = _CHANGED | {"running_mean", "running_var", "num_batches_tracked"}
 class Pair(NamedTuple):
     """A norm that is to be replaced, and the convolution whose parameters are to change, where there is one.
 
-    forwards: the modules in whose forwards the two are called, the outermost first. trace: of that one, which looks
-    into the others; None where its class is known.
+    forwards: the modules in whose forwards the two are called, the outermost first. traces: of that one, which look
+    into the others; none where its class is known.
     """
 
     norm: nn.Module
     conv: nn.Module | None
     forwards: tuple[nn.Module, ...]
-    trace: Trace | None = None
+    traces: tuple[Trace, ...] = ()
 
     @property
     def parts(self) -> set[nn.Module]:
@@ -63,6 +64,7 @@ class Users:
                     self.places[id(value)].append(f"{name}.{attribute}" if name else attribute)
         self.held = {module: held_by(module, self.names) for module in self.names}
         self.seen: dict[nn.Module, Seen | str] = {}
+        self.asking: dict[nn.Module, bool] = {}
         self.reached: dict[nn.Module, set[int]] = {}
 
     def other_use(self, pair: Pair) -> str:
@@ -70,8 +72,8 @@ class Users:
         for part in (pair.norm, pair.conv, *pair.tensors):
             if part is not None and len(self.places[id(part)]) > 1:
                 return f"it, or a parameter of it, has several names: {', '.join(self.places[id(part)])}"
-        if pair.trace is not None:
-            seen = _seen(pair.forwards[0], [pair.trace])
+        if pair.traces:
+            seen = _seen(pair.forwards[0], pair.traces)
             if reason := self.use_in(pair, seen, pair.forwards[0]) or self.alternative(pair, seen):
                 return reason
         ids = {id(one) for one in (pair.norm, pair.conv, *pair.tensors) if one is not None}
@@ -86,7 +88,13 @@ class Users:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if reason := self.use_of_code(pair, module, hook, held_within([hook], self.names)):
                 return f"a hook on {self.title(module)} {reason}"
-        if module in pair.forwards or type(module).forward is nn.Module.forward:
+        if type(module).forward is nn.Module.forward:
+            return ""
+        if module not in self.asking:
+            self.asking[module] = asks_types(module)
+        if self.asking[module] and _asks_for(pair.norm, module):
+            return f"the forward of {self.title(module)} asks of which class {self.title(pair.norm)} is"
+        if module in pair.forwards:
             return ""
         if module not in self.seen:
             self.seen[module] = _look(module)
@@ -95,7 +103,7 @@ class Users:
             return self.use_in(pair, seen, module)
         held = [*module._modules.values(), *module._parameters.values(), *self.held[module]]
         if reason := self.use_of_code(pair, module, class_of(module), held):
-            return f"{self.title(module)} {reason}: {seen}"
+            return f"the forward of {self.title(module)} {reason}, and {seen}"
         return ""
 
     def use_in(self, pair, seen, module):
@@ -104,7 +112,8 @@ class Users:
         if pair.conv is not None:
             for part in (pair.conv, pair.norm) if own else pair.parts:
                 if seen.called[part] > own:
-                    return f"{self.title(part)} is also called in the forward of {self.title(module)}"
+                    how = "called more than once" if own else "also called"
+                    return f"{self.title(part)} is {how} in the forward of {self.title(module)}"
         asked = [(pair.norm, name) for name in seen.asked.get(pair.norm, ())]
         asked += [(pair.conv, name) for name in seen.asked.get(pair.conv, ()) if name in _CHANGED]
         if asked:
@@ -155,9 +164,24 @@ def _look(module) -> Seen | str:
     if kind.forward.__module__.startswith(_CALL_THEIR_CHILDREN):
         return Seen(Counter(module._modules.values()), {}, set())
     try:
-        return _seen(module, trace_modes(module))
+        given = trace_modes(module, options=True) if options_of(module) else []
+        return _seen(module, trace_modes(module) + given)
     except Untraceable as reason:
         return str(reason)
+
+
+def _asks_for(norm, module) -> bool:
+    """Whether the forward is another one where the norm is a FoldedNorm."""
+    kind, graphs = type(norm), []
+    try:
+        for one in (kind, FoldedNorm):
+            object.__setattr__(norm, "__class__", one)
+            graphs.append([str(trace.graph) for trace in trace_modes(module)])
+    except Untraceable:
+        return len(graphs) == 1
+    finally:
+        object.__setattr__(norm, "__class__", kind)
+    return graphs[0] != graphs[1]
 
 
 def _seen(module, traces):

@@ -29,14 +29,14 @@ class Refusal(NamedTuple):
 class Fold(NamedTuple):
     """The path of a norm that can be folded into a convolution, or where that is None into an affine map.
 
-    inlined: paths of the children in whose forwards they are called. trace: of the forward, with these looked into;
-    None for a class whose forward is known.
+    inlined: paths of the children in whose forwards they are called. traces: of the forward, with these looked into;
+    none for a class whose forward is known.
     """
 
     norm: str
     conv: str | None = None
     inlined: tuple[str, ...] = ()
-    trace: Any = None
+    traces: tuple = ()
 
 
 def no_program(module, matches) -> None:
