@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .swap import class_of
-
 _MOST = 10_000  # objects looked at for one module: a dataset that it holds is not searched
 _TABLES = ("_modules", "_parameters", "_buffers")
 _TRAVERSE = {"modules", "parameters", "buffers", "named_modules", "named_parameters", "named_buffers", "state_dict"}
@@ -59,14 +57,14 @@ class Load(NamedTuple):
     to_call: bool = False
 
 
-def code_may_reach(code: Callable | type, module: nn.Module, within, parts: set[nn.Module], names: set[str]) -> str:
-    """Which name in the code of a hook, or in the forward of a class, may lead to `parts`, or an empty string.
+def name_that_reaches(found: Iterable[Load | None], within, parts: set[nn.Module], names: set[str]) -> str:
+    """Which of the names found in code may lead to `parts`, or an empty string.
 
-    module: what the code calls self. within: whether another module has `parts` within. names: of the parts, and of
-    what they own: they count where nothing is known of the object that they are loaded from. Items count as loaded
-    where a module that has a part for an item is used otherwise than by a call.
+    within: whether another module has `parts` within. names: of the parts, and of what they own: they count where
+    nothing is known of the object that they are loaded from. Items count as loaded where a module that has a part for
+    an item is used otherwise than by a call.
     """
-    for load in loads(code, module):
+    for load in found:
         if load is None:
             return "has code that cannot be read"
         name, owner = load.name, load.owner
@@ -75,18 +73,18 @@ def code_may_reach(code: Callable | type, module: nn.Module, within, parts: set[
         elif name in _CHILDREN:
             reaches = not parts.isdisjoint(owner._modules.values())
         else:
-            found = owner._modules.get(name)
-            items = found is not None and not load.to_call and hasattr(type(found), "__getitem__")
-            reaches = found in parts or (name in _TRAVERSE and within(owner))
-            reaches |= items and not parts.isdisjoint(found._modules.values())
+            value = owner._modules.get(name)
+            items = value is not None and not load.to_call and hasattr(type(value), "__getitem__")
+            reaches = value in parts or (name in _TRAVERSE and within(owner))
+            reaches |= items and not parts.isdisjoint(value._modules.values())
         if reaches:
             return f"names {name!r}"
     return ""
 
 
-def asks_types(module: nn.Module) -> bool:
-    """Whether forward may ask of which class a module is."""
-    return any(load is not None and load.name in _TYPES for load in loads(class_of(module), module))
+def asks_types(found: Iterable[Load | None]) -> bool:
+    """Whether this code may ask of which class a module is."""
+    return any(load is not None and load.name in _TYPES for load in found)
 
 
 def loads(code: Callable | type, module: nn.Module) -> Iterator[Load | None]:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
-from .reach import asks_types, code_may_reach, held_by, held_within
+from .reach import asks_types, held_by, held_within, loads, name_that_reaches
 from .swap import class_of
 from .tracing import Trace, Untraceable, child, options_of, trace_modes
 
@@ -64,7 +64,8 @@ class Users:
                     self.places[id(value)].append(f"{name}.{attribute}" if name else attribute)
         self.held = {module: held_by(module, self.names) for module in self.names}
         self.seen: dict[nn.Module, Seen | str] = {}
-        self.asking: dict[nn.Module, bool] = {}
+        self.loads: dict[tuple, list] = {}
+        self.asked_for: dict[nn.Module, set[nn.Module]] = {}
         self.reached: dict[nn.Module, set[int]] = {}
 
     def other_use(self, pair: Pair) -> str:
@@ -90,9 +91,7 @@ class Users:
                 return f"a hook on {self.title(module)} {reason}"
         if type(module).forward is nn.Module.forward:
             return ""
-        if module not in self.asking:
-            self.asking[module] = asks_types(module)
-        if self.asking[module] and _asks_for(pair.norm, module):
+        if pair.norm in self.norms_asked_for(module):
             return f"the forward of {self.title(module)} asks of which class {self.title(pair.norm)} is"
         if module in pair.forwards:
             return ""
@@ -137,7 +136,22 @@ class Users:
         if any(id(one) in targets for one in held):
             return "holds it, and may use it"
         names = _NAMES | {self.names[part].rpartition(".")[2] for part in pair.parts}
-        return code_may_reach(code, module, lambda other: id(pair.norm) in self.reach(other), pair.parts, names)
+        found = self.loaded(code, module)
+        return name_that_reaches(found, lambda other: id(pair.norm) in self.reach(other), pair.parts, names)
+
+    def loaded(self, code, module):
+        if (code, module) not in self.loads:
+            self.loads[code, module] = list(loads(code, module))
+        return self.loads[code, module]
+
+    def norms_asked_for(self, module):
+        """Those whose class decides what the module's forward is."""
+        if module not in self.asked_for:
+            reached = self.reach(module)
+            norms = [one for one in self.names if isinstance(one, _NormBase) and id(one) in reached]
+            asking = asks_types(self.loaded(class_of(module), module)) and _asks_for(norms, module)
+            self.asked_for[module] = {norm for norm in norms if _asks_for([norm], module)} if asking else set()
+        return self.asked_for[module]
 
     def reach(self, module) -> set[int]:
         """The modules, parameters and buffers that code of the module can come to by attributes."""
@@ -170,17 +184,19 @@ def _look(module) -> Seen | str:
         return str(reason)
 
 
-def _asks_for(norm, module) -> bool:
-    """Whether the forward is another one where the norm is a FoldedNorm."""
-    kind, graphs = type(norm), []
+def _asks_for(norms, module) -> bool:
+    """Whether the forward is another one where the norms are FoldedNorms."""
+    kinds, graphs = [type(norm) for norm in norms], []
     try:
-        for one in (kind, FoldedNorm):
-            object.__setattr__(norm, "__class__", one)
+        for now in (kinds, [FoldedNorm] * len(norms)):
+            for norm, kind in zip(norms, now, strict=True):
+                object.__setattr__(norm, "__class__", kind)
             graphs.append([str(trace.graph) for trace in trace_modes(module)])
     except Untraceable:
         return len(graphs) == 1
     finally:
-        object.__setattr__(norm, "__class__", kind)
+        for norm, kind in zip(norms, kinds, strict=True):
+            object.__setattr__(norm, "__class__", kind)
     return graphs[0] != graphs[1]
 
 
