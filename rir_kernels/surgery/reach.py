@@ -33,7 +33,10 @@ def held_within(objects: Iterable, known: Container[nn.Module]) -> list:
     found, queue, seen = [], list(objects), set()
     while queue and len(seen) < _MOST:
         one = queue.pop()
-        if id(one) in seen or isinstance(one, type | types.ModuleType | types.CodeType | str | int | float):
+        # a weak proxy may be dead, and raises then whatever it is asked; code that uses one names what it loads from it
+        if type(one) in weakref.ProxyTypes or id(one) in seen:
+            continue
+        if isinstance(one, type | types.ModuleType | types.CodeType | str | int | float):
             continue
         seen.add(id(one))
         if isinstance(one, nn.Module | torch.Tensor):
@@ -109,7 +112,9 @@ def loads(code: Callable | type, module: nn.Module) -> Iterator[Load | None]:
             for load in _loads(function.__code__, me, known):
                 yield load
                 if known is not None and load.owner in (None, module):
-                    queue += [(f, module) for f in _methods(type(module), load.name)]
+                    methods = list(_methods(type(module), load.name))
+                    # of self it is the first; super() may find any
+                    queue += [(f, module) for f in (methods[:1] if load.owner is module else methods)]
                 called = function.__globals__.get(load.name)
                 queue += [(called, None)] if _is_ours(called) else []
 
