@@ -79,14 +79,7 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     Nodes know in whose forward they stand: node.meta["scope"], a Path. Raises Untraceable; the module is as before.
     Other threads should not run models meanwhile: torch.fx puts itself in the place of nn.Module's methods.
     """
-    traces = []
-    for training, gradients in itertools.product((True, False), repeat=2):
-        if not training and not any(trace.asks_mode for trace in traces):
-            break  # evaluation can make no difference
-        if not gradients and not any(one.arguments is not None for trace in traces for one in trace.outside):
-            continue  # nor can gradients, where torch is asked for nothing
-        with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
-            traces.append(_trace(module, inlined))
+    traces = trace_modes(module, inlined)
     first = traces[0]
     if len({_code(trace.graph) for trace in traces}) > 1:
         raise Untraceable("its forward is another one in evaluation, or without gradients")
@@ -96,6 +89,22 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     asked = Counter(one.question for one in outside)
     outside = (one for one in outside if one.arguments is None or asked[one.question] == 1)
     return first._replace(reads=tuple(reads), outside=tuple(outside))
+
+
+def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, options: bool = False) -> list[Trace]:
+    """As `trace`, one for each mode: training or, where forward asks, evaluation; with gradients and without.
+
+    options: with the arguments that have a default given as well, the reverse of a bool.
+    """
+    traces = []
+    for training, gradients in itertools.product((True, False), repeat=2):
+        if not training and not any(trace.asks_mode for trace in traces):
+            break  # evaluation can make no difference
+        if not gradients and not any(one.arguments is not None for trace in traces for one in trace.outside):
+            continue  # nor can gradients, where torch is asked for nothing
+        with _mode(module, inlined, training), torch.set_grad_enabled(gradients):
+            traces.append(_trace(module, inlined, options))
+    return traces
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:
@@ -149,8 +158,13 @@ def refuse(reason: str):
     raise Untraceable(reason)
 
 
-def _trace(module, inlined):
-    tracer = _Tracer(module, inlined)
+def options_of(module: nn.Module) -> list[inspect.Parameter]:
+    """The arguments of its forward that have a default."""
+    return [p for p in inspect.signature(class_of(module).forward).parameters.values() if p.default is not p.empty]
+
+
+def _trace(module, inlined, options=False):
+    tracer = _Tracer(module, inlined, options)
     try:
         with _recording(tracer), _without_random_numbers():
             graph = tracer.trace(module)
@@ -183,8 +197,9 @@ def _without_random_numbers():
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what changes a buffer in place would do so now, and not in the graph
 
-    def __init__(self, module, inlined):
+    def __init__(self, module, inlined, options):
         super().__init__(autowrap_modules=())
+        self.options = options_of(module) if options else []
         self.paths = {id(m): tuple(name.split(".")) if name else () for name, m in module.named_modules()}
         self.inlined, self.inside = inlined, [()]
         self.reads: list[Read] = []
@@ -206,14 +221,20 @@ class _Tracer(fx.Tracer):
         self.inputs = tuple(p.name for p in required)
         modules = [self.root, *(self.root.get_submodule(path) for path in self.inlined)]
         self.watch = Watch(modules, lambda: len(self.graph.nodes), refuse)
+        options = {p.name: self.given(p) for p in self.options}
 
         @functools.wraps(root_fn)
         def watched(*args):
             with self.watch:
-                return root_fn(*args)
+                return root_fn(*args, **options)
 
         self.running = True
         return watched, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self.inputs)]
+
+    def given(self, parameter):
+        if isinstance(parameter.default, bool):
+            return not parameter.default
+        return self.create_proxy("placeholder", parameter.name, (), {})
 
     def call_module(self, m, forward, args, kwargs):
         self.inside.append(self.paths.get(id(m), ()))

@@ -8,7 +8,7 @@ from ..guards import bypass_obstacle
 from ..program import write_program
 from ..registry import calls_in_turn, forward_of, is_inlined, is_never_called
 from ..swap import Fused
-from ..tracing import Trace, Untraceable, sketch, trace
+from ..tracing import Trace, Untraceable, options_of, sketch, trace, trace_modes
 from .base import Family, Fold, Match, Refusal
 
 
@@ -86,16 +86,41 @@ def _folds(module):
     inlined = None if isinstance(module, fx.GraphModule) else _to_inline(module)
     if inlined is None:
         return []
+    if "forward" in module.__dict__:
+        return [Refusal("its forward was replaced on the instance")]
     try:
-        # any Conv2d takes a norm in, grouped or not
-        chains = find_chains(module, trace(module, inlined).graph, lambda conv: bypass_obstacle(conv, Conv2d))
-    except Untraceable:
-        return []
-    return [
-        Fold(chain.norm.target, chain.conv.target if chain.post_norm else None)
-        for chain in chains
-        if isinstance(chain, Chain) and chain.conv is not None
-    ]
+        first = trace(module, inlined)
+        others = trace_modes(module, inlined, options=True) if options_of(module) else []
+    except Untraceable as reason:
+        return [Refusal(str(reason))]
+    folds = _folds_in(module, first)
+    for other in others:
+        also = _folds_in(module, other)
+        folds = [one if one in also else _with_other_arguments(one) for one in folds]
+    traces = (first, *others)
+    return [one._replace(traces=traces) if isinstance(one, Fold) else one for one in folds]
+
+
+def _folds_in(module, traced):
+    # any Conv2d takes a norm in, grouped or not
+    chains = find_chains(module, traced.graph, lambda conv: bypass_obstacle(conv, Conv2d))
+    return [one if isinstance(one, Refusal) else _fold(one) for one in chains]
+
+
+def _fold(chain):
+    if chain.conv is None:
+        return Refusal("no convolution in front of the norm", chain.parts)
+    if not chain.post_norm:
+        return Fold(chain.norm.target)
+    scopes = {node.meta["scope"] for node in (chain.conv, chain.norm)}
+    inlined = {scope[:depth] for scope in scopes for depth in range(1, len(scope) + 1)}
+    return Fold(chain.norm.target, chain.conv.target, tuple(sorted(".".join(path) for path in inlined)))
+
+
+def _with_other_arguments(one):
+    if isinstance(one, Refusal) or one.conv is None:  # an affine map is right wherever the norm is called
+        return one
+    return Refusal("its forward is another one with other arguments", (one.norm,))
 
 
 def _to_inline(module):
