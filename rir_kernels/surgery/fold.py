@@ -26,7 +26,11 @@ def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionRe
     left unchanged, and so is a chain of which the model makes another use: a second call of the convolution, another
     norm that forward may choose, a parameter that is shared or read. Every forward in `model` is traced for such uses;
     one that cannot be traced, and a hook, are judged by what they hold and the names in their code. So pass the whole
-    model: uses outside it, and methods that no forward calls, are not seen.
+    model: uses outside it, and methods that no forward calls, are not seen. An attribute that forward decides by should
+    not change afterwards: a flag that skips the norm has no effect on a folded one.
+
+    The weight and bias of such a convolution are new Parameter objects: what refers to the old ones keeps their values.
+    Each chain is folded as a whole or not at all, also where an exception ends the call.
 
     Works on a fused model and on one that is not, which may be fused afterwards. There is no way back: keep a copy
     (`unfuse_` raises). The weights are rounded to their dtype: fold in fp32, and cast afterwards.

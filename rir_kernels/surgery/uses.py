@@ -45,11 +45,10 @@ class Pair(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a forward does with the modules within reach. asked: names of attributes. tensors: ids."""
+    """What a forward does with the modules within reach: how often it calls each, and which attributes it reads."""
 
     called: Counter[nn.Module]
     asked: dict[nn.Module, set[str]]
-    tensors: set[int]
 
 
 class Users:
@@ -118,8 +117,6 @@ class Users:
         if asked:
             part, name = min(asked, key=operator.itemgetter(1))
             return f"{name!r} of {self.title(part)} is read in the forward of {self.title(module)}"
-        if any(id(tensor) in seen.tensors for tensor in pair.tensors):
-            return f"a parameter of {self.title(pair.conv)} is read in the forward of {self.title(module)}"
         return ""
 
     def alternative(self, pair, seen):
@@ -176,7 +173,7 @@ def _look(module) -> Seen | str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     if kind.forward.__module__.startswith(_CALL_THEIR_CHILDREN):
-        return Seen(Counter(module._modules.values()), {}, set())
+        return Seen(Counter(module._modules.values()), {})
     try:
         given = trace_modes(module, options=True) if options_of(module) else []
         return _seen(module, trace_modes(module) + given)
@@ -201,18 +198,13 @@ def _asks_for(norms, module) -> bool:
 
 
 def _seen(module, traces):
-    called, asked, tensors = Counter(), defaultdict(set), set()
+    called, asked = Counter(), defaultdict(set)
     for trace in traces:
-        calls = Counter()
-        for node in trace.graph.nodes:
-            if node.op == "call_module":
-                calls[module.get_submodule(node.target)] += 1
-            elif node.op == "get_attr":
-                tensors.add(id(operator.attrgetter(node.target)(module)))
-        called |= calls  # the most of any mode
+        calls = [node.target for node in trace.graph.nodes if node.op == "call_module"]
+        called |= Counter(map(module.get_submodule, calls))  # the most of any trace
         for read in trace.reads:
             asked[child(module, read.path)].add(read.name)
-    return Seen(called, asked, tensors)
+    return Seen(called, asked)
 
 
 def _not_called(module, seen):
