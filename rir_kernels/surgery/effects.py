@@ -1,8 +1,8 @@
 """What the nodes of a graph read and write, so that one operation is moved past another only where nobody can tell.
 
-Memory is named by what made it: the node that returned a fresh tensor, the storage of a parameter or buffer, what a
-child keeps, or forward's arguments, all together since they may be views of one tensor. Where nothing is known of a
-function or a module, its result is taken for a view of all that went in, and all that went in for written to.
+Memory is named by what made it: the node that returned a fresh tensor, the storage of a parameter or buffer, or
+forward's arguments, all together since they may be views of one tensor. Where nothing is known of a function or a
+module, its result is taken for a view of all that went in, and all that went in for written to.
 """
 
 import functools
@@ -33,15 +33,11 @@ _HARMLESS = ("builtins", "collections", "math", "_operator")  # their functions 
 
 
 class _Effect(NamedTuple):
-    """Of a call: whether it writes to what it was given, whether its result may be a view of that, what else it writes.
-
-    keeps: whether it may keep what it was given or made for the next call.
-    """
+    """Of a call: does it write to what it was given, may its result be a view of that, what else does it write to?"""
 
     writes: bool
     views: bool
-    tensors: tuple[torch.Tensor, ...] = ()
-    keeps: bool = False
+    tensors: tuple[torch.Tensor, ...]
 
 
 class Memory:
@@ -65,8 +61,7 @@ class Memory:
         effect = self.effects.get(node)
         if effect is None:
             return self.given(written_arguments(node))
-        kept = {node.target} if effect.keeps else set()
-        return kept | _storages(effect.tensors) | (self.given(node.all_input_nodes) if effect.writes else set())
+        return _storages(effect.tensors) | (self.given(node.all_input_nodes) if effect.writes else set())
 
     def used(self, node: fx.Node) -> set:
         """What it may read or write to."""
@@ -80,8 +75,7 @@ class Memory:
             return frozenset([_storage(operator.attrgetter(node.target)(self.module))])
         effect = self.effects.get(node)
         views = effect.views if effect is not None else node.op == "output" or _views(node)
-        kept = {node.target} if effect is not None and effect.keeps else set()
-        return frozenset({node} | kept | (self.given(node.all_input_nodes) if views else set()))
+        return frozenset({node} | (self.given(node.all_input_nodes) if views else set()))
 
 
 def tensors_of(module: nn.Module) -> set:
@@ -98,37 +92,37 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments of a function or method that it may write to."""
     if node.op not in ("call_function", "call_method"):
         return []
-    if isinstance(node.target, OpOverload | OpOverloadPacket):
-        written = [a for overload in _overloads(node.target) for a in _written_by_schema(overload._schema, node)]
-    elif node.op == "call_function" and not _is_harmless(node.target):
+    if node.op == "call_function" and not (_is_operation(node.target) or _is_harmless(node.target)):
         return node.all_input_nodes
-    elif _writes_first(node):
-        written = [node.args[0] if node.args else node.all_input_nodes]
-    else:
-        written = []
-    return list(_nodes([*written, node.kwargs.get("out")]))
+    written = [node.kwargs.get("out")]
+    if not _is_operation(node.target) and _writes_first(node):
+        written.append(node.args[0] if node.args else node.all_input_nodes)
+    if not inspect.isfunction(node.target):  # the arguments of functions in Python may be others
+        for overload in _overloads(_operation(node)):
+            written += _written_by_schema(overload._schema, node)
+    return list(_nodes(written))
 
 
 def _of_module(module):
     kind = class_of(module)
-    touched = bypass_obstacle(module, type(module))
-    if calls_in_turn(kind) and not touched:
-        writes, views, tensors, keeps = False, True, (), False
+    if calls_in_turn(kind) and not bypass_obstacle(module, type(module)):
+        writes, views, tensors = False, True, ()
         for part in map(_of_module, module._modules.values()):
             writes |= part.writes and views
             views &= part.views
             tensors += part.tensors
-            keeps |= part.keeps
-        return _Effect(writes, views, tensors, keeps)
-    if touched or not all(_is_known(class_of(m)) for m in module.modules()):
-        return _Effect(True, True, tuple(_tensors(module, "_parameters", "_buffers")), keeps=True)
+        return _Effect(writes, views, tensors)
+    if not all(map(_is_known, module.modules())):
+        return _Effect(True, True, tuple(_tensors(module, "_parameters", "_buffers")))
     in_place = any(getattr(m, "inplace", False) is not False for m in module.modules())
     fresh = kind.__module__ in _FRESH and kind is not nn.Identity
     return _Effect(in_place, in_place or not fresh, tuple(_tensors(module, "_buffers")))
 
 
-def _is_known(kind):
-    return kind.__module__.startswith("torch.nn.modules.") or kind in (FoldedNorm, SyncBatchNorm2d)
+def _is_known(module):
+    kind = class_of(module)
+    known = kind.__module__.startswith("torch.nn.modules.") or kind in (FoldedNorm, SyncBatchNorm2d)
+    return known and not bypass_obstacle(module, type(module))  # a hook may write to anything
 
 
 def _tensors(module, *kinds) -> Iterator[torch.Tensor]:
@@ -193,11 +187,21 @@ def _views(node):
         return True
     if getattr(node.target, "__module__", None) == "_operator":
         return node.target.__name__ not in _FRESH_OPERATORS
-    operation = node.target
-    if not isinstance(operation, OpOverload | OpOverloadPacket):
-        name = operation if node.op == "call_method" else getattr(operation, "__name__", "")
-        operation = getattr(torch.ops.aten, name, None)
-    return not isinstance(operation, OpOverload | OpOverloadPacket) or _may_return_views(operation)
+    operation = _operation(node)
+    return operation is None or _may_return_views(operation)
+
+
+def _is_operation(target):
+    return isinstance(target, OpOverload | OpOverloadPacket)
+
+
+def _operation(node):
+    """The operation with a schema that the node calls, None where none has its name."""
+    if _is_operation(node.target):
+        return node.target
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    named = getattr(torch.ops.aten, name, None)
+    return named if _is_operation(named) else None
 
 
 @functools.cache
@@ -219,8 +223,8 @@ def _may_return_views(operation):
 
 
 def _overloads(operation):
-    if isinstance(operation, OpOverload):
-        return [operation]
+    if operation is None or isinstance(operation, OpOverload):
+        return [] if operation is None else [operation]
     return [getattr(operation, name) for name in operation.overloads()]
 
 
