@@ -101,6 +101,12 @@ def test_changes_of_a_list_are_seen():
 
 def test_a_list_is_folded():
     original = settle(Lists(pairwise)).eval()
+    for unused in (
+        "heads",
+        "nested",
+        "wrapped",
+    ):  # a norm that forward does not call might take the place of one it does
+        delattr(original, unused)
     folded = fold_bn_(copy.deepcopy(original))
     assert not any(isinstance(bn, nn.BatchNorm2d) for bn in folded.bns)
     torch.testing.assert_close(folded(X), original(X), rtol=1e-10, atol=1e-10)
