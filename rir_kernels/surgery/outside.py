@@ -8,7 +8,7 @@ pickled.
 
 import enum
 import functools
-import importlib
+import pkgutil
 import random
 import sys
 import types
@@ -101,7 +101,7 @@ class Outside:
 
 def _again(base, *rest):
     if isinstance(base, str):
-        base = sys.modules.get(base) or importlib.import_module(base)
+        base = sys.modules.get(base) or pkgutil.resolve_name(base)
     return Outside(base, *rest)
 
 
