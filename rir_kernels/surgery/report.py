@@ -39,11 +39,10 @@ class Skipped:
 
 @dataclass
 class FusionReport:
-    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have. verb: or fold_bn_."""
+    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have."""
 
     model: nn.Module
     dry_run: bool = False
-    verb: str = "fuse"
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -78,15 +77,13 @@ class FusionReport:
         )
 
     def _title(self):
-        done = f"would {self.verb}" if self.dry_run else "fused"
+        done = "would fuse" if self.dry_run else "fused"
         kind = class_of(self.model).__name__
         return f"{kind}: {done} {len(self.replaced)} operations, skipped {len(self.skipped)}"
 
     def _sections(self):
         """(heading, {title: items}), without the empty ones."""
-        replaced = _grouped(
-            self.replaced, lambda item: f"{item.pattern} in {item.kind}" + (f", impl={item.impl}" if item.impl else "")
-        )
+        replaced = _grouped(self.replaced, lambda item: f"{item.pattern} in {item.kind}, impl={item.impl}")
         skipped = _grouped(self.skipped, lambda item: f"{item.kind}, {item.reason}")
         heading = "to be replaced" if self.dry_run else "replaced"
         return [section for section in ((heading, replaced), ("skipped", skipped)) if section[1]]

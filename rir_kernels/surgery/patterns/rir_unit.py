@@ -9,10 +9,9 @@ class can only be there if it has been.
 import sys
 
 import torch
+from torch import nn
 
 from ...joining import join, split
-from ...validation import FLOATS
-from ..classes import Conv2d, ReLU, know
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -51,15 +50,14 @@ def _library():
 
 def _obstacle(unit):
     """Why the unit's modules cannot be bypassed; those of `_layer` can be read only after the types are known."""
-    modules, kind = unit._modules, _library().PostActivation
-    know(kind)
+    modules = unit._modules
     for name in _ACTIVATIONS:
         activation = modules.get(name)
-        if reason := bypass_obstacle(activation, kind):
+        if reason := bypass_obstacle(activation, _library().PostActivation):
             return f"{name}: {reason}"
-        if reason := bypass_obstacle(activation._modules.get("activ"), ReLU):
+        if reason := bypass_obstacle(activation._modules.get("activ"), nn.ReLU):
             return f"{name}.activ: {reason}"
-    if reason := bypass_obstacle(modules.get(_CONVS[0]), Conv2d):
+    if reason := bypass_obstacle(modules.get(_CONVS[0]), nn.Conv2d):
         return f"{_CONVS[0]}: {reason}"
     layer = _layer(unit)
     if reason := four_convs.obstacle(layer):
@@ -69,7 +67,7 @@ def _obstacle(unit):
             return "the identity does not have the shape of the convolutions' output"
         return ""
     conv = modules.get("identity_conv")  # it is called, and may have hooks and parametrizations
-    if not isinstance(conv, Conv2d) or conv.out_channels != layer.outputs[0]:
+    if not isinstance(conv, nn.Conv2d) or conv.out_channels != layer.outputs[0]:
         return "identity_conv: expected a Conv2d with the residual stream's channels"
     return ""
 
@@ -91,8 +89,7 @@ def _fits(layer, r, t):
     # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
     if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
         return False
-    dtypes = {r.dtype, t.dtype, *(conv.weight.dtype for conv in layer.convs.values())}
-    if (len(dtypes) > 1 or r.dtype not in FLOATS) and not torch.is_autocast_enabled(r.device.type):
+    if r.dtype != t.dtype and not torch.is_autocast_enabled(r.device.type):
         return False
     return four_convs.counts_agree(layer)
 
