@@ -103,9 +103,7 @@ def _add_pieces(commands):
     for parser, run in ((first, _first), (whole, _gpu)):
         parser.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: %(default)s")
         parser.add_argument("--minutes", type=float, default=8.0, help="then it ends; default: %(default)s")
-        parser.add_argument(
-            "--dry", action="store_true", help="on a stand-in for a GPU: what is measured means nothing"
-        )
+        parser.add_argument("--dry", action="store_true", help=STAND_IN)
         parser.set_defaults(run=run)
     first.add_argument("--step", choices=STEPS, help="one step, in this process")
     first.add_argument("--seconds", type=float, default=600.0, help="that one step may take; default: %(default)s")

@@ -64,7 +64,7 @@ def _convert_tiny(impl, module, x, *, training):
 
 
 def run(journal, machine, _seconds):
-    torch.backends.cudnn.benchmark = True  # as who trains a network sets it
+    torch.backends.cudnn.benchmark = True  # for every form, as in training
     for network in (Network("tiny", _Tiny, _convert_tiny, 8),) if machine.dry else NETWORKS:
         batch = _batch(journal, machine, network)
         if batch is None:
