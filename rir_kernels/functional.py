@@ -9,6 +9,7 @@ The norm uses the batch's statistics in training and the running ones otherwise.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -147,13 +148,15 @@ def apply(
     impl: str,
     process_group=None,
     torch_format: bool = False,
+    otherwise: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
     weight None leaves the convolution out, as `norm_act` does: the spec has none of its options then, nor a shortcut.
     `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded. process_group: whose ranks
     share the batch's statistics, in training; None is this one alone. torch_format: y has the memory format that
-    torch's own convolution gives it, channels_last where x or weight is, rather than x's.
+    torch's own convolution gives it, channels_last where x or weight is, rather than x's. otherwise: what makes y where
+    the call is refused for its tensors or numbers, instead of the error.
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
@@ -164,11 +167,16 @@ def apply(
         kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
         return y
-    check_tensors(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
-        shared=process_group is not None,
-    )  # fmt: skip
+    try:
+        check_tensors(
+            x, weight, bn_weight, bn_bias, running_mean, running_var,
+            bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
+            shared=process_group is not None,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError):
+        if otherwise is None:
+            raise
+        return otherwise()
     momentum = float(momentum)  # numpy's numbers are numbers too, but not to torch's norm
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     impl = resolve(impl, x, weight, spec, training)

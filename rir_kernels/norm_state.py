@@ -7,19 +7,19 @@ from . import functional
 from .graphs import check_host_may_read
 
 
-def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto") -> torch.Tensor:
+def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto", otherwise=None) -> torch.Tensor:
     """functional.norm_act with what nn.BatchNorm2d.forward would use and update, as `conv_bn_act` has it."""
-    return conv_bn_act(bn, x, None, spec=spec, residuals=residuals, impl=impl)
+    return conv_bn_act(bn, x, None, spec=spec, residuals=residuals, impl=impl, otherwise=otherwise)
 
 
 def conv_bn_act(
-    bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(), impl="auto", torch_format=False
+    bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(), impl="auto", torch_format=False, otherwise=None
 ) -> torch.Tensor:
     """functional.conv_bn_act with what nn.BatchNorm2d.forward would use and update, counting the batch as it does.
 
     Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
     has changed. `spec.eps` is the caller's to take from `bn`. The statistics are those of the ranks of
-    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format: as in `functional.apply`.
+    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format, otherwise: as in `functional.apply`.
     """
     training = bn.training
     running_mean, running_var, batches, momentum = _tracked(bn)
@@ -39,6 +39,7 @@ def conv_bn_act(
         impl=impl,
         process_group=None if type(bn) is nn.BatchNorm2d else _active_group(bn),
         torch_format=torch_format,
+        otherwise=otherwise,
     )
 
 

@@ -137,9 +137,9 @@ class SharedInPlace(BasicBlock):
 
 
 class IdentityOverwritten(BasicBlock):
-    """The identity changes between the norm and the sum."""
+    """The identity changes between the norm and the sum: the fused operation comes after that, too."""
 
-    fused = ("P1",)
+    fused = ("P1", "P3")
 
     def forward(self, x):
         identity = x.clone()

@@ -4,6 +4,7 @@ A chain is read outwards from its norm, back to the convolution and on to the Re
 else, so it may disappear; the fused operation takes the place of the last node.
 """
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
-from . import in_place
+from .classes import Identity
+from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
 from .tracing import Path
@@ -88,7 +90,7 @@ class _Finder:
         self.depth: dict[fx.Node, int] = {}
         for node in self.nodes:
             self.depth[node] = 1 + max((self.depth[source] for source in node.all_input_nodes), default=0)
-        self.called = Counter(node.target for node in self.nodes if node.op == "call_module")
+        self.called = Counter(id(self.child(node)) for node in self.nodes if node.op == "call_module")
         self.taken: set[fx.Node] = set()
 
     def found(self) -> Iterator[Chain | Refusal]:
@@ -131,7 +133,7 @@ class _Finder:
             steps = [(node.args[factor[0]], [], factor[1])]
         elif (pair := _summands(node)) is not None and residuals < 2:
             steps = [(pair[0], [pair[1]], 1.0)]
-            if not _in_place(node):
+            if not written_arguments(node):
                 steps.append((pair[1], [pair[0]], 1.0))
         else:
             return None
@@ -163,7 +165,7 @@ class _Finder:
             elif pair is not None and chain.conv is not None and not chain.residuals and before in pair:
                 other = pair[1] if pair[0] is before else pair[0]
                 # in place on something else: whoever else holds that would miss the sum
-                if other is before or (_in_place(node) and pair[0] is not before):
+                if written_arguments(node) and pair[0] is not before:
                     return
                 chain.residuals, chain.scale, scale = [other], scale, 1.0
                 chain.nodes += passed
@@ -184,32 +186,42 @@ class _Finder:
             and (reason := relu_obstacle(self.child(chain.relu)))
         ):
             return reason
-        if self.called[chain.norm.target] > 1:
+        if self.called[id(norm)] > 1:
             return "its norm is called more than once in a forward"
         if any(len(node.args) != 1 or node.kwargs for node in (chain.norm, conv and chain.conv) if node):
             return "it is called with more than one argument"
+        if not isinstance(chain.input, fx.Node):
+            return f"it is called with a constant, a {type(chain.input).__name__}"
+        return self.conflict(chain)
+
+    def conflict(self, chain):
+        """Why its parts cannot all run at the place of the last one: what stands in between would notice."""
+        memory, inside = self.memory, set(chain.nodes)
         first, last = (self.place[node] for node in (chain.nodes[0], chain.nodes[-1]))
-        for node in self.nodes[first:last]:
-            if node not in chain.nodes and (self.may_write(node) or self.is_handed(node, chain)):
-                return f"{node.name}, between its parts, may change a tensor in place"
-        return ""
+        read, changed = set(), set()  # by the parts so far
+        for node in self.nodes[first : last + 1]:
+            if node in inside:
+                read |= memory.given(source for source in node.all_input_nodes if source not in inside)
+                if node.op == "call_module":
+                    read |= tensors_of(self.child(node))
+                if node is chain.norm:
+                    changed = statistics_of(self.child(node))
+            elif changed & memory.used(node):
+                return f"{node.name}, between its parts, reads or changes the statistics of its norm"
+            elif read & memory.written(node):
+                return f"{node.name}, between its parts, may change in place what they read"
+        handed = memory.given([chain.input, *chain.residuals])
+        return "it takes in the statistics of its norm" if handed & changed else ""
 
-    def may_write(self, node):
-        child = self.child(node)
-        return _in_place(node) if child is None else any(getattr(m, "inplace", False) for m in child.modules())
-
-    def is_handed(self, node, chain):
-        """Whether what the chain reads is given to a forward that is not known."""
-        child = self.child(node)
-        if child is None or not {chain.input, *chain.residuals} & set(node.all_input_nodes):
-            return False
-        return not all(type(m).__module__.startswith("torch.nn.modules.") for m in child.modules())
+    @functools.cached_property
+    def memory(self):
+        return Memory(self.module, self.nodes)
 
     def child(self, node):
         return self.module.get_submodule(node.target) if node.op == "call_module" else None
 
     def is_identity(self, node):
-        return type(self.child(node)) is nn.Identity and len(node.args) == 1 and not node.kwargs
+        return type(self.child(node)) is Identity and len(node.args) == 1 and not node.kwargs
 
     def is_relu(self, node):
         if node.op == "call_module":
@@ -227,7 +239,8 @@ def _operands(node, functions, methods):
 
 def _summands(node):
     pair = _operands(node, _ADD, ("add", "add_"))
-    return pair if pair is not None and all(isinstance(a, fx.Node) for a in pair) else None
+    # a sum with itself is twice that, and no sum with something else
+    return pair if pair is not None and all(isinstance(a, fx.Node) for a in pair) and pair[0] is not pair[1] else None
 
 
 def _factor(node):
@@ -238,13 +251,3 @@ def _factor(node):
             if isinstance(pair[i], fx.Node) and type(pair[1 - i]) in (int, float):
                 return i, float(pair[1 - i])
     return None
-
-
-def _in_place(node):
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    named = name.endswith("_") and not name.endswith("__")
-    # a True by position may be F's inplace; methods have none
-    asked = node.kwargs.get("inplace", False) is not False or (node.op == "call_function" and True in node.args)
-    return named or asked or node.target in in_place.FUNCTIONS or "out" in node.kwargs

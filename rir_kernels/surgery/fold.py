@@ -1,63 +1,129 @@
 """fold_bn_: for inference, norms become part of the convolutions in front of them."""
 
-from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..folded_norm import FoldedNorm
 from .fuse import check_model, walk
 from .guards import norm_has_relu
+from .patterns import Refusal
+from .report import FusionReport, Replaced, Skipped
+from .swap import class_of
+from .uses import Pair, Users
 
 
-def fold_bn_(model: nn.Module) -> nn.Module:
+def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionReport:
     """Fold the batch norms of `model` into its convolutions, in place, for inference. Returns `model`.
 
     Where a convolution's output goes to its norm alone (P1, P2, P3, P6; grouped and dilated ones too), the convolution
     gets the norm's scale in its weight, and a bias; the norm's place is taken by a `FoldedNorm` that does nothing.
     Where an identity joins before the norm (P4, the layers of Resnet in Resnet) both are scaled per channel: the norm
     becomes the affine map that it is, a FoldedNorm with weight and bias, applied in the kernel's epilogue. A norm with
-    no convolution in front (P5) stays. What `fuse_` would refuse to bypass (hooks, parametrizations, subclasses) and
-    weights that several modules share are left alone.
+    no convolution in front (P5) stays. What `fuse_` would refuse to bypass (hooks, parametrizations, subclasses) is
+    left unchanged, and so is a chain of which the model makes another use: a second call of the convolution, another
+    norm that forward may choose, a parameter that is shared or read. Every forward in `model` is traced for such uses;
+    one that cannot be traced, and a hook, are judged by what they hold and the names in their code. So pass the whole
+    model: uses outside it, and methods that no forward calls, are not seen. An attribute that forward decides by should
+    not change afterwards: a flag that skips the norm has no effect on a folded one.
+
+    The weight and bias of such a convolution are new Parameter objects: what refers to the old ones keeps their values.
+    Each chain is folded as a whole or not at all, also where an exception ends the call.
 
     Works on a fused model and on one that is not, which may be fused afterwards. There is no way back: keep a copy
     (`unfuse_` raises). The weights are rounded to their dtype: fold in fp32, and cast afterwards.
 
+    Args:
+        dry_run: change nothing, and return a FusionReport: as `replaced` what would be folded (P4: a norm that becomes
+            an affine map; P2: all others, with the convolution), as `skipped` every norm that stays and why. After
+            folding it lists those that stayed.
+
     Raises, with nothing changed: ValueError for a model in training mode, TypeError for one that is no nn.Module.
     """
     check_model(model)
-    folds = _folds(model)
-    for name, _, norm in folds:
-        if norm.training:
-            raise ValueError(f"{name} is in training mode, where it has no statistics to fold: call model.eval() first")
+    report = FusionReport(model, dry_run=True, verb="fold")
+    folds = _folds(model, report)
+    if dry_run:
+        return report
+    for fold in folds:
+        if fold.norm.training:
+            raise ValueError(
+                f"{fold.name} is in training mode, where it has no statistics to fold: call model.eval() first"
+            )
     with torch.no_grad():
-        for name, conv, norm in folds:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _fold(conv, norm))
+        for fold in folds:
+            _apply(fold)
     return model
 
 
-def _folds(model):
-    """(name of the norm, conv or None, norm), each norm once."""
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    found = {}
+class _Fold(NamedTuple):
+    name: str  # the norm's
+    owner: nn.Module  # of the norm
+    norm: nn.Module
+    conv: nn.Module | None
 
-    def visit(module, family, module_names):
-        for fold in family.folds(module):
-            norm, conv = module.get_submodule(fold.norm), fold.conv and module.get_submodule(fold.conv)
-            tied = names[id(norm)] > 1 or (conv is not None and (names[id(conv)] > 1 or uses[id(conv.weight)] > 1))
-            known = norm.running_mean is not None and norm.running_var is not None
-            if known and not tied and type(norm) is not FoldedNorm:
-                found[id(norm)] = ".".join(filter(None, (module_names[0], fold.norm))), conv, norm
+
+def _folds(model, report):
+    """What is to be folded, each norm once; everything is written into the report."""
+    found, untraced = {}, {}  # by norm; by module
+
+    def visit(module, family, names):
+        for one in family.folds(module):
+            if not isinstance(one, Refusal):
+                found[module.get_submodule(one.norm)] = module, one
+                continue
+            untraced.setdefault(module, one.reason)
+            for part in map(module.get_submodule, one.parts):
+                if isinstance(part, _NormBase):
+                    found.setdefault(part, (module, one))  # the forward around it may have seen a convolution
         return ()
 
     walk(model, visit)
-    return list(found.values())
+    folds, users = [], Users(model)
+    for norm, name in users.names.items():
+        if not isinstance(norm, _NormBase):
+            continue
+        module, one = found.get(norm, (None, None))
+        if one is None:
+            reason = _why_not_found(name, users.names, untraced)
+        elif isinstance(one, Refusal):
+            reason = one.reason
+        else:
+            conv = one.conv and module.get_submodule(one.conv)
+            forwards = (module, *map(module.get_submodule, one.inlined))
+            reason = _obstacle(norm, conv) or users.other_use(Pair(norm, conv, forwards, one.traces))
+        if reason:
+            report.skipped.append(Skipped(name, reason, type(norm).__name__))
+            continue
+        parts = (one.norm,) if conv is None else (one.conv, one.norm)
+        pattern = "P4" if conv is None else "P2"
+        report.replaced.append(Replaced(users.names[module], pattern, class_of(module).__name__, "", parts))
+        folds.append(_Fold(name, model.get_submodule(name.rpartition(".")[0]), norm, conv))
+    return folds
 
 
-def _fold(conv, norm):
-    """What takes the norm's place."""
+def _why_not_found(name, names, untraced):
+    """Why no chain was found for the norm of this name: the innermost forward around it says so."""
+    around = [module for module in untraced if name.startswith(f"{names[module]}." if names[module] else "")]
+    if not around:
+        return "no convolution in front of the norm was found"
+    return untraced[max(around, key=lambda module: len(names[module]))]
+
+
+def _obstacle(norm, conv):
+    """What folding needs of the two."""
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    if conv is not None and any(type(p) not in (nn.Parameter, type(None)) for p in (conv.weight, conv.bias)):
+        return "the convolution's weight or bias is no plain Parameter"
+    return ""
+
+
+def _apply(fold):
+    """All is computed before the first change, and what changes are entries of dicts, so that none can fail."""
+    norm, conv = fold.norm, fold.conv
     wide = torch.float64
     scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.to(wide)
@@ -66,12 +132,18 @@ def _fold(conv, norm):
     options = {"relu": norm_has_relu(norm), "like": norm.running_mean}
     if conv is None:
         like = norm.running_mean.dtype
-        return FoldedNorm(len(scale), scale.to(like), shift.to(like), **options)
-    weight = conv.weight
-    if conv.bias is not None:
-        shift = shift + conv.bias.to(wide) * scale
-        conv.bias.copy_(shift)
+        folded = FoldedNorm(len(scale), scale.to(like), shift.to(like), **options)
     else:
-        conv.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
-    weight.copy_(weight.to(wide) * scale.view(-1, 1, 1, 1))
-    return FoldedNorm(len(scale), **options)
+        folded = FoldedNorm(len(scale), **options)
+        weight, bias = conv.weight, conv.bias
+        shift = shift if bias is None else shift + bias.to(wide) * scale
+        folded_weight = weight.to(wide) * scale.view(-1, 1, 1, 1)
+        # other objects: whatever else refers to the old ones keeps their values
+        conv._parameters.update(
+            weight=_parameter(folded_weight, weight), bias=_parameter(shift, weight if bias is None else bias)
+        )
+    fold.owner._modules[fold.name.rpartition(".")[2]] = folded
+
+
+def _parameter(value, like):
+    return nn.Parameter(value.to(like.dtype), like.requires_grad)

@@ -7,10 +7,11 @@ from torch import nn
 
 from ..folded_norm import FoldedNorm
 from ..preference import check_impl
+from .classes import subclass_obstacle
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
-from .tracing import Untraceable
+from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
+from .tracing import Untraceable, first_line
 
 
 def fuse_(
@@ -33,9 +34,10 @@ def fuse_(
     hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
     torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
-    one layer that disagree), or an attribute that forward decided by, the modules are called as they were before.
-    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward does beside its tensors
-    (appends to a list of the program's, prints) is done while tracing and no more.
+    one layer that disagree, its class patched), or an attribute that forward decided by, the modules are called as they
+    were before; so they are where a call cannot be one operation, and raise what they raise.
+    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes besides its
+    tensors (a list, an attribute, a global) is put back, and that module is left alone; what it prints is printed.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
@@ -61,16 +63,19 @@ def fuse_(
 
     def fuse(module, family, names):
         """This one module; returns what is bypassed then."""
-        found = family.find(module)
         kind, also = type(module).__name__, tuple(names[1:])
+        try:
+            found = family.find(module)
+        except (Untraceable, Exception) as error:
+            report.skipped.append(Skipped(names[0], _fault(error), kind, also))
+            return set()
         matches, reasons = _select(module, family, found, enabled, filter_fn, names)
         report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
         if matches:
             try:
                 recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
-                _check_class(recipe)
-            except Untraceable as reason:
-                report.skipped.append(Skipped(names[0], str(reason), kind, also))
+            except (Untraceable, Exception) as error:
+                report.skipped.append(Skipped(names[0], _fault(error), kind, also))
                 return set()
             swaps.append((module, recipe))
         report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
@@ -79,6 +84,8 @@ def fuse_(
 
     walk(model, fuse)
     if not dry_run:
+        for _, recipe in swaps:
+            fused_class(recipe)  # all of them are there before any is swapped
         for module, recipe in swaps:
             swap_in(module, recipe)
     return report
@@ -155,22 +162,21 @@ def _select(module, family, found, enabled, filter_fn, names):
 def _unit_obstacle(module, family):
     if is_fused(module):
         program = module._rir_fusion.program
-        changed = program and program.obstacle(module)
+        changed = changed_class(module) or (program and program.obstacle(module))
         state = f", but runs its own forward, since {changed}" if changed else ""
         return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
-    if reason := family.obstacle(type(module)):
+    if reason := family.obstacle(type(module)) or subclass_obstacle(type(module)):
         return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""
 
 
-def _check_class(recipe):
-    """Makes the class that swapping takes: where a base class refuses it, no module has been swapped yet."""
-    try:
-        fused_class(recipe)
-    except Exception as error:
-        raise Untraceable(f"its class takes no subclass: {type(error).__name__}: {error}") from error
+def _fault(error):
+    """The reason why one module is skipped: whatever is odd about it, all others are fused."""
+    if isinstance(error, Untraceable):
+        return str(error)
+    return f"it cannot be fused: {first_line(error)}"
 
 
 def _check_patterns(patterns):

@@ -4,6 +4,8 @@ So every answer is cheap (the modules' own dicts are read, several times faster 
 tensor's values, and is traceable by torch.compile: a reason, or an empty string.
 """
 
+import numbers
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -12,11 +14,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..folded_norm import FoldedNorm
 from ..sync_batchnorm import SyncBatchNorm2d
+from .classes import BatchNorm2d, Conv2d, Identity, ReLU, know, patched
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 # norm_state reads from these what it reads from the other, and the group that shares the statistics
-_AS_GOOD = {nn.BatchNorm2d: (SyncBatchNorm2d, FoldedNorm)}
+_AS_GOOD = {BatchNorm2d: (SyncBatchNorm2d, FoldedNorm)}
+for _kind in _AS_GOOD[BatchNorm2d]:
+    know(_kind)
 
 
 def call_obstacle(*inputs) -> str:
@@ -38,45 +43,63 @@ def bypass_obstacle(module, kind: type) -> str:
 
 def conv_obstacle(conv) -> str:
     """Why the convolution may not be bypassed, or is none that is fused."""
-    if reason := bypass_obstacle(conv, nn.Conv2d):
+    if reason := bypass_obstacle(conv, Conv2d):
         return reason
     if conv.groups != 1:
         return "groups > 1: only ungrouped convolutions are fused"
-    if pair(conv.dilation) != (1, 1):
+    dilation = pair(conv.dilation)
+    if dilation is None or pair(conv.stride) is None:
+        return f"stride={conv.stride!r} and dilation={conv.dilation!r}: only integers are fused"
+    if dilation != (1, 1):
         return f"dilation={conv.dilation}: only undilated convolutions are fused"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}: only 'zeros' is supported"
     if padding_of(conv) is None:
+        if conv.padding != "same":
+            return f"padding={conv.padding!r}: only integers, 'same' and 'valid' are fused"
         return f"padding={conv.padding!r} with an even kernel pads one side more than the other"
     return ""
 
 
 def norm_obstacle(norm) -> str:
     """Why the norm may not be bypassed, nor the activation within, where its kind has one."""
-    if type(norm) is nn.BatchNorm2d or (within := activation_within(norm)) is None:
-        return bypass_obstacle(norm, nn.BatchNorm2d)
+    if type(norm) is BatchNorm2d or (within := activation_within(norm)) is None:
+        return bypass_obstacle(norm, BatchNorm2d) or _number_obstacle(norm)
     activation, nothing = within
-    if not isinstance(activation, nn.ReLU | nn.Identity):
+    if not isinstance(activation, ReLU | Identity):
         return f"the activation within the norm is a {type(activation).__name__}: only ReLU is fused"
-    kind = nn.ReLU if isinstance(activation, nn.ReLU) else nn.Identity
-    return _touched(norm) or bypass_obstacle(activation, kind) or bypass_obstacle(nothing, nn.Identity)
+    know(type(norm))
+    kind = ReLU if isinstance(activation, ReLU) else Identity
+    return (
+        _touched(norm)
+        or _number_obstacle(norm)
+        or bypass_obstacle(activation, kind)
+        or bypass_obstacle(nothing, Identity)
+    )
+
+
+def _number_obstacle(norm):
+    # torch takes tensors as well, and reads them
+    return "" if isinstance(norm.eps, float | int) else f"its eps is a {type(norm.eps).__name__}"
 
 
 def norm_has_relu(norm) -> bool:
     """Whether the norm's own forward ends with a ReLU."""
     if type(norm) is FoldedNorm:
         return norm.relu
-    within = None if type(norm) is nn.BatchNorm2d else activation_within(norm)
-    return within is not None and isinstance(within[0], nn.ReLU)
+    within = None if type(norm) is BatchNorm2d else activation_within(norm)
+    return within is not None and isinstance(within[0], ReLU)
 
 
 def relu_obstacle(relu) -> str:
     """Why the activation may not be bypassed."""
-    return bypass_obstacle(relu, nn.ReLU)
+    return bypass_obstacle(relu, ReLU)
 
 
 def _touched(module) -> str:
     """Why a module of a known kind may not be bypassed after all."""
+    if reason := patched(type(module)):
+        return reason
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook is registered on it"
     attributes = module.__dict__
@@ -84,14 +107,25 @@ def _touched(module) -> str:
         _ = module.forward, getattr(module, "_conv_forward", None)  # a look-up leaves a guard, the next line none
     if "forward" in attributes or "_conv_forward" in attributes:
         return "its forward was replaced on the instance"
-    for parameter in module._parameters.values():
+    parameters = module._parameters.values()
+    if "weight" in attributes or "bias" in attributes:
+        parameters = (*parameters, attributes.get("weight"), attributes.get("bias"))
+    for parameter in parameters:
         if parameter is not None and _wraps_tensors(parameter):
             return f"a parameter of it is a {type(parameter).__name__}"
     return ""
 
 
+def tensor_of(module, name: str):
+    """module.name, a parameter or whatever else stands for one."""
+    parameters = module._parameters
+    if name in parameters and name not in module.__dict__:
+        return parameters[name]
+    return getattr(module, name)
+
+
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The zero padding in numbers; None where "same" pads one side more than the other."""
+    """The zero padding in numbers; None where it is not in integers, or "same" pads one side more than the other."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding != "same":
@@ -100,9 +134,14 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
     return None if any(size % 2 for size in total) else (total[0] // 2, total[1] // 2)
 
 
-def pair(value) -> tuple[int, int]:
-    """An int or a pair, as torch's functions read it."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+def pair(value) -> tuple[int, int] | None:
+    """An int or a pair in Python's integers (they may be numpy's), as torch's functions read it; None for others."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
+    values = value if isinstance(value, tuple | list) else (value,)
+    if len(values) not in (1, 2) or not all(isinstance(one, numbers.Integral) for one in values):
+        return None
+    return int(values[0]), int(values[-1])
 
 
 def _wraps_tensors(x) -> bool:

@@ -8,9 +8,11 @@ import functools
 import hashlib
 import inspect
 import linecache
+import operator
 import re
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +22,12 @@ from torch.fx.node import _get_qualified_name
 
 from . import in_place, units
 from .chains import Chain
+from .classes import Method, methods_of
 from .guards import bypass_obstacle, call_obstacle
-from .tracing import Path, Read, Trace, Untraceable, child, holds
+from .outside import Outside
+from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
+
+_ONE_BY_ONE = "_rir_one_by_one_"
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Program:
     inputs: tuple[str, ...]
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
+    outside: tuple[Outside, ...]
 
     def obstacle(self, module: nn.Module) -> str:
         """Why the original forward must be run."""
@@ -45,14 +52,25 @@ class Program:
         for read in self.reads:
             owner = child(module, read.path)
             if compiling:
-                _ = getattr(owner, read.name, None)  # a look-up leaves a guard, one in the instance's dict none
+                # a look-up leaves a guard, one in the instance's dict none
+                _ = hasattr(owner, read.name) and getattr(owner, read.name, None)
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
+        for one in self.outside:
+            if not one.holds():
+                return f"{one.name} has changed"
         return ""
+
+    def methods(self, original: type) -> tuple[Method, ...]:
+        """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""
+        kinds = {(): original} | {path: kind for path, kind in self.untouched}
+        called = {(path, "forward") for path in kinds}
+        called |= {(read.path, read.name) for read in self.reads if is_of_the_class(read) and read.path in kinds}
+        return tuple(method for path, name in sorted(called) for method in methods_of(kinds[path], name))
 
     def forward(self, original: type):
         """The forward of a fused class."""
-        fused, inputs = _compiled(self.source), self.inputs
+        fused, inputs = _compiled(self.source).forward, self.inputs
 
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
@@ -66,25 +84,50 @@ class Program:
 
         return forward
 
+    def helpers(self) -> dict[str, Callable]:
+        """The methods of a fused class that its forward calls."""
+        return {name: f for name, f in vars(_compiled(self.source)).items() if name.startswith(_ONE_BY_ONE)}
+
 
 def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str]) -> Program:
     """The program for these chains of the trace; the trace itself is left as it is."""
     graph, copies = fx.Graph(), {}
+    root = graph.placeholder("self")
     graph.output(graph.graph_copy(trace.graph, copies))
-    for node in graph.nodes:
-        node.target = in_place.FUNCTIONS.get(node.target, node.target)
-    for chain in chains:
-        _replace(graph, chain, copies)
+    helpers = {f"{_ONE_BY_ONE}{i}": _one_by_one(chain) for i, chain in enumerate(chains)}
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        # of the class, see swap.Recipe
+        impl = graph.call_function(getattr, (graph.call_function(getattr, (root, "_rir_fusion")), "impl"))
+    for name, chain in zip(helpers, chains, strict=True):
+        _replace(graph, chain, copies, root, {"impl": impl}, name)
+    functions = {"forward": graph} | helpers
+    for function in functions.values():
+        for node in function.nodes:
+            node.target = node.name if node.op == "placeholder" else in_place.FUNCTIONS.get(node.target, node.target)
+        _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    return Program(_source(graph), trace.inputs, untouched, trace.reads)
+    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside)
 
 
-def _replace(graph, chain, copies):
+def _one_by_one(chain):
+    """What forward did instead of the chain, by its own operations: in place where it was, for dtypes and errors."""
+    graph = fx.Graph()
+    graph.placeholder("self")
+    copies = {chain.input: graph.placeholder("x")}
+    for i, residual in enumerate(chain.residuals):
+        copies[residual] = graph.placeholder(f"residual_{i}")
+    for node in chain.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[chain.nodes[-1]])
+    return graph
+
+
+def _replace(graph, chain, copies, root, options, one_by_one):
     last = copies[chain.nodes[-1]]
     with graph.inserting_before(last):
         x, norm = copies[chain.input], graph.get_attr(chain.norm.target)
-        options = {"impl": graph.get_attr("_rir_fusion.impl")}  # of the class, see swap.Recipe
+        options = options | {"one_by_one": graph.call_function(getattr, (root, one_by_one))}
         act = None if chain.relu is None else "relu"
         if chain.relu is not None and chain.relu.op == "call_module":
             act = graph.get_attr(chain.relu.target)
@@ -102,11 +145,44 @@ def _replace(graph, chain, copies):
     copies[chain.nodes[-1]] = fused  # which may be what another chain takes in
 
 
-def _source(graph):
-    """The forward, with the imports it needs."""
-    code = graph.python_code("self")
-    used = [(name, value) for name, value in code.globals.items() if re.search(rf"\b{name}\b", code.src)]
-    return "\n".join([*(_import(name, value) for name, value in used), "", code.src.strip(), ""])
+def _look_up(graph, module):
+    """Takes children, parameters and buffers by keys, since not every name of a child can be spelled in Python."""
+    (root, *_) = graph.nodes
+    children, dicts = {(): root}, {}
+
+    def found(path):
+        """The node of the child at `path`, which is looked up once."""
+        if path not in children:
+            owner = found(path[:-1])
+            if owner not in dicts:
+                dicts[owner] = graph.create_node("call_function", getattr, (owner, "_modules"), name="modules")
+            key = (dicts[owner], path[-1])
+            children[path] = graph.create_node("call_function", operator.getitem, key, name=f"{path[-1]}_module")
+        return children[path]
+
+    for node in [node for node in graph.nodes if node.op in ("get_attr", "call_module")]:
+        path = tuple(node.target.split("."))
+        with graph.inserting_before(node):
+            if node.op == "call_module":
+                value = graph.call_function(units.call, (found(path), *node.args), dict(node.kwargs))
+            elif child(module, path) is not None:
+                value = found(path)
+            else:
+                value = graph.call_function(units.attribute, (found(path[:-1]), path[-1]))
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+
+
+def _source(graphs):
+    """The functions of these names, with the imports they need."""
+    used, functions = {}, []
+    for function, graph in graphs.items():
+        code = graph.python_code("self")
+        functions.append(code.src.strip().replace("def forward(", f"def {function}(", 1))
+        for name, value in code.globals.items():
+            if re.search(rf"\b{name}\b", code.src) and used.setdefault(name, value) is not value:
+                raise Untraceable(f"its forward calls two functions that go by the name {name}")
+    return "\n".join([*(_import(name, value) for name, value in used.items()), "", "\n\n".join(functions), ""])
 
 
 def _import(name, value):
@@ -130,4 +206,4 @@ def _compiled(source):
     generated = sys.modules[name] = types.ModuleType(name)
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for tracebacks
     exec(compile(source, name, "exec"), generated.__dict__)
-    return generated.forward
+    return generated

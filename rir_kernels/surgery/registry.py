@@ -1,5 +1,7 @@
 """What is known of other people's classes. They are named, not imported: no instance is there without its library."""
 
+import inspect
+
 from torch import nn
 
 from .swap import is_fused
@@ -30,7 +32,22 @@ def is_inlined(module: nn.Module) -> bool:
     kind = type(module)
     if is_fused(module):
         return False
-    return kind.forward is nn.Sequential.forward or kind in _inlined or full_name(kind) in _inlined
+    return calls_in_turn(kind) or kind in _inlined or full_name(kind) in _inlined
+
+
+def forward_of(kind: type):
+    """The class's forward as it stands there: on scripted classes, looking it up otherwise raises."""
+    return inspect.getattr_static(kind, "forward")
+
+
+def calls_in_turn(kind: type) -> bool:
+    """Whether its forward is nn.Sequential's: one child after the other."""
+    return forward_of(kind) is nn.Sequential.forward
+
+
+def is_never_called(kind: type) -> bool:
+    """Whether it has no forward, as nn.ModuleList and nn.ModuleDict: others call its children."""
+    return forward_of(kind) is nn.Module.forward
 
 
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:

@@ -39,10 +39,11 @@ class Skipped:
 
 @dataclass
 class FusionReport:
-    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have."""
+    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have. verb: or fold_bn_."""
 
     model: nn.Module
     dry_run: bool = False
+    verb: str = "fuse"
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -77,13 +78,15 @@ class FusionReport:
         )
 
     def _title(self):
-        done = "would fuse" if self.dry_run else "fused"
+        done = f"would {self.verb}" if self.dry_run else "fused"
         kind = class_of(self.model).__name__
         return f"{kind}: {done} {len(self.replaced)} operations, skipped {len(self.skipped)}"
 
     def _sections(self):
         """(heading, {title: items}), without the empty ones."""
-        replaced = _grouped(self.replaced, lambda item: f"{item.pattern} in {item.kind}, impl={item.impl}")
+        replaced = _grouped(
+            self.replaced, lambda item: f"{item.pattern} in {item.kind}" + (f", impl={item.impl}" if item.impl else "")
+        )
         skipped = _grouped(self.skipped, lambda item: f"{item.kind}, {item.reason}")
         heading = "to be replaced" if self.dry_run else "replaced"
         return [section for section in ((heading, replaced), ("skipped", skipped)) if section[1]]

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from .classes import Method, methods_of, replaced, subclass_of
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -19,6 +21,20 @@ class Recipe:
     impl: str
     patterns: tuple[str, ...]  # those that forward may use, sorted
     program: Hashable = None  # of a forward that is generated
+    methods: tuple[Method, ...] = None  # those that forward stands for; None takes them as they are now
+
+    def __post_init__(self):
+        if self.methods is None:
+            also = () if self.program is None else self.program.methods(self.original)
+            found = dict.fromkeys((*methods_of(self.original, "forward"), *also))
+            object.__setattr__(self, "methods", tuple(found))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        # a method that was replaced may have no name to be pickled by, nor be there in another process
+        return Recipe, (self.original, self.mixin, self.impl, self.patterns, self.program)
 
 
 class Fused:
@@ -32,9 +48,21 @@ class Fused:
         self.__class__ = self._rir_fusion.original
         self.__init__(*args, **kwargs)
 
+    def __init_subclass__(cls, **kwargs):
+        # a fused class is not for the original's to see: it may write down, or refuse, what it takes for a user's
+        if "_rir_fusion" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
     def __reduce_ex__(self, protocol):
-        # deepcopy, copy and pickle: the class is not found by its name, so it is made again
-        return (_rebuild, (self._rir_fusion,), *super().__reduce_ex__(protocol)[2:])
+        # deepcopy, copy and pickle: the class is not found by its name, so one of the original class is made, as that
+        # class says, and fused
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        recipe = self._rir_fusion
+        build, arguments, *state = reduced
+        build, *arguments = (recipe.original if part is type(self) else part for part in (build, *arguments))
+        return (_rebuild, (recipe, build, tuple(arguments)), *state)
 
 
 def swap_in(module, recipe: Recipe) -> None:
@@ -71,18 +99,32 @@ def is_covered(module) -> bool:
     return is_fused(module) and "_rir_fusion" not in type(module).__dict__
 
 
+def changed_class(module) -> str:
+    """Why the class of a fused module is not what it was, so that the original forward runs; or an empty string."""
+    return replaced(module._rir_fusion.methods)
+
+
 @functools.cache
 def fused_class(recipe: Recipe) -> type:
-    """The class of modules that are fused so. Whatever a base class raises for its subclasses."""
-    name = f"Fused{recipe.original.__name__}"
+    """The class of modules that are fused so."""
+    original, methods = recipe.original, recipe.methods
+    program = recipe.program
+    fused = getattr(recipe.mixin, "forward", original.forward) if program is None else program.forward(original)
+    helpers = {} if program is None else program.helpers()
+
+    @functools.wraps(original.forward)
+    def forward(module, *args, **kwargs):
+        if replaced(methods):
+            return original.forward(module, *args, **kwargs)
+        return fused(module, *args, **kwargs)
+
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
-    namespace = {"__module__": recipe.mixin.__module__, "__doc__": recipe.original.__doc__, "_rir_fusion": recipe}
-    if recipe.program is not None:
-        namespace["forward"] = recipe.program.forward(recipe.original)
-    return type(name, (recipe.mixin, recipe.original), namespace)
+    namespace = {"__module__": recipe.mixin.__module__, "__doc__": original.__doc__, "_rir_fusion": recipe}
+    return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward})
 
 
-def _rebuild(recipe):
-    module = recipe.original.__new__(recipe.original)
-    swap_in(module, recipe)
+def _rebuild(recipe, build, arguments):
+    module = build(*arguments)
+    if type(module) is recipe.original:
+        swap_in(module, recipe)
     return module

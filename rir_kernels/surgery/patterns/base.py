@@ -27,17 +27,23 @@ class Refusal(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """The path of a norm that can be folded into a convolution, or where that is None into an affine map."""
+    """The path of a norm that can be folded into a convolution, or where that is None into an affine map.
+
+    inlined: paths of the children in whose forwards they are called. traces: of the forward, with these looked into;
+    none for a class whose forward is known.
+    """
 
     norm: str
     conv: str | None = None
+    inlined: tuple[str, ...] = ()
+    traces: tuple = ()
 
 
 def no_program(module, matches) -> None:
     """The program of families whose mixin knows what to do."""
 
 
-def no_folds(module) -> list[Fold]:
+def no_folds(module) -> list[Fold | Refusal]:
     """Of families that know of none."""
     return []
 
@@ -59,7 +65,7 @@ class Family:
     find: Callable[..., list[Match | Refusal]]
     mixin: type
     program: Callable[..., Any] = no_program
-    folds: Callable[..., list[Fold]] = no_folds
+    folds: Callable[..., list[Fold | Refusal]] = no_folds
 
 
 def exactly(target: Callable[[], type | None]) -> dict:

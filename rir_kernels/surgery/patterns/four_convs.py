@@ -14,6 +14,7 @@ from ...graphs import check_host_may_read
 from ...spec import ConvBNActSpec
 from ...streams import pack_weight
 from ...sync_batchnorm import SyncBatchNorm2d
+from ..classes import BatchNorm2d, Conv2d
 from ..guards import bypass_obstacle
 
 
@@ -74,7 +75,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
         branch_scale=branch_scale,
         eps=norm.eps,
     )
-    weight = pack_weight(*(None if conv is None else conv._parameters["weight"] for conv in layer.convs.values()))
+    weight = pack_weight(*(None if conv is None else conv.weight for conv in layer.convs.values()))
     y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl, torch_format=True)
     if len(norms) == 2:
         norm.write_back()
@@ -113,35 +114,31 @@ class _JoinedNorm:
 
 
 def _conv_obstacle(conv, shape, layer):
-    if reason := bypass_obstacle(conv, nn.Conv2d):
+    if reason := bypass_obstacle(conv, Conv2d):
         return reason
     found = conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
     expected = layer.stride, (layer.kernel_size // 2, layer.kernel_size // 2), (1, 1), 1, "zeros"
     if found != expected:
         return f"stride, padding, dilation, groups, padding_mode are {found}, expected {expected}"
-    parameters = conv._parameters
-    if parameters.get("bias") is not None:
+    if conv.bias is not None:
         return "a bias is not supported here"
-    weight = parameters.get("weight")
-    if weight is None or weight.shape != shape:
-        return f"weight: expected a parameter of shape {shape}"
+    if conv.weight is None or conv.weight.shape != shape:
+        return f"weight: expected the shape {shape}"
     return ""
 
 
 def _norm_obstacle(norm, channels):
-    if reason := bypass_obstacle(norm, nn.BatchNorm2d):
+    if reason := bypass_obstacle(norm, BatchNorm2d):
         return reason
-    parameters, buffers = norm._parameters, norm._buffers
-    if not ("weight" in parameters and "bias" in parameters and "running_mean" in buffers and "running_var" in buffers):
-        return "its parameters or buffers are no longer registered as such"
+    if not (isinstance(norm.eps, float | int) and isinstance(norm.momentum, float | int | None)):
+        return f"eps={norm.eps!r} and momentum={norm.momentum!r}: only Python's numbers are fused"
     if any(tensor is not None and tensor.shape != (channels,) for tensor in _state(norm)):
         return f"it does not have {channels} channels"
     return ""
 
 
 def _state(norm):
-    parameters, buffers = norm._parameters, norm._buffers
-    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def _description(norm):

@@ -1,8 +1,7 @@
 """rir_kernels' own modules: they run fused as they are, and only fold."""
 
-from torch import nn
-
 from ...modules import ConvBNAct, RiRLayer
+from ..classes import Conv2d
 from ..guards import bypass_obstacle, norm_obstacle
 from ..swap import Fused
 from .base import Family, Fold, no_folds
@@ -17,7 +16,7 @@ def _folds(module):
         return []
     if type(module) is RiRLayer or module.residual_at == "pre_norm":
         return [Fold("bn")]
-    return [] if bypass_obstacle(module.conv, nn.Conv2d) else [Fold("bn", "conv")]
+    return [] if bypass_obstacle(module.conv, Conv2d) else [Fold("bn", "conv")]
 
 
 FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=no_folds, mixin=Fused, folds=_folds)

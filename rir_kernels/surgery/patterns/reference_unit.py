@@ -1,11 +1,10 @@
 """rir_kernels.reference.ConvBNAct: P1 or P2, or with the residual that a call may bring P3, P4 or P6."""
 
-from torch import nn
-
 from ... import norm_state, reference
 from ...reference.functional import check_dtypes
 from ...spec import spec_of_conv
 from ...validation import as_residuals
+from ..classes import Conv2d
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
 from ..swap import Fused
 from .base import Family, Fold, Match, Refusal, exactly
@@ -39,7 +38,7 @@ def _find(unit):
 
 
 def _folds(unit):
-    if bypass_obstacle(unit._modules.get("conv"), nn.Conv2d) or norm_obstacle(unit._modules.get("bn")):
+    if bypass_obstacle(unit._modules.get("conv"), Conv2d) or norm_obstacle(unit._modules.get("bn")):
         return []
     return [Fold("bn", "conv" if unit.residual_at == "post_norm" else None)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import registry
+from ..classes import BatchNorm2d, Conv2d, Method, methods_of
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
 from ..tracing import Path, child
 from .base import PATTERNS, Family, Match, Refusal, exactly
@@ -91,6 +92,12 @@ class _Written:
                 return f"{'.'.join(path)}: {reason}"
         return self.asked(module) if self.asked is not None else ""
 
+    def methods(self, original: type) -> tuple[Method, ...]:
+        return tuple(m for kind in dict.fromkeys(kind for _, kind in self.parts) for m in methods_of(kind, "forward"))
+
+    def helpers(self) -> dict[str, Callable]:
+        return {}
+
     def forward(self, original: type):
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
@@ -102,9 +109,9 @@ class _Written:
 
 
 def _part_obstacle(module, kind):
-    if kind is nn.Conv2d:
+    if kind is Conv2d:
         return conv_obstacle(module)
-    return norm_obstacle(module) if kind is nn.BatchNorm2d else bypass_obstacle(module, kind)
+    return norm_obstacle(module) if kind is BatchNorm2d else bypass_obstacle(module, kind)
 
 
 def _find(plan, pattern, module):

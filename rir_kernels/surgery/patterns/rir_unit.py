@@ -9,9 +9,10 @@ class can only be there if it has been.
 import sys
 
 import torch
-from torch import nn
 
 from ...joining import join, split
+from ...validation import FLOATS
+from ..classes import Conv2d, ReLU, know
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -50,14 +51,15 @@ def _library():
 
 def _obstacle(unit):
     """Why the unit's modules cannot be bypassed; those of `_layer` can be read only after the types are known."""
-    modules = unit._modules
+    modules, kind = unit._modules, _library().PostActivation
+    know(kind)
     for name in _ACTIVATIONS:
         activation = modules.get(name)
-        if reason := bypass_obstacle(activation, _library().PostActivation):
+        if reason := bypass_obstacle(activation, kind):
             return f"{name}: {reason}"
-        if reason := bypass_obstacle(activation._modules.get("activ"), nn.ReLU):
+        if reason := bypass_obstacle(activation._modules.get("activ"), ReLU):
             return f"{name}.activ: {reason}"
-    if reason := bypass_obstacle(modules.get(_CONVS[0]), nn.Conv2d):
+    if reason := bypass_obstacle(modules.get(_CONVS[0]), Conv2d):
         return f"{_CONVS[0]}: {reason}"
     layer = _layer(unit)
     if reason := four_convs.obstacle(layer):
@@ -67,7 +69,7 @@ def _obstacle(unit):
             return "the identity does not have the shape of the convolutions' output"
         return ""
     conv = modules.get("identity_conv")  # it is called, and may have hooks and parametrizations
-    if not isinstance(conv, nn.Conv2d) or conv.out_channels != layer.outputs[0]:
+    if not isinstance(conv, Conv2d) or conv.out_channels != layer.outputs[0]:
         return "identity_conv: expected a Conv2d with the residual stream's channels"
     return ""
 
@@ -89,7 +91,8 @@ def _fits(layer, r, t):
     # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
     if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
         return False
-    if r.dtype != t.dtype and not torch.is_autocast_enabled(r.device.type):
+    dtypes = {r.dtype, t.dtype, *(conv.weight.dtype for conv in layer.convs.values())}
+    if (len(dtypes) > 1 or r.dtype not in FLOATS) and not torch.is_autocast_enabled(r.device.type):
         return False
     return four_convs.counts_agree(layer)
 

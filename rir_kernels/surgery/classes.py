@@ -1,0 +1,113 @@
+"""Classes as they are when they are fused: torch's own and a user's, their methods, and whether they take a subclass.
+
+Libraries patch methods on classes (adapters, seamless tiling) and rebind torch's names to subclasses of their own
+(quantization). So torch's classes are taken once, at import, and methods are compared by identity at every call.
+"""
+
+import abc
+import dis
+import functools
+import types
+
+from torch import nn
+
+from ..compiling import not_traced
+
+Method = tuple[type, str, object]  # the class, the method's name, what it was
+
+
+def _of_torch(kind: type) -> type:
+    """The class that torch defined, where its name may have been rebound to a subclass of it."""
+    return next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules."))
+
+
+Conv2d, BatchNorm2d, ReLU, Identity = map(_of_torch, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity))
+_BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's modules run, as far as they have it
+
+
+def methods_of(kind: type, *names: str) -> tuple[Method, ...]:
+    """These methods as `kind` has them now, and those of its bases, which any method of it may call."""
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    return tuple(
+        (base, name, getattr(base, name)) for name in names for base in bases if base is kind or name in vars(base)
+    )
+
+
+def replaced(methods: tuple[Method, ...]) -> str:
+    """Why code that stands for these methods may not run: one is another by now. An empty string where none is."""
+    for kind, name, method in methods:
+        if getattr(kind, name, None) != method:  # a class method is bound anew at each look
+            return f"{kind.__name__}.{name} has been replaced on the class"
+    return ""
+
+
+@not_traced
+def know(kind: type) -> None:
+    """From here on instances of `kind` may be bypassed, so long as the class is as its library defined it."""
+    if kind in _known:
+        return
+    methods = methods_of(kind, *(name for name in _BYPASSED if hasattr(kind, name)))
+    if kind.__module__.startswith("torch."):  # whose methods call none of these of their bases
+        methods = tuple(method for method in methods if method[0] is kind)
+    # where it was patched before this look, nothing equals what should be there
+    _known[kind] = tuple((base, name, m if _is_from(base, m) else object()) for base, name, m in methods)
+
+
+def patched(kind: type) -> str:
+    """Why a class that we `know` is not as its library defined it; nothing is said about others."""
+    methods = _known.get(kind)
+    if methods is None:
+        return ""
+    if kind.__call__ is not nn.Module.__call__:
+        return f"{kind.__name__}.__call__ has been replaced on the class"
+    return replaced(methods)
+
+
+def _is_from(base, method):
+    home = getattr(method, "__globals__", {}).get("__name__")
+    return home in [ancestor.__module__ for ancestor in base.__mro__]
+
+
+_known: dict[type, tuple[Method, ...]] = {}
+for _kind in (Conv2d, BatchNorm2d, ReLU, Identity):
+    know(_kind)
+
+
+def subclass_of(kind: type, mixin: type, namespace: dict) -> type:
+    """class Fused<Kind>(mixin, kind), made without a word to the code of `kind`: registries of subclasses miss it.
+
+    mixin: overrides __init_subclass__. A metaclass stays, but neither its __new__ nor its __init__ runs.
+    """
+    # abc keeps records for each class, which a class that it has not made would share with its base
+    make = abc.ABCMeta if isinstance(kind, abc.ABCMeta) else type
+    return make.__new__(type(kind), f"Fused{kind.__name__}", (mixin, kind), namespace)
+
+
+@functools.cache
+def subclass_obstacle(kind: type) -> str:
+    """Why an instance of `kind` would not be the same in a subclass that changes nothing."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if name != "__init__" and any(_calls_super_of_own_class(code) for code in _codes(value)):
+                return f"{base.__name__}.{name} calls super() of the instance's own class: in a subclass, without end"
+    return ""
+
+
+def _codes(attribute):
+    """The code of a method or a property, also of one that is wrapped."""
+    parts = ("fget", "fset", "fdel") if isinstance(attribute, property) else ("__func__", "__wrapped__")
+    for function in (attribute, *(getattr(attribute, part, None) for part in parts)):
+        if isinstance(function, types.FunctionType):
+            yield function.__code__
+
+
+def _calls_super_of_own_class(code):
+    """Whether there is a super(self.__class__, ...) or super(type(self), ...) in it."""
+    if "super" in code.co_names and ("__class__" in code.co_names or "type" in code.co_names):
+        loaded = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
+        for first, second, third in zip(loaded, loaded[1:], loaded[2:], strict=False):
+            if first == "super" and (second == "type" or third == "__class__"):
+                return True
+    return any(_calls_super_of_own_class(const) for const in code.co_consts if isinstance(const, types.CodeType))

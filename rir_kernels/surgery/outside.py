@@ -1,0 +1,206 @@
+"""What a forward reads that is no attribute of its module, and what must still hold of it at every call.
+
+Globals, and attributes of what they name (`config.SWITCH`, `Net.count`), variables of closures, default arguments, and
+what torch answers when asked (is_tracing, is_grad_enabled). Which they are is read from the bytecode of the functions
+that ran, see `watch`; here is what is kept of each (`Outside`), which goes along when a fused module is copied or
+pickled.
+"""
+
+import enum
+import functools
+import pkgutil
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from typing import Any
+
+import numpy as np
+import torch
+
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, enum.Enum)
+CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_MOST = 64  # items of a container that are compared at every call
+_CALLABLES = (
+    type, types.ModuleType, types.FunctionType, types.WrapperDescriptorType, types.MethodDescriptorType,
+    types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, functools.partial, np.ufunc,
+)  # fmt: skip
+_WATCHED = (random.random.__self__, np.random.rand.__self__)  # the generators behind the functions of these modules
+
+
+class _Missing(enum.Enum):
+    NOTHING = "there is nothing of this name"
+
+
+MISSING = _Missing.NOTHING
+
+
+class Unknown(Exception):
+    """A value that cannot be told again at the next call."""
+
+
+class Outside:
+    """`steps` from `start` led to `found`, or to a function that returned it for `arguments`.
+
+    base, prefix: how `start` is found again in another process, from a module, a class or a function.
+    """
+
+    __slots__ = ("arguments", "base", "content", "found", "prefix", "start", "steps")
+
+    def __init__(self, base, prefix: tuple, steps: tuple, arguments: tuple | None = None, found: Any = MISSING):
+        self.base, self.prefix, self.steps, self.arguments = base, prefix, steps, arguments
+        self.start = walk(base, prefix)
+        value = walk(self.start, steps) if arguments is None else walk(self.start, steps)(*arguments)
+        self.content = isinstance(value, CONTAINERS)
+        self.found = found if found is not MISSING else told(value)
+
+    @property
+    def name(self) -> str:
+        """As a reader of the source knows it."""
+        return ".".join(str(step) for step in self.steps if step != "cell_contents") or str(self.prefix[-1])
+
+    @property
+    def question(self) -> tuple:
+        """What was asked, whatever the answer."""
+        return id(self.start), self.steps, self.arguments
+
+    def holds(self) -> bool:
+        """Whether it still is what forward found: cheap, since it is asked at every call."""
+        value = self.start
+        for step in self.steps:
+            value = _step(value, step)
+        if self.arguments is not None:
+            value = value(*self.arguments)
+        found = self.found
+        if self.content:
+            return isinstance(value, CONTAINERS) and _content(value) == found
+        return value is found or (type(value) is type(found) and value == found)
+
+    def _key(self):
+        found = self.found if self.content or isinstance(self.found, CONSTANTS) else id(self.found)
+        return id(self.base), self.prefix, self.steps, self.arguments, found
+
+    def __eq__(self, other):
+        return type(other) is Outside and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __deepcopy__(self, memo):
+        return self  # of what it names there is only one
+
+    def __reduce__(self):
+        # objects are looked up again: they need no name of their own
+        found = self.found if isinstance(self.found, CONSTANTS) else MISSING
+        if self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found)):
+            found = self.found
+        base = self.base.__name__ if isinstance(self.base, types.ModuleType) else self.base
+        base = base["__name__"] if isinstance(base, dict) else base
+        return _again, (base, self.prefix, self.steps, self.arguments, found)
+
+
+def _again(base, *rest):
+    if isinstance(base, str):
+        base = sys.modules.get(base) or pkgutil.resolve_name(base)
+    return Outside(base, *rest)
+
+
+def namespace(names: dict) -> types.ModuleType | dict:
+    """The globals of a function as a base: their module, if it is one that is imported."""
+    module = sys.modules.get(names.get("__name__"))
+    return module if getattr(module, "__dict__", None) is names else names
+
+
+def walk(value, steps: tuple):
+    """What is found there, MISSING where there is nothing."""
+    for step in steps:
+        value = _step(value, step)
+    return value
+
+
+def _step(value, step):
+    if type(step) is int:
+        return value[step]
+    if type(value) is dict:
+        return value.get(step, MISSING)
+    return getattr(value, step, MISSING)
+
+
+def told(value):
+    """What to compare with at the next call. Unknown for what may have changed by then, or draws numbers."""
+    if isinstance(value, CONTAINERS):
+        content = _content(value)
+        if len(_flat(content)) > _MOST:
+            raise Unknown(f"a {type(value).__name__} of more than {_MOST} items")
+        for item in _flat(content):
+            told(item)
+        return content
+    if value is MISSING or isinstance(value, CONSTANTS) or is_fixed(value):
+        return value
+    raise Unknown(f"a {type(value).__name__}")
+
+
+def is_fixed(value) -> bool:
+    """A module, a class or a callable that keeps nothing: one that is the same object does the same."""
+    if isinstance(value, types.BuiltinFunctionType | types.MethodType):
+        owner = value.__self__
+        return owner is None or isinstance(owner, types.ModuleType | type) or any(owner is one for one in _WATCHED)
+    if isinstance(value, _CALLABLES):
+        return True
+    home = type(value).__module__.partition(".")[0]
+    return home == "typing" or (callable(value) and home in ("torch", "functools", "builtins", "numpy"))
+
+
+def _content(value):
+    """A container as nested tuples that can be compared and hashed; anything else as it is."""
+    if isinstance(value, dict):
+        return (dict, *((_content(key), _content(item)) for key, item in value.items()))
+    if isinstance(value, list | tuple | deque):
+        return (type(value), *(_content(item) for item in value))
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(value)
+    return value
+
+
+def _flat(content):
+    if not isinstance(content, tuple | frozenset):
+        return [content]
+    return [one for item in content for one in _flat(item)]
+
+
+class Kept:
+    """Containers as they were, and back."""
+
+    def __init__(self):
+        self.copies = {}  # by id: the container, and what was in it
+
+    def keep(self, value) -> None:
+        """This container and those within."""
+        if not isinstance(value, CONTAINERS) or id(value) in self.copies:
+            return
+        items = list(value.items() if isinstance(value, dict) else value)
+        self.copies[id(value)] = value, items
+        for item in items:
+            for one in item if isinstance(value, dict) else (item,):
+                self.keep(one)
+
+    def restore(self) -> bool:
+        """Whether any of them had been changed."""
+        changed = False
+        for value, before in self.copies.values():
+            now = list(value.items() if isinstance(value, dict) else value)
+            if len(now) == len(before) and all(map(_same, now, before)):
+                continue
+            changed = True
+            if isinstance(value, list | deque):
+                value.clear()
+                value.extend(before)
+            else:
+                value.clear()
+                value.update(OrderedDict(before) if isinstance(value, dict) else before)
+        return changed
+
+
+def _same(a, b):
+    # the items of a dict are pairs made anew
+    return a is b or (type(a) is tuple and type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])

@@ -1,0 +1,274 @@
+"""While a forward is traced: which functions run, what they read outside the module, and what they leave changed.
+
+A profile function sees each function as it is entered, before a line of it runs: what its bytecode reads is looked up
+then, and containers are copied. When forward has returned, what it changed is put back, and the trace is refused.
+"""
+
+import dis
+import functools
+import sys
+import types
+
+from torch import nn
+
+from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
+
+_READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
+_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
+_BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
+_MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
+_WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
+_APART = ("_find_and_load", "__del__")
+_CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
+# what their attributes are is said by them, or asked by the recording of modules
+_ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
+# their functions read what is theirs; what they draw or hold shows where the model reads it
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", __name__.partition(".")[0]}
+
+
+class Watch:
+    """A context. `refuse` is called with a reason, and raises."""
+
+    def __init__(self, modules, nodes, refuse):
+        """modules: whose forward is looked into. nodes: how many the graph has so far."""
+        self.modules, self.nodes, self.refuse = modules, nodes, refuse
+        self.outside: dict[tuple, Outside] = {}
+        self.answers: dict[tuple, Outside] = {}
+        self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
+        self.kept, self.before = Kept(), {}
+        self.entered, self.within, self.asking = set(), set(), []
+        self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
+        self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
+        for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
+            if not _is_library(kind.__module__):
+                for name, value in vars(kind).items():
+                    self._route(value, kind, (name,))
+
+    def __enter__(self):
+        for module in self.modules:
+            self.kept.keep(module.__dict__)
+        self.previous = sys.getprofile()
+        sys.setprofile(self._event)
+
+    def __exit__(self, kind, error, traceback):
+        sys.setprofile(None)
+        if self.previous is not None:
+            # a profiler in C is no function
+            enable = getattr(self.previous, "enable", None)
+            enable() if enable else sys.setprofile(self.previous)
+        changed = self.kept.restore()
+        for start, steps, value in self.before.values():
+            now = walk(start, steps)
+            if now is not value and not (isinstance(now, _MADE_ANEW) and type(now) is type(value) and now == value):
+                changed = True
+                _put_back(walk(start, steps[:-1]), steps[-1], value)
+        if changed and kind is None:
+            self.refuse("its forward changes something beside its tensors: a list, a dict, an attribute or a global")
+
+    def _event(self, frame, event, argument):
+        if self.apart is not None:
+            if event == "return" and frame is self.apart:
+                self.apart = None
+            return
+        if event == "call":
+            if frame.f_code.co_name in _APART:
+                self.apart = frame
+                return
+            if not _in_library(frame):
+                self._enter(frame)
+            elif self._is_asked_by_a_model(frame):
+                self.asking.append((frame, self.nodes(), _arguments(frame)))
+        elif event == "return" and self.asking and self.asking[-1][0] is frame:
+            _, nodes, arguments = self.asking.pop()
+            if nodes == self.nodes() and isinstance(argument, CONSTANTS) and argument is not None:
+                function = _function(frame)
+                if function is not None:
+                    self._answered(function, arguments)
+        elif event == "c_call" and _is_of_torch(argument) and not _in_library(frame):
+            self.asking.append((argument, self.nodes(), () if _takes_nothing(frame) else None))
+        elif event == "c_exception" and self.asking and self.asking[-1][0] is argument:
+            self.asking.pop()
+        elif event == "c_return" and self.asking and self.asking[-1][0] is argument:
+            _, nodes, arguments = self.asking.pop()
+            if nodes == self.nodes():
+                self._answered(argument, arguments)
+
+    @staticmethod
+    def _is_asked_by_a_model(frame):
+        """A function of torch, by something that is not."""
+        name, caller = frame.f_globals.get("__name__", ""), frame.f_back
+        if name.partition(".")[0] != "torch" or caller is None or _in_library(caller):
+            return False
+        return not name.startswith(("torch.fx", "torch.nn.modules"))
+
+    def _answered(self, function, arguments):
+        """torch has told something, or made a tensor, that no input had a part in."""
+        name, module = function.__name__, sys.modules.get(function.__module__)
+        known = arguments is not None and all(isinstance(argument, CONSTANTS) for argument in arguments)
+        if known and getattr(module, name, None) is function:
+            try:
+                self.answers[module, name, arguments] = Outside(module, (), (name,), arguments)
+                return
+            except Unknown:
+                pass
+        self.doubts.append(f"its forward asks torch for {name}, and is decided by the answer")
+
+    def _enter(self, frame):
+        code = frame.f_code
+        free = [name for name in code.co_freevars if name != "__class__"]
+        if code in self.entered and not free:
+            return
+        self.entered.add(code)
+        self.within.update(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
+        base = namespace(frame.f_globals)
+        nested = code in self.within  # its closure is of a function that was entered
+        route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
+        for kind, path in _reads(code):
+            if kind == "global" and path[0] in frame.f_globals:
+                self._read(base, (), path, frame.f_globals)
+            elif kind == "stored":
+                self._note(frame.f_globals, path)
+            elif kind == "free" and path[0] in free and not nested:
+                cell = ("__closure__", code.co_freevars.index(path[0]))
+                self._read(route[0], (*route[1], *cell), ("cell_contents", *path[1:]))
+        if route is not None:
+            self._defaults(frame, *route)
+
+    def _found_again(self, frame, free):
+        """Where the function that is entered is found."""
+        for base, path in self.routes.get(frame.f_code, ()):
+            function = walk(base, path)
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+            if all(name in frame.f_locals and cells[name].cell_contents is frame.f_locals[name] for name in free):
+                return base, path
+        self.refuse(f"its forward calls {frame.f_code.co_name}, whose closure cannot be found again")
+        return None
+
+    def _defaults(self, frame, base, path):
+        function = walk(base, path)
+        named = function.__code__.co_varnames[: function.__code__.co_argcount]
+        values = dict(zip(reversed(named), reversed(function.__defaults__ or ()), strict=False))
+        for kind, given in (("__defaults__", values), ("__kwdefaults__", function.__kwdefaults__ or {})):
+            taken = any(value is frame.f_locals.get(name) for name, value in given.items())
+            if taken:
+                self._read(base, path, (kind,))
+
+    def _read(self, base, prefix, path, start=None):
+        start = walk(base, prefix) if start is None else start
+        value, used = start, 0
+        for step in path:  # as far as the names lead through what has no state but theirs
+            found = walk(value, (step,))
+            if found is MISSING or (used and isinstance(value, _ENDS)):
+                break
+            value, used = found, used + 1
+        path = path[:used]
+        if not path or (id(start), path) in self.before:
+            return
+        self._note(start, path)
+        self._route(value, base, (*prefix, *path))
+        self.kept.keep(value)
+        try:
+            self.outside[id(start), path] = Outside(base, prefix, path)
+        except Unknown as kind:
+            names = [str(step) for step in path if step != "cell_contents"]
+            self.refuse(f"its forward reads {'.'.join(names) or 'a variable of a closure'}, {kind}")
+
+    def _note(self, start, path):
+        self.before.setdefault((id(start), path), (start, path, walk(start, path)))
+
+    def _route(self, value, base, path):
+        """Functions within what is found there."""
+        if type(value) is staticmethod:
+            self._route(value.__func__, base, path)  # which is what the class gives for its name
+        elif type(value) in _WITH_A_FUNCTION:
+            step = _WITH_A_FUNCTION[type(value)]
+            self._route(getattr(value, step), base, (*path, step))
+        elif isinstance(value, types.FunctionType):
+            known = self.routes.setdefault(value.__code__, [])
+            if len(known) > 8 or any(walk(*route) is value for route in known):
+                return
+            known.append((base, path))
+            for i, cell in enumerate(value.__closure__ or ()):
+                try:
+                    self._route(cell.cell_contents, base, (*path, "__closure__", i, "cell_contents"))
+                except ValueError:  # an empty one
+                    continue
+
+    def attribute(self, value) -> None:
+        """What forward has read from a module."""
+        self.kept.keep(value)
+        self._route(value, value, ())
+
+    @property
+    def found(self) -> tuple[Outside, ...]:
+        return *self.outside.values(), *self.answers.values()
+
+
+@functools.lru_cache(maxsize=4096)
+def _reads(code):
+    """(where, names) of what is read: a name, and the attributes that are taken from it."""
+    found, names, where = [], (), ""
+    for instruction in dis.get_instructions(code):
+        if names and instruction.opname in _BETWEEN:
+            continue
+        if names and instruction.opname in _ATTRIBUTES:
+            names = (*names, instruction.argval)
+            where = "stored" if where == "global" and instruction.opname in _STORES else where
+            continue
+        if names:
+            found.append((where, names))
+            names = ()
+        if instruction.opname in _READS:
+            names = (instruction.argval,)
+            where = "stored" if instruction.opname in _STORES else "free" if "DEREF" in instruction.opname else "global"
+    return tuple(dict.fromkeys(found))
+
+
+def _put_back(owner, step, value):
+    if isinstance(owner, dict):
+        if value is MISSING:
+            owner.pop(step, None)
+        else:
+            owner[step] = value
+    elif value is MISSING:
+        delattr(owner, step)
+    else:
+        setattr(owner, step, value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_library(name):
+    return name.partition(".")[0] in _LIBRARIES
+
+
+def _in_library(frame):
+    names = frame.f_globals
+    # without builtins: a namespace that the standard library has made for one function, such as a named tuple's
+    return _is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
+
+
+def _is_of_torch(function):
+    # those of torch's objects are about these objects
+    owner = getattr(function, "__self__", None)
+    home = getattr(function, "__module__", None) or ""
+    return home.partition(".")[0] == "torch" and (owner is None or isinstance(owner, types.ModuleType))
+
+
+def _takes_nothing(frame):
+    """Whether the call that is being made has no arguments."""
+    code = frame.f_code.co_code
+    return dis.opname[code[frame.f_lasti]] in _CALLS and code[frame.f_lasti + 1] == 0
+
+
+def _arguments(frame):
+    code = frame.f_code
+    if code.co_flags & (0x04 | 0x08) or code.co_kwonlyargcount:
+        return None
+    return tuple(frame.f_locals.get(name, MISSING) for name in code.co_varnames[: code.co_argcount])
+
+
+def _function(frame):
+    module = sys.modules.get(frame.f_globals["__name__"])
+    function = getattr(module, frame.f_code.co_name, None)
+    return function if getattr(function, "__code__", None) is frame.f_code else None  # a method
