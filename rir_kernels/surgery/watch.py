@@ -6,8 +6,10 @@ then, and containers are copied. When forward has returned, what it changed is p
 
 import dis
 import functools
+import gc
 import sys
 import types
+import weakref
 
 from torch import nn
 
@@ -48,6 +50,8 @@ class Watch:
     def __enter__(self):
         for module in self.modules:
             self.kept.keep(module.__dict__)
+        self.collecting = gc.isenabled()
+        gc.disable()  # whose callbacks and finalizers are not forward's
         self.previous = sys.getprofile()
         sys.setprofile(self._event)
 
@@ -57,6 +61,8 @@ class Watch:
             # a profiler in C is no function
             enable = getattr(self.previous, "enable", None)
             enable() if enable else sys.setprofile(self.previous)
+        if self.collecting:
+            gc.enable()
         changed = self.kept.restore()
         for start, steps, value in self.before.values():
             now = walk(start, steps)
@@ -72,7 +78,7 @@ class Watch:
                 self.apart = None
             return
         if event == "call":
-            if frame.f_code.co_name in _APART:
+            if frame.f_code.co_name in _APART or _is_told_of_a_death(frame):
                 self.apart = frame
                 return
             if not _in_library(frame):
@@ -246,6 +252,15 @@ def _in_library(frame):
     names = frame.f_globals
     # without builtins: a namespace that the standard library has made for one function, such as a named tuple's
     return _is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
+
+
+def _is_told_of_a_death(frame):
+    """Whether it is the callback of a weak reference, which Python calls wherever forward is at that moment."""
+    count = frame.f_code.co_argcount
+    if count not in (1, 2):  # as a method, with self
+        return False
+    given = frame.f_locals.get(frame.f_code.co_varnames[count - 1])
+    return isinstance(given, weakref.ref) and given() is None
 
 
 def _is_of_torch(function):

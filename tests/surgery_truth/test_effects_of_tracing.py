@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections import deque
 
 import pytest
@@ -149,6 +151,44 @@ def test_what_others_do_is_not_in_the_way():
     assert not KEPT
     report = fuse_(model)
     assert len(report.replaced) + len(report.skipped) == 1
+
+
+COLLECTED, FREED = [], []
+
+
+def notes(*_):
+    COLLECTED.append(1)
+
+
+def notes_one(reference):
+    FREED.append(reference)
+
+
+class Short:
+    """Freed as soon as forward is through with it, of which a weak reference tells."""
+
+
+class Frees(Layer):
+    def forward(self, x):
+        short = Short()
+        reference = weakref.ref(short, notes_one)
+        del short
+        return self.relu(self.bn(self.conv(x))) if reference() is None else x
+
+
+def test_what_python_does_meanwhile_is_not_the_forwards():
+    """Garbage is collected, and weak references tell of what is freed, wherever forward is at that moment."""
+    model = settle(Frees())
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(notes)
+    try:
+        gc.set_threshold(1, 1, 1)
+        report = fuse_(model)
+    finally:
+        gc.callbacks.remove(notes)
+        gc.set_threshold(*thresholds)
+    assert report.replaced and not report.skipped, str(report)
+    assert FREED and COLLECTED and gc.isenabled()
 
 
 class Fails(Layer):
