@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import ceilings
+from . import ceilings, timing
 from .results import read_json
 
 NAME = "stand-in (no GPU)"
@@ -63,6 +63,7 @@ def stand_in() -> Iterator[None]:
     one = dataclasses.replace(runtime.H200, sms=1)
     with (
         mock.patch.multiple(torch.cuda, **imitations),
+        mock.patch.object(timing, "GRAPH_MS", 0.0),  # one call a graph: replayed, any number takes no time
         mock.patch.object(runtime, "H200", one),
         mock.patch.dict(ceilings.SIZES, cuda=(2**16, 2**12, 64)),
         _OnTheCPU(),

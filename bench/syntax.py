@@ -5,7 +5,7 @@ Where it refers to another module of its package, that is marked, so that someth
 
 import ast
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def read_module(name: str, source: bytes, is_package: bool, known: frozenset[str
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             imports.note(node)
     pieces = []
-    for is_own, run in groupby(_pieces(tree, imports), lambda piece: isinstance(piece, Own)):
+    for is_own, run in groupby(_pieces(tree, imports, []), lambda piece: isinstance(piece, Own)):
         run = list(run)
         pieces += run if is_own else [" ".join(run)]
     return Module(tuple(pieces), tuple(imports.links), frozenset(imports.reached))
@@ -84,29 +84,32 @@ class _Imports:
         return Own(name)
 
 
-def _pieces(value, imports) -> Iterator[str]:
-    """The pieces of a node, a list or a constant. Empty fields are left out: which there are differs by Python."""
+def _pieces(value, imports, into) -> list[str]:
+    """The pieces of a node, a list or a constant, added to the list `into`, which is returned.
+
+    Empty fields are left out: which there are differs by Python.
+    """
     if isinstance(value, ast.Name) and value.id in imports.modules:
-        yield imports.modules[value.id]
+        into.append(imports.modules[value.id])
     elif isinstance(value, ast.Call) and _last_name(value.func) == "import_module":
-        yield "import_module"
-        yield _imported(value, imports)
+        into += "import_module", _imported(value, imports)
     elif isinstance(value, ast.AST):
-        yield f"{type(value).__name__}("
+        into.append(f"{type(value).__name__}(")
         for field, item in ast.iter_fields(value):
             if isinstance(item, list):
                 item = [one for one in item if not _does_nothing(one, value, imports)] or None
             if item is not None:
-                yield field
-                yield from _pieces(item, imports)
-        yield ")"
+                into.append(field)
+                _pieces(item, imports, into)
+        into.append(")")
     elif isinstance(value, list):
-        yield "["
+        into.append("[")
         for item in value:
-            yield from _pieces(item, imports)
-        yield "]"
+            _pieces(item, imports, into)
+        into.append("]")
     else:
-        yield f"{type(value).__name__} {value!a}"
+        into.append(f"{type(value).__name__} {value!a}")
+    return into
 
 
 def _does_nothing(node, parent, imports):

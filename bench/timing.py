@@ -156,7 +156,7 @@ def _count(ms, least_ms, most=1000):
 
 def _eager(calls, device, settings):
     def sampler(call, timing):
-        count = _count(device_ms(call, 3), settings.sample_ms, MOST_QUEUED)
+        count = _count(device_ms(call, 3), settings.sample_ms, MOST_QUEUED) if settings.sample_ms else 1
 
         def sample():
             start, end = _events()

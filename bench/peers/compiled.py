@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch._inductor import list_mode_options
 
 MODES = {"compile": "default", "compile_max_autotune": "max-autotune-no-cudagraphs"}
 IMPLS = tuple(MODES)
@@ -15,6 +14,8 @@ def convert(module: nn.Module, impl: str, *, training: bool) -> nn.Module:
 
 def options(impl: str, *, training: bool) -> dict:
     """Inductor's options of that mode, with weights frozen for inference."""
+    from torch._inductor import list_mode_options  # seconds of imports
+
     return list_mode_options(MODES[impl], dynamic=False) | ({} if training else {"freezing": True})
 
 
