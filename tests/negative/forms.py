@@ -69,6 +69,19 @@ def make_pair(form, impl="auto", where="cpu"):
 
 
 forms = pytest.mark.parametrize("form", FORMS)
+checked_forms = pytest.mark.parametrize("form", [form for form in FORMS if form != "fused"])  # by our own checks
+
+
+def refused_as_unfused(x):
+    """A fused unit raises what the unfused module raises, and leaves the same state behind."""
+    ours, theirs = make_pair("fused")
+    with pytest.raises(Exception) as expected:
+        theirs(x)
+    with pytest.raises(Exception) as found:
+        ours(x)
+    assert (found.type, str(found.value)) == (expected.type, str(expected.value))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
 
 
 def by_every_form(kernels=("layer", "fused")):
