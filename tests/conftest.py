@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))
         if item.get_closest_marker("interpreter") and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
+        if _takes_a_modules_fixture(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # it is made once, in one process
+
+
+def _takes_a_modules_fixture(item):
+    return any(definitions[-1].scope == "module" for definitions in item._fixtureinfo.name2fixturedefs.values())
 
 
 PRECISION, BENCHMARK = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
