@@ -30,7 +30,10 @@ def shared():
 
 
 def test_tests_that_share_a_modules_fixture_share_a_process(shared, request):
-    assert request.node.get_closest_marker("xdist_group").args == (request.node.nodeid.partition("::")[0],)
+    group = request.node.nodeid.partition("::")[0]
+    assert request.node.get_closest_marker("xdist_group").args == (group,)
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith(f"@{group}"), "pytest-xdist sends tests of a group to any process"
 
 
 def test_others_go_where_there_is_room(request):
