@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):  # an -m in addopts would be lost as soon as a command has its own -m
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
