@@ -23,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):  # an -m in addopts would be lost as soon as a command has its own -m
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))
         if item.get_closest_marker("interpreter") and not INTERPRETING:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
+        if _takes_a_modules_fixture(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # it is made once, in one process
+
+
+def _takes_a_modules_fixture(item):
+    return any(definitions[-1].scope == "module" for definitions in item._fixtureinfo.name2fixturedefs.values())
 
 
 PRECISION, BENCHMARK = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
