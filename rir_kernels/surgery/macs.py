@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import random
+import warnings
 from collections import Counter
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..equivalence.runs import undisturbed
@@ -27,8 +29,8 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
             getattr(module, hooks).clear()
     for module in ledger.own:
         twin.get_submodule(ledger.names[module][0]).impl = "reference"  # the operations of the others count as nothing
-    # innermost counts: a projection within a layer is not the layer's
-    measured = {*ledger.convolutions(), *ledger.own}
+    # a projection within a layer is not the layer's; torch.jit allows no hooks, and what it compiled is not fused
+    measured = {m for m in (*ledger.convolutions(), *ledger.own) if not isinstance(m, torch.jit.ScriptModule)}
     spent = {module: twin.get_submodule(ledger.names[module][0]) for module in measured}
     with _undisturbed(), FlopCounterMode(display=False) as counter:
         counts = _watched(spent.values(), counter)
@@ -60,11 +62,23 @@ def _watched(modules, counter):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """No gradients, nothing is compiled, and all random states are given back."""
+    """No gradients, nothing is compiled, no warnings, and all random states are given back."""
     python, numpy = random.getstate(), np.random.get_state()
+    attention = torch.backends.mha.get_fastpath_enabled()
     try:
-        with undisturbed(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with contextlib.ExitStack() as stack:
+            for context in (
+                warnings.catch_warnings(),
+                undisturbed(),
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                sdpa_kernel(SDPBackend.MATH),  # attention as products that are counted
+            ):
+                stack.enter_context(context)
+            torch.backends.mha.set_fastpath_enabled(False)
+            warnings.simplefilter("ignore")
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(attention)
         random.setstate(python)
         np.random.set_state(numpy)

@@ -84,6 +84,21 @@ def test_our_own_layers_are_fused_convolutions():
     assert coverage.macs_share == pytest.approx(2 / 3, rel=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_has_operations_of_its_own():
+    """A child that torch.jit compiled, and attention, which torch has in one operation for evaluation."""
+    unit = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+    compiled = torch.jit.script(copy.deepcopy(unit))
+    assert fuse_(nn.Sequential(unit, compiled), example_inputs=X).coverage.macs_share == 0.5
+    encoder = nn.TransformerEncoderLayer(36, 2, 72, batch_first=True)
+    model = nn.Sequential(unit, nn.Flatten(2), encoder)
+    products = {"q, k, v and output": 4 * 8 * 36 * 36, "attention": 2 * 2 * 4 * 4 * 36, "two layers": 2 * 8 * 36 * 72}
+    convolution = PIXELS * 4 * 4
+    share = convolution / (convolution + sum(products.values()))
+    assert fuse_(model, example_inputs=X).coverage.macs_share == pytest.approx(share, rel=1e-15)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_convolution_that_is_called_several_times():
     class Shared(nn.Module):
         def __init__(self):
