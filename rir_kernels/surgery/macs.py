@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..equivalence.runs import undisturbed
 from .coverage import Ledger
@@ -23,6 +22,8 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
 
     Runs a copy of the model, without the hooks of its user. Raises what the model raises.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     twin = copy.deepcopy(model).eval()
     for module in twin.modules():
         for hooks in _HOOKS:
