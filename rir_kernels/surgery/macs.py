@@ -63,7 +63,7 @@ def _watched(modules, counter):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """No gradients, nothing is compiled, no warnings, and all random states are given back."""
+    """No gradients, no warnings, and all random states are given back."""
     python, numpy = random.getstate(), np.random.get_state()
     attention = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -72,7 +72,6 @@ def _undisturbed():
                 warnings.catch_warnings(),
                 undisturbed(),
                 torch.no_grad(),
-                torch.compiler.set_stance("force_eager"),
                 sdpa_kernel(SDPBackend.MATH),  # attention as products that are counted
             ):
                 stack.enter_context(context)

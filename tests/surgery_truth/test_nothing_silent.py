@@ -56,6 +56,17 @@ class Depends(Unit):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class ConvNorm(nn.Conv2d):
+    """A convolution that might have had a fused operation in its forward."""
+
+    def __init__(self):
+        super().__init__(4, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(super().forward(x)) if x.sum() > 0 else x
+
+
 class Wrapped(nn.Module):
     """A convolution behind the border of a class."""
 
@@ -146,6 +157,7 @@ CASES = {
     "behind a border": (lambda: Unit(Wrapped()), {"conv.inner": NO_NORM}),  # its norm has a ReLU: P5
     "shared": (Twice, {"alone": NO_NORM}),
     "untraceable": (Depends, parts(DEPENDS)),
+    "a convolution with a norm": (ConvNorm, {"": DEPENDS, "bn": f"0: {DEPENDS}"}),
     "lists": (Listed, {"": DEPENDS} | dict.fromkeys(("convs.0", "convs.1", "norms.a"), f"0: {DEPENDS}")),
     "a hook": (hooked, {"": "a hook", "conv": "0.bn: a hook", "bn": "a hook"}),
     "parametrized": (
@@ -234,6 +246,14 @@ def test_left_alone_by_the_caller():
     ]  # fmt: skip
     report = fuse_(model, patterns="P3")
     assert len(report.skipped) == 6 and all("P1 is not among the patterns" in item.reason for item in report.skipped)
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
+    for patterns in ("P1", None):  # what was asked for first is what runs
+        report = fuse_(model, patterns=patterns)
+        assert report.coverage.operations == report.coverage.fused == 1
+        assert [(item.name, item.reason) for item in report.skipped[1:]] == [
+            ("3", "the model itself: P2 is not among the patterns asked for"),
+            ("4", "the model itself: P2 is not among the patterns asked for"),
+        ]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
