@@ -20,6 +20,8 @@ def _folds(module):
 
 
 def _runs(module):
+    if type(module).forward not in (ConvBNAct.forward, RiRLayer.forward):
+        return []
     if isinstance(module, RiRLayer):
         return [Match("P4", ("bn",))]
     pattern = "P4" if module.residual_at == "pre_norm" else "P2" if module.activation is None else "P1"
