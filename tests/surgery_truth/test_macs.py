@@ -85,7 +85,7 @@ def test_our_own_layers_are_fused_convolutions():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_has_operations_of_its_own():
+def test_what_torch_runs_as_one_operation():
     """A child that torch.jit compiled, and attention, which torch has in one operation for evaluation."""
     unit = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
     compiled = torch.jit.script(copy.deepcopy(unit))
