@@ -329,7 +329,9 @@ def test_subclasses_are_refused():
     report = fuse_(nn.ModuleList([Wider(4, 4, 1), Other(8, 8)]), patterns="P4")
     assert not report.replaced
     refused = [item for item in report.skipped if "subclass" in item.reason]
-    assert [item.name for item in refused] == ["0", "1"]
+    assert [(item.name, item.within) for item in refused[:2]] == [("0", None), ("1", None)]
+    # their convolutions and norms; two of the norms have a ReLU behind, for another pattern
+    assert [item.within for item in refused[2:]] == ["0"] * 4 + ["1"] * 6
 
 
 def test_pytorchcv_is_not_imported(monkeypatch):
@@ -352,7 +354,9 @@ class TestRirCifar10:
         report = fuse_(fused)
         found = [(item.pattern, item.kind) for item in report.replaced]
         assert found == [("P1", "ConvBlock")] * 2 + [("P4", "RiRUnit")] * 16 + [("P2", "ConvBlock")]
-        assert not report.skipped
+        # convolutions of the identity, and the last one, which is for the logits
+        assert {(item.kind, item.within) for item in report.skipped} == {("Conv2d", None)}
+        assert report.coverage.convolutions == report.coverage.fused + len(report.skipped)
         assert list(fused.state_dict()) == keys
         assert all(new is old for new, old in zip(fused.parameters(), parameters, strict=True))
         assert sum(p.numel() for p in fused.parameters()) == 9_492_980

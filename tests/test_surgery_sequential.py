@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from rir_kernels.surgery import fuse_, unfuse_
-from tests.surgery_helpers import CONV_CHANGES, NORM_CHANGES, RELU_CHANGES, assert_same, fused_calls, randn, settle
+from tests.surgery_helpers import (
+    CONV_CHANGES,
+    NORM_CHANGES,
+    RELU_CHANGES,
+    assert_same,
+    fused_calls,
+    randn,
+    settle,
+    units_skipped,
+)
 
 X = randn(2, 4, 7, 6)
 
@@ -108,7 +117,8 @@ def test_changed_children(name, before):
     if before:
         change(fused[index])
         report = fuse_(fused)
-        assert not report.replaced and len(report.skipped) == 1 and report.skipped[0].reason
+        assert not report.replaced and report.skipped[0].reason
+        assert [item.name for item in units_skipped(report)] == [""]
         assert type(fused) is nn.Sequential
     else:
         assert fuse_(fused).replaced
@@ -137,7 +147,8 @@ def test_one_changed_run_leaves_the_others_fused():
 def test_refused(modules, reason):
     report = fuse_(model := nn.Sequential(*modules))
     assert not report.replaced and type(model) is nn.Sequential
-    assert len(report.skipped) == 1 and reason in report.skipped[0].reason
+    assert [item.name for item in units_skipped(report)] == [""]
+    assert all(reason in item.reason for item in report.skipped)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +157,9 @@ def test_refused(modules, reason):
 )
 def test_no_candidate(modules):
     report = fuse_(nn.Sequential(*modules))
-    assert not report.replaced and not report.skipped
+    assert not report.replaced
+    assert [item.kind for item in report.skipped] == [type(m).__name__ for m in modules if not isinstance(m, nn.ReLU)]
+    assert all(item.reason.startswith("no ") for item in report.skipped)
 
 
 def test_subclasses():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .report import EquivalenceReport
-from .runs import named, run, undisturbed
+from .runs import as_inputs, named, run, undisturbed
 from .yardstick import Yardstick
 
 
@@ -64,14 +64,7 @@ def _check(reference, candidate, inputs):
             f"reference and candidate must be on the same device, got {devices[0]} and {devices[1]}: "
             "move one with .to(device)"
         )
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,)
-    if not isinstance(inputs, tuple) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
-        got = type(inputs).__name__
-        if isinstance(inputs, tuple):
-            got = f"a tuple of {', '.join(type(x).__name__ for x in inputs)}"
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {got}: pass forward's arguments, (x, ...)")
-    return inputs
+    return as_inputs("inputs", inputs)
 
 
 def _check_unmoved(row, before, after):

@@ -65,6 +65,18 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
     return Run(tensors | {key: t for key, t in found.items() if gradients or key[0] == "buffer"}, structure, is_random)
 
 
+def as_inputs(name: str, inputs) -> tuple[torch.Tensor | None, ...]:
+    """A tensor or a tuple of them as forward's arguments; TypeError, naming the argument, for anything else."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,)
+    if not isinstance(inputs, tuple) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
+        got = type(inputs).__name__
+        if isinstance(inputs, tuple):
+            got = f"a tuple of {', '.join(type(x).__name__ for x in inputs)}"
+        raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {got}: pass forward's arguments, (x, ...)")
+    return inputs
+
+
 def cotangent(output, seed):
     """Odd multiples of 1/8, from -15/8 to 15/8: never zero, and the same numbers in every dtype.
 

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..folded_norm import FoldedNorm
+from .coverage import is_norm
 from .fuse import check_model, walk
-from .guards import norm_has_relu
+from .guards import norm_has_relu, norm_obstacle
 from .patterns import Refusal
 from .report import FusionReport, Replaced, Skipped
 from .swap import class_of
@@ -83,11 +84,11 @@ def _folds(model, report):
     walk(model, visit)
     folds, users = [], Users(model)
     for norm, name in users.names.items():
-        if not isinstance(norm, _NormBase):
+        if not (isinstance(norm, _NormBase) or is_norm(norm)):
             continue
         module, one = found.get(norm, (None, None))
         if one is None:
-            reason = _why_not_found(name, users.names, untraced)
+            reason = _why_not_found(norm, users.names, untraced)
         elif isinstance(one, Refusal):
             reason = one.reason
         else:
@@ -104,11 +105,12 @@ def _folds(model, report):
     return folds
 
 
-def _why_not_found(name, names, untraced):
-    """Why no chain was found for the norm of this name: the innermost forward around it says so."""
+def _why_not_found(norm, names, untraced):
+    """Why no chain was found for the norm: the innermost forward around it says so."""
+    name = names[norm]
     around = [module for module in untraced if name.startswith(f"{names[module]}." if names[module] else "")]
     if not around:
-        return "no convolution in front of the norm was found"
+        return norm_obstacle(norm) or "no convolution in front of the norm was found"
     return untraced[max(around, key=lambda module: len(names[module]))]
 
 

@@ -3,11 +3,15 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
+from ..equivalence.runs import as_inputs
 from ..folded_norm import FoldedNorm
 from ..preference import check_impl
 from .classes import subclass_obstacle
+from .coverage import Ledger
+from .macs import macs_share
 from .patterns import PATTERNS, Match, Refusal, families
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
@@ -21,6 +25,7 @@ def fuse_(
     patterns: Iterable[str] | None = None,
     impl: str = "auto",
     dry_run: bool = False,
+    example_inputs: torch.Tensor | tuple[torch.Tensor | None, ...] | None = None,
 ) -> FusionReport:
     """Let conv, BN, (+ identity,) ReLU in a row run as one operation wherever `model` has them, in place.
 
@@ -50,39 +55,61 @@ def fuse_(
         patterns: of "P1" ... "P6", those to be fused; None is all.
         impl: see functional.conv_bn_act. One that cannot run is refused by the call, not here.
         dry_run: only report what would be done.
+        example_inputs: what forward takes, a tensor or a tuple, for report.coverage.macs_share: a copy of the model
+            runs with them once, in evaluation, without gradients and hooks. Model, inputs and random state stay.
 
-    Returns a FusionReport: what was replaced, and what looked like it but was left alone, with the reason.
+    Returns a FusionReport: what was replaced; every convolution and norm that is in no fused operation, and every
+    module that might have had one, with the reason; and how much of the model is covered.
 
-    Raises ValueError for an unknown `impl` or pattern, TypeError for a model that is no nn.Module.
+    Raises ValueError for an unknown `impl` or pattern, TypeError for a model that is no nn.Module and for
+    example_inputs that are no tensors, and what the model raises for these; nothing has been changed then.
     """
     check_model(model)
     check_impl(impl)
     enabled = _check_patterns(patterns)
-    report = FusionReport(model, dry_run=dry_run)
+    inputs = None if example_inputs is None else as_inputs("example_inputs", example_inputs)
+    report, ledger = FusionReport(model, dry_run=dry_run), Ledger(model)
     swaps = []
 
     def fuse(module, family, names):
         """This one module; returns what is bypassed then."""
-        kind, also = type(module).__name__, tuple(names[1:])
+        kind, also = class_of(module).__name__, tuple(names[1:])
+
+        def skip(refusals):
+            for one in refusals:
+                report.skipped.append(Skipped(names[0], one.reason, kind, also))
+                ledger.refuse(module, one)
+
+        for one in family.runs(module):
+            ledger.fuse(module, one.parts)
+            ledger.own.add(module)
         try:
             found = family.find(module)
         except (Untraceable, Exception) as error:
-            report.skipped.append(Skipped(names[0], _fault(error), kind, also))
+            skip([Refusal(_fault(error))])
             return set()
-        matches, reasons = _select(module, family, found, enabled, filter_fn, names)
-        report.skipped += [Skipped(names[0], reason, kind, also) for reason in reasons]
-        if matches:
-            try:
-                recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, matches))
-            except (Untraceable, Exception) as error:
-                report.skipped.append(Skipped(names[0], _fault(error), kind, also))
-                return set()
-            swaps.append((module, recipe))
-        report.replaced += [Replaced(names[0], match.pattern, kind, impl, match.parts, also) for match in matches]
-        done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
+        if found and is_fused(module):
+            report.skipped.append(Skipped(names[0], _fused_before(module), kind, also))
+            _note_fused_before(module, found, ledger)
+            done = [one for one in found if isinstance(one, Match)]
+        else:
+            done, refusals = _select(module, family, found, enabled, filter_fn, names)
+            skip(refusals)
+            if done:
+                try:
+                    recipe = Recipe(type(module), family.mixin, impl, enabled, family.program(module, done))
+                except (Untraceable, Exception) as error:
+                    skip([Refusal(_fault(error))])
+                    return set()
+                swaps.append((module, recipe))
+            for match in done:
+                report.replaced.append(Replaced(names[0], match.pattern, kind, impl, match.parts, also))
+                ledger.fuse(module, match.parts)
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 
     walk(model, fuse)
+    report.skipped += ledger.skipped({item.name for item in report.skipped})
+    report.coverage = ledger.coverage(None if inputs is None else macs_share(model, ledger, inputs))
     if not dry_run:
         for _, recipe in swaps:
             fused_class(recipe)  # all of them are there before any is swapped
@@ -143,33 +170,54 @@ def walk(model, visit) -> None:
 
 
 def _select(module, family, found, enabled, filter_fn, names):
-    """(the matches to be fused, the reasons of what is left alone)"""
+    """(the matches to be fused, refusals of what is left alone)"""
     if found and (reason := _unit_obstacle(module, family)):
-        return [], [reason]
-    matches, reasons = [], []
+        return [], [Refusal(reason)]
+    matches, refusals = [], []
     for one in found:
         if isinstance(one, Refusal):
-            reasons.append(one.reason)
+            refusals.append(one)
         elif one.pattern not in enabled:
-            reasons.append(f"{one.pattern} is not among the patterns asked for")
+            refusals.append(Refusal(f"{one.pattern} is not among the patterns asked for", one.parts))
         else:
             matches.append(one)
     if matches and filter_fn is not None and not all(filter_fn(module, name) for name in names):
-        return [], [*reasons, "excluded by filter_fn"]
-    return matches, reasons
+        parts = tuple(part for match in matches for part in match.parts)
+        return [], [*refusals, Refusal("excluded by filter_fn", parts)]
+    return matches, refusals
 
 
 def _unit_obstacle(module, family):
-    if is_fused(module):
-        program = module._rir_fusion.program
-        changed = changed_class(module) or (program and program.obstacle(module))
-        state = f", but runs its own forward, since {changed}" if changed else ""
-        return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
     if reason := family.obstacle(type(module)) or subclass_obstacle(type(module)):
         return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
     return ""
+
+
+def _falls_back(module):
+    """Why a fused module runs its own forward by now."""
+    program = module._rir_fusion.program
+    return changed_class(module) or (program.obstacle(module) if program else "")
+
+
+def _fused_before(module):
+    changed = _falls_back(module)
+    state = f", but runs its own forward, since {changed}" if changed else ""
+    return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
+
+
+def _note_fused_before(module, found, ledger):
+    """What a fused module runs of what is found in it now."""
+    if _falls_back(module):
+        ledger.refuse(module, Refusal(_fused_before(module)))
+        return
+    for one in found:
+        if isinstance(one, Match) and one.pattern in module._rir_fusion.patterns:
+            ledger.fuse(module, one.parts)
+        elif one.parts:
+            reason = f"{one.pattern} is not among the patterns asked for" if isinstance(one, Match) else one.reason
+            ledger.refuse(module, Refusal(reason, one.parts))
 
 
 def _fault(error):

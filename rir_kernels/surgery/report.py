@@ -2,12 +2,15 @@
 
 import dataclasses
 import html
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from .swap import class_of
 
+THE_MODEL = "the model itself"
 _SHOWN = 4  # names of a group, before the rest is counted
 
 
@@ -29,23 +32,62 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that looked like a known block, or is one, and why it was left alone."""
+    """A convolution or norm that is in no fused operation, or a module that might have had some, and why.
+
+    within: the name of the module in whose forward it is used, if that has an entry with the same reason; else None.
+    """
 
     name: str
     reason: str
     kind: str
     also: tuple[str, ...] = ()
+    within: str | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model runs as fused operations, those of modules that were fused before included.
+
+    operations: how many. convolutions: modules of the model that are a Conv2d; fused: those of them in an operation.
+    macs_share: the multiply-adds of fused convolutions over those of all convolutions and matrix products in one
+    forward; None where no inputs were given.
+    """
+
+    operations: int
+    convolutions: int
+    fused: int
+    macs_share: float | None = None
+
+    @property
+    def share(self) -> float:
+        """fused / convolutions; 0.0 where there are no convolutions."""
+        return self.fused / self.convolutions if self.convolutions else 0.0
+
+    def to_dict(self) -> dict:
+        """The numbers by name, ready for JSON."""
+        return dataclasses.asdict(self) | {"share": self.share}
+
+    def __str__(self) -> str:
+        parts = [f"{self.fused} of {self.convolutions} convolutions ({_percent(self.share)})"]
+        if self.macs_share is not None:
+            parts.append(f"{_percent(self.macs_share)} of the MACs")
+        return ", ".join(parts)
 
 
 @dataclass
 class FusionReport:
-    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have. verb: or fold_bn_."""
+    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have. verb: or fold_bn_.
+
+    Every convolution and norm that is in no fused operation is in `skipped`; printed, they are grouped. coverage: None
+    for fold_bn_.
+    """
 
     model: nn.Module
     dry_run: bool = False
     verb: str = "fuse"
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    coverage: Coverage | None = None
 
     def to_dict(self) -> dict:
         """Plain dicts, lists and strings, ready for JSON; the model as its class name."""
@@ -54,13 +96,14 @@ class FusionReport:
             "dry_run": self.dry_run,
             "replaced": [_plain(item) for item in self.replaced],
             "skipped": [_plain(item) for item in self.skipped],
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
         }
 
     def __str__(self) -> str:
         lines = [self._title()]
         for heading, groups in self._sections():
             lines.append(f"{heading}:")
-            lines += [f"  {len(items)} x {title}: {_names(items)}" for title, items in groups.items()]
+            lines += [f"  {len(items)} x {title}: {names}" for title, items, names in groups]
         return "\n".join(lines)
 
     __repr__ = __str__  # the fields would print the whole model
@@ -68,9 +111,9 @@ class FusionReport:
     def _repr_html_(self) -> str:
         rows = [
             f"<tr><td>{html.escape(heading)}</td><td>{html.escape(title)}</td><td>{len(items)}</td>"
-            f"<td>{html.escape(_names(items))}</td></tr>"
+            f"<td>{html.escape(names)}</td></tr>"
             for heading, groups in self._sections()
-            for title, items in groups.items()
+            for title, items, names in groups
         ]
         return (
             f"<p>{html.escape(self._title())}</p><table><thead><tr><th></th><th>what</th><th>count</th>"
@@ -79,17 +122,47 @@ class FusionReport:
 
     def _title(self):
         done = f"would {self.verb}" if self.dry_run else "fused"
-        kind = class_of(self.model).__name__
-        return f"{kind}: {done} {len(self.replaced)} operations, skipped {len(self.skipped)}"
+        text = f"{class_of(self.model).__name__}: {done} {len(self.replaced)} operations"
+        end = f"skipped {len(self.skipped)}"
+        coverage = self.coverage
+        if coverage is None:
+            return f"{text}, {end}"
+        before = coverage.operations - len(self.replaced)
+        text += f" ({before} fused before)" if before else ""
+        return f"{text}: {coverage}; {end}" if coverage.convolutions else f"{text}, {end}"
 
     def _sections(self):
-        """(heading, {title: items}), without the empty ones."""
+        """(heading, [(title, items, their names)]), without the empty ones."""
         replaced = _grouped(
             self.replaced, lambda item: f"{item.pattern} in {item.kind}" + (f", impl={item.impl}" if item.impl else "")
         )
-        skipped = _grouped(self.skipped, lambda item: f"{item.kind}, {item.reason}")
+        cause, told, parts = self._causes()
+        skipped = _grouped(
+            [item for item in self.skipped if id(item) not in told], lambda item: f"{item.kind}, {cause[id(item)]}"
+        )
         heading = "to be replaced" if self.dry_run else "replaced"
-        return [section for section in ((heading, replaced), ("skipped", skipped)) if section[1]]
+        sections = (
+            (heading, [(title, items, _names(items)) for title, items in replaced.items()]),
+            ("skipped", [(title, items, _names(items) + _with(items, parts)) for title, items in skipped.items()]),
+        )
+        return [section for section in sections if section[1]]
+
+    def _causes(self):
+        """By the ids of entries: the reason without the module that it names; those whose cause the entry of the module
+        around them gives, since a reader should meet it once; and of that one, how many of which kind they are.
+        """
+        names = {name or THE_MODEL for name, _ in self.model.named_modules()}
+        cause, around, told, parts = {}, {}, set(), {}
+        for item in self.skipped:
+            about, _, rest = item.reason.partition(": ")
+            cause[id(item)] = rest if item.within is not None and about in names else item.reason
+            around.setdefault((item.name, item.reason), item)
+        for item in self.skipped:
+            other = around.get((item.within, cause[id(item)]))
+            if other is not None and other is not item:
+                told.add(id(item))
+                parts.setdefault(id(other), Counter())[item.kind] += 1
+        return cause, told, parts
 
 
 def _grouped(items, title):
@@ -103,13 +176,24 @@ def _names(items):
     """The names, a container with several operations once, and only the first few of many."""
     names = {}
     for item in items:
-        label = item.name or "(the model itself)"
+        label = item.name or f"({THE_MODEL})"
         if item.also:
-            label += f" (also {', '.join(name or '(the model itself)' for name in item.also)})"
+            label += f" (also {', '.join(name or f'({THE_MODEL})' for name in item.also)})"
         names[label] = names.get(label, 0) + 1
     labels = [label if count == 1 else f"{label} x{count}" for label, count in names.items()]
     more = len(labels) - _SHOWN
     return ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _with(items, parts):
+    """How many of what kind go without an entry of their own."""
+    kinds = sum((parts.get(id(item), Counter()) for item in items), Counter())
+    return f", with {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
+
+
+def _percent(share):
+    """Rounded down, so that 100 % is all of them."""
+    return f"{math.floor(100 * share + 1e-9)} %"
 
 
 def _plain(item):

@@ -117,7 +117,7 @@ def twins(model):
     """(fused, original) with the same values."""
     fused = copy.deepcopy(model)
     report = rir.fuse_(fused)
-    assert report.replaced and not report.skipped, report
+    assert report.replaced and all("no norm behind it" in item.reason for item in report.skipped), report
     return fused, model
 
 

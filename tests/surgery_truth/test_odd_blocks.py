@@ -54,7 +54,9 @@ def test_names_of_children(name, decoy):
     original = settle(Named(name, decoy))
     fused = copy.deepcopy(original)
     report = fuse_(fused)
-    assert [item.pattern for item in report.replaced] == ["P1"] and not report.skipped
+    assert [item.pattern for item in report.replaced] == ["P1"] and report.coverage.fused == 1
+    assert len(report.skipped) == report.coverage.convolutions - 1
+    assert all("no norm behind it" in item.reason for item in report.skipped)
     assert_same(pickle.loads(pickle.dumps(fused)), original, X)
 
 
@@ -118,7 +120,8 @@ class OnAConstant(nn.Module):
 def test_a_constant_is_skipped():
     report = fuse_(nn.Sequential(OnAConstant(), good()))
     assert [item.name for item in report.replaced] == ["1"]
-    assert [(item.name, "constant" in item.reason) for item in report.skipped] == [("0", True)]
+    assert [item.name for item in report.skipped] == ["0", "0.conv", "0.bn"]
+    assert all("constant" in item.reason for item in report.skipped)
 
 
 class Scripted(nn.Module):
@@ -163,7 +166,9 @@ def test_a_fault_of_ours_skips_its_block_only(monkeypatch, place):
     monkeypatch.setattr(traced, "FAMILY", dataclasses.replace(traced.FAMILY, **{place: faulty}))
     report = fuse_(model)
     assert [item.name for item in report.replaced] == ["1"]
-    assert [(item.name, item.reason) for item in report.skipped] == [("0", "it cannot be fused: KeyError: 'a node'")]
+    reason = "it cannot be fused: KeyError: 'a node'"
+    found = [(item.name, item.reason) for item in report.skipped]
+    assert found == [("0", reason), ("0.0", f"0: {reason}"), ("0.1", f"0: {reason}")]
 
 
 def test_a_fault_of_the_caller_is_raised():

@@ -44,7 +44,7 @@ def no_program(module, matches) -> None:
 
 
 def no_folds(module) -> list[Fold | Refusal]:
-    """Of families that know of none."""
+    """Of families that know of none; so for `runs`."""
     return []
 
 
@@ -58,6 +58,7 @@ class Family:
     mixin: the Fused whose forward runs them; at every call it looks again, by what `find` looks by.
     program: what that forward is told, for the matches that are to be fused: hashable, part of the fused class.
     folds: the norms of one instance that `fold_bn_` may fold.
+    runs: the operations that one instance runs as it is, without being fused.
     """
 
     knows: Callable[[type], bool]
@@ -66,6 +67,7 @@ class Family:
     mixin: type
     program: Callable[..., Any] = no_program
     folds: Callable[..., list[Fold | Refusal]] = no_folds
+    runs: Callable[..., list[Match]] = no_folds
 
 
 def exactly(target: Callable[[], type | None]) -> dict:

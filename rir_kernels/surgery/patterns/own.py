@@ -4,7 +4,7 @@ from ...modules import ConvBNAct, RiRLayer
 from ..classes import Conv2d
 from ..guards import bypass_obstacle, norm_obstacle
 from ..swap import Fused
-from .base import Family, Fold, no_folds
+from .base import Family, Fold, Match, no_folds
 
 
 def _knows(kind):
@@ -19,4 +19,13 @@ def _folds(module):
     return [] if bypass_obstacle(module.conv, Conv2d) else [Fold("bn", "conv")]
 
 
-FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=no_folds, mixin=Fused, folds=_folds)
+def _runs(module):
+    if type(module).forward not in (ConvBNAct.forward, RiRLayer.forward):
+        return []
+    if isinstance(module, RiRLayer):
+        return [Match("P4", ("bn",))]
+    pattern = "P4" if module.residual_at == "pre_norm" else "P2" if module.activation is None else "P1"
+    return [Match(pattern, ("conv", "bn"))]
+
+
+FAMILY = Family(knows=_knows, obstacle=lambda kind: "", find=no_folds, mixin=Fused, folds=_folds, runs=_runs)
