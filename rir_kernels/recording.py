@@ -43,7 +43,7 @@ class Calls(Table):
     def headline(self) -> str:
         """Counts, in one line."""
         fused = sum(call.fused for call in self)
-        return f"{len(self)} calls: {fused} operations ran fused, {len(self) - fused} one by one"
+        return f"{fused} of {len(self)} calls ran fused"
 
 
 class _Recorder:

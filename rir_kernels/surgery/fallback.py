@@ -27,7 +27,7 @@ def note(module, inputs, reason, *, asked: bool) -> None:
     if torch.compiler.is_compiling():
         return
     if recording.on():
-        recording.ran_one_by_one(module, inputs, str(reason))
+        recording.ran_one_by_one(module, inputs, str(reason).partition("\n")[0])
     if not asked and module is not None and (key := (type(module), reason)) not in _told:
         _told.add(key)
         if not any(text in reason for text in _KNOWN_TO_THE_OWNER):

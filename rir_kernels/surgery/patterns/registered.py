@@ -97,9 +97,15 @@ class _Written:
         return [(self.pattern, self.obstacle(module))]
 
     def obstacle(self, module) -> str:
+        return self.part_obstacle(module) or self.asked_obstacle(module)
+
+    def part_obstacle(self, module) -> str:
         for path, kind in self.parts:
             if reason := _part_obstacle(child(module, path), kind):
                 return f"{'.'.join(path)}: {reason}"
+        return ""
+
+    def asked_obstacle(self, module) -> str:
         return self.asked(module) if self.asked is not None else ""
 
     def methods(self, original: type) -> tuple[Method, ...]:
@@ -113,7 +119,10 @@ class _Written:
         def forward(module, *args, **kwargs):
             given = (*args, *kwargs.values())
             asked = call_obstacle(*given)
-            if reason := asked or self.obstacle(module):
+            reason = asked or self.part_obstacle(module)
+            if not reason:
+                reason = asked = self.asked_obstacle(module)
+            if reason:
                 note(module, given, reason, asked=bool(asked))
                 return original.forward(module, *args, **kwargs)
             return self.function(module, *args, **kwargs, impl=module._rir_fusion.impl)
