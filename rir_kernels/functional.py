@@ -166,8 +166,6 @@ def apply(
     if process_group is None:
         kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
     if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
-        if recording.on():
-            recording.ran(x, weight, spec, training, asked=impl, meant="triton", impl="triton")
         return y
     try:
         check_tensors(
@@ -195,9 +193,10 @@ def apply(
     if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
         eager.prepare(kind, tensors, buffers, spec, training, channels_last)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
-            if recording.on():
-                recording.ran(x, weight, spec, training, asked=asked, meant=impl, impl=impl)
             return y
+    if recording.on():
+        by = impl if kernels or (impl == "reference" and process_group is None) else "torch"
+        recording.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
     if kernels:
         x = as_rows(x) if weight is None else as_channels_last(x)
         vectors = map(_dense, (bias, bn_weight, bn_bias))
@@ -222,9 +221,6 @@ def apply(
         )  # fmt: skip
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if recording.on():
-        by = impl if kernels or impl == "reference" else "torch"
-        recording.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
     return y
 
 

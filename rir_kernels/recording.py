@@ -36,7 +36,7 @@ class Call:
 
 
 class Calls(Table):
-    """What record_calls has seen, in the order in which it ran."""
+    """What record_calls has seen, in the order in which it began."""
 
     kind = Call
 
@@ -66,9 +66,9 @@ def record_calls(model: nn.Module | None = None):
         print(calls)
 
     Each has `.name .shape .impl .fused .reason`, see Call. A fused unit that runs its own forward is one entry for that
-    call, with the reason; where only one of its operations runs one by one, that one is an entry. Calls that raise are
-    not listed, since they did not run. Forwards alone are: where activation checkpointing runs one again, it is listed
-    again.
+    call, with the reason; where only one of its operations runs one by one, that one is an entry. An operation is
+    listed as it begins, so that one that fails on the way is the last; one that is refused for its arguments is not
+    listed. Backward is not; where activation checkpointing runs a forward again, that is listed again.
 
     Calls of every thread are listed; contexts may be nested, and each sees all that runs within it. Where torch.compile
     has made a graph of a forward, Python does not run, and nothing is listed: what a graph contains is what the same
@@ -99,12 +99,12 @@ def on() -> bool:
 
 
 def ran(x, weight, spec, training, *, asked: str, meant: str, impl: str) -> None:
-    """Writes an operation down: asked for as `asked`, which meant `meant` for its tensors, and run as `impl`."""
+    """Writes down an operation that is about to run as `impl`; `asked` meant `meant` for its tensors."""
     if torch.compiler.is_compiling():
         return
     reason = ""
     if impl != meant:
-        reason = "there is no image in the batch"
+        reason = "there is no image in the batch" if x.shape[0] == 0 else "its statistics are those of several ranks"
     elif asked == "auto" and impl != "triton":
         reason = why_not_triton(x, weight, spec, training)
     _write(_running(), "norm_act" if weight is None else "conv_bn_act", tuple(x.shape), impl, True, reason)

@@ -15,7 +15,7 @@ class Table(list):
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join([self.headline(), *([""] + [*aligned(self._lines())] if self else [])])
+        return "\n".join([self.headline(), *(["", *aligned(self._lines())] if self else [])])
 
     __repr__ = __str__
 

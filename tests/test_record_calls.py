@@ -85,7 +85,7 @@ def test_nothing_is_listed_outside_and_each_context_has_its_own():
 
 
 def test_an_exception_ends_it():
-    """A call that raises has not run; what ran before stays listed."""
+    """A call that is refused has not run; what ran before stays listed."""
     with pytest.raises(ValueError), rir.record_calls() as outer, rir.record_calls() as inner:
         call()
         call(x=X[:, :2])
@@ -111,6 +111,18 @@ def test_threads():
         for thread in threads:
             thread.join()
     assert [len(one) for one in (calls, *lists)] == [80] * 5 and recording.recorders == ()
+
+
+def test_one_that_fails_is_the_last(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    with pytest.raises(MemoryError), rir.record_calls() as calls:
+        call()
+        monkeypatch.setattr(rir.functional.aten, "conv_bn_act", fail)
+        call(x=X[:1])
+        call()
+    assert [call.shape[0] for call in calls] == [2, 1]
 
 
 @pytest.mark.interpreter
@@ -168,9 +180,10 @@ def test_measured_and_missing(monkeypatch):
     monkeypatch.setattr(dispatch, "_missing_on", lambda index: "")
     arguments = OnGPU(), WEIGHT, ConvBNActSpec(), True
     assert dispatch.why_not_triton(*arguments) == "measured to be faster here"
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: "needs triton >= 3.6, found 3.0")
-    monkeypatch.setattr(dispatch, "_warned", {"rir_kernels falls back to plain PyTorch: needs triton >= 3.6, found 3.0"})
-    assert dispatch.why_not_triton(*arguments) == "needs triton >= 3.6, found 3.0"
+    missing = "needs triton >= 3.6, found 3.0"
+    monkeypatch.setattr(dispatch, "_missing_on", lambda index: missing)
+    monkeypatch.setattr(dispatch, "_warned", {f"rir_kernels falls back to plain PyTorch: {missing}"})
+    assert dispatch.why_not_triton(*arguments) == missing
 
 
 def test_transforms():
@@ -190,6 +203,6 @@ def test_what_is_printed():
 
 
 def test_a_model_that_is_none():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module or None, got str"), rir.record_calls("resnet"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module or None, got str"), rir.record_calls("resnet"):
         pass
     assert not recording.on()

@@ -62,7 +62,8 @@ def register_pattern(
         raise ValueError("parts must name the children that are bypassed, each with its class, such as nn.Conv2d")
 
     def register(function):
-        plan = _Written(function, tuple((tuple(name.split(".")), part) for name, part in parts.items()), obstacle, pattern)
+        paths = tuple((tuple(name.split(".")), part) for name, part in parts.items())
+        plan = _Written(function, paths, obstacle, pattern)
         FAMILIES[kind] = Family(
             **exactly(lambda: kind),
             find=functools.partial(_find, plan),
