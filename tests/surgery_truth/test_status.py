@@ -13,7 +13,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -398,6 +397,8 @@ def test_no_forward_runs_and_nothing_changes():
 
 def test_the_compiler_is_not_disturbed():
     """One graph, without a warning; what it runs is listed in eager mode only."""
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
     fused = settle(nn.Sequential(of(plain), of(plain))).eval()
     rir.fuse_(fused)
