@@ -84,6 +84,15 @@ def test_nothing_is_listed_outside_and_each_context_has_its_own():
     assert recording.recorders == () and not recording.on()
 
 
+def test_contexts_may_end_in_any_order():
+    first, second = rir.record_calls(), rir.record_calls()
+    lists = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    call()
+    second.__exit__(None, None, None)
+    assert [len(calls) for calls in lists] == [0, 1]
+
+
 def test_an_exception_ends_it():
     """A call that is refused has not run; what ran before stays listed."""
     with pytest.raises(ValueError), rir.record_calls() as outer, rir.record_calls() as inner:

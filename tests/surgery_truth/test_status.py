@@ -154,13 +154,22 @@ def scaled(m, x):
     return plain(m, x * SWITCH)
 
 
-def test_a_global_that_changed(monkeypatch):
-    model = of(scaled)
-    rir.fuse_(model)
+def test_what_is_outside_of_the_module(monkeypatch):
+    """A global and a variable of a closure, by their names."""
+    factor = 1.0
+
+    def enclosed(m, x):
+        return plain(m, x * factor)
+
+    models = of(scaled), of(enclosed)
+    for model in models:
+        rir.fuse_(model)
     monkeypatch.setitem(globals(), "SWITCH", 2.0)
-    (one,) = rir.fusion_status(model)
-    assert (one.fused, one.reason) == (False, "SWITCH has changed")
-    assert len(warned(lambda: model(X.float()))) == 1
+    factor = 2.0
+    for model, name in zip(models, ("SWITCH", "factor"), strict=True):
+        (one,) = rir.fusion_status(model)
+        assert (one.fused, one.reason) == (False, f"{name} has changed")
+        assert len(warned(lambda model=model: model(X.float()))) == 1
 
 
 def test_a_class_on_top_and_another_forward():
