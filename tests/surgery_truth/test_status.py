@@ -1,4 +1,4 @@
-"""fusion_status says what a call then does: each change after fuse_ with its reason, beside what record_calls saw.
+"""fusion_status says what a call then does: each change after fuse_ with its reason, and so does record_calls.
 
 And the warning: once for each class and reason, and none for what the model's owner knows of.
 """
