@@ -5,6 +5,8 @@
     rir.RiRLayer, rir.RiRBlock, rir.ConvBNAct          drop-in modules
     rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
     rir.register_pattern(kind), rir.fold_bn_(model)    for blocks of your own, and for inference
+    rir.fusion_status(model), rir.fused_source(module) what runs fused now and why not, and as what
+    with rir.record_calls(model) as calls: ...         every operation that ran, and in which implementation
     rir.compare(reference, candidate, inputs)          proof of equivalence
     rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
     with rir.preserved_statistics(model): ...          what warms up a CUDA graph does not count as batches
@@ -20,7 +22,18 @@ from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .preference import use_impl
 from .recomputing import recompute
-from .surgery import FusionReport, fold_bn_, fuse_, register_pattern, unfuse_, unregister_pattern
+from .recording import record_calls
+from .surgery import (
+    FusionReport,
+    FusionStatus,
+    fold_bn_,
+    fuse_,
+    fused_source,
+    fusion_status,
+    register_pattern,
+    unfuse_,
+    unregister_pattern,
+)
 from .sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 __version__ = "0.1.0"
@@ -28,6 +41,7 @@ __all__ = [
     "ConvBNAct",
     "EquivalenceReport",
     "FusionReport",
+    "FusionStatus",
     "RiRBlock",
     "RiRLayer",
     "SyncBatchNorm2d",
@@ -37,8 +51,11 @@ __all__ = [
     "fold_bn_",
     "functional",
     "fuse_",
+    "fused_source",
+    "fusion_status",
     "preserved_statistics",
     "recompute",
+    "record_calls",
     "reference",
     "register_pattern",
     "surgery",

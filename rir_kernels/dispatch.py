@@ -70,7 +70,7 @@ def resolve(
     """The implementation for these tensors: a name of IMPLS other than "auto"."""
     impl = meant_by(impl)
     if impl == "auto":
-        return _choose(x, weight, spec, training)
+        return _choose(x, weight, spec, training)[0]
     if impl in ("hybrid", "triton"):
         _require_kernels(impl, x)
         if _transformed():
@@ -98,25 +98,38 @@ def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
     return ""
 
 
+def why_not_triton(x, weight, spec, training) -> str:
+    """Why "auto" does not run our kernels throughout for these tensors, or an empty string."""
+    meant = meant_by("auto")
+    return _choose(x, weight, spec, training)[1] if meant == "auto" else f'use_impl("{meant}")'
+
+
 def _choose(x, weight, spec, training):
+    """What "auto" takes, and why that is not "triton"."""
     if x.device.type not in ("cuda", "cpu", "meta"):
         warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
-    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or _transformed():
-        return "torch"
+    if x.device.type != "cuda":
+        return "torch", "x is not on a CUDA device"
+    if x.dtype not in KERNEL_DTYPES:
+        return "torch", "the kernels take float16, bfloat16 and float32"
+    if _transformed():
+        return "torch", "the kernels have no rules for torch.func and forward-mode AD"
     if missing := _missing_on(x.device.index):
         warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
-        return "torch"
+        return "torch", missing
     if weight is None:
-        return "triton"
+        return "triton", ""
     # fp32 without TF32 has no tensor cores: nothing of what our convolution is made for
-    plain_fp32 = x.dtype == torch.float32 and not tf32_allowed()
-    if plain_fp32 or unsupported(weight, spec):
-        return "hybrid"
+    if x.dtype == torch.float32 and not tf32_allowed():
+        return "hybrid", "fp32 without TF32 does not use the tensor cores"
+    if missing := unsupported(weight, spec):
+        return "hybrid", f"there is no kernel for {missing}"
     if torch.compiler.is_compiling():  # sizes may be symbols there: to look one up would pin it down
-        return "triton"
+        return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    return measured_choice(_device_name(x.device.index), key) or "triton"
+    measured = measured_choice(_device_name(x.device.index), key)
+    return (measured, "measured to be faster here") if measured else ("triton", "")
 
 
 def tf32_allowed() -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import aten, eager, ops, synchronized
+from . import aten, eager, ops, recording, synchronized
 from .dispatch import resolve
 from .layout import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
 from .preference import check_impl
@@ -148,7 +148,7 @@ def apply(
     impl: str,
     process_group=None,
     torch_format: bool = False,
-    otherwise: Callable[[], torch.Tensor] | None = None,
+    otherwise: Callable[[Exception], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`conv_bn_act` with its options as a spec, which may also name a shortcut from x itself.
 
@@ -156,7 +156,7 @@ def apply(
     `num_batches_tracked`, one int64 or None, counts the batch when the call has succeeded. process_group: whose ranks
     share the batch's statistics, in training; None is this one alone. torch_format: y has the memory format that
     torch's own convolution gives it, channels_last where x or weight is, rather than x's. otherwise: what makes y where
-    the call is refused for its tensors or numbers, instead of the error.
+    the call is refused for its tensors or numbers, called with the error instead of raising it.
     """
     check_impl(impl)
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
@@ -173,13 +173,13 @@ def apply(
             bias=bias, residuals=residuals, spec=spec, training=training, momentum=momentum,
             shared=process_group is not None,
         )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
         if otherwise is None:
             raise
-        return otherwise()
+        return otherwise(error)
     momentum = float(momentum)  # numpy's numbers are numbers too, but not to torch's norm
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
-    impl = resolve(impl, x, weight, spec, training)
+    asked, impl = impl, resolve(impl, x, weight, spec, training)
     channels_last = conv_format(x, weight) if torch_format else is_channels_last(x)
     kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
     if kernels and not channels_last:
@@ -194,6 +194,9 @@ def apply(
         eager.prepare(kind, tensors, buffers, spec, training, channels_last)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
+    if recording.on():
+        by = impl if kernels or (impl == "reference" and process_group is None) else "torch"
+        recording.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
     if kernels:
         x = as_rows(x) if weight is None else as_channels_last(x)
         vectors = map(_dense, (bias, bn_weight, bn_bias))

@@ -4,7 +4,6 @@ import copy
 import random
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import rir_kernels as rir
-from rir_kernels import functional
 
 # fp64 rounds at 1e-16; a hundred layers and divisions by small deviations make 1e-12 of it, a mistake 1e-3
 TOLERANCE = 1e-9
@@ -64,9 +62,9 @@ def check(architecture, *, dtype=torch.float64) -> Record | None:
     for mode in ("train", "eval"):
         x = image(architecture.size, dtype)
         expected = step(original, x, mode)
-        with counted() as calls:
+        with rir.record_calls() as calls:
             found = step(fused, x, mode)
-        record.fused_calls[mode] = len(calls)
+        record.fused_calls[mode] = sum(call.fused for call in calls)
         record.errors[mode] = {group: difference(found[group], expected[group]) for group in GROUPS}
         for group, error in record.errors[mode].items():
             _blame(record, not error <= TOLERANCE, f"{mode}: {group} differs by {error:.1e}")
@@ -166,22 +164,6 @@ def _largest(tensor):
 def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     """Of two dicts of tensors."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@contextmanager
-def counted():
-    """Within it every fused operation that is run is written down."""
-    calls, apply = [], functional.apply
-
-    def counting(*args, **kwargs):
-        calls.append(kwargs["impl"])
-        return apply(*args, **kwargs)
-
-    functional.apply = counting
-    try:
-        yield calls
-    finally:
-        functional.apply = apply
 
 
 def _identities(model):

@@ -4,6 +4,8 @@ import dataclasses
 import html
 import math
 
+from ..tables import aligned, html_table
+
 SHORT = 16  # rows; a longer report prints a summary and its worst rows
 WORST = 8
 
@@ -93,15 +95,15 @@ class EquivalenceReport:
     def table(self, full: bool = False) -> str:
         """Aligned plain text; `full` for every row of a long report."""
         if full or len(self.rows) <= SHORT:
-            return "\n".join([self.headline(), "", *_aligned([_HEADER, *(row.cells() for row in self.rows)], _RIGHT)])
+            return "\n".join([self.headline(), "", *aligned([_HEADER, *(row.cells() for row in self.rows)], _RIGHT)])
         worst = self.worst()
         left_out = len(self.rows) - len(worst)
         return "\n".join([
             self.headline(),
             "",
-            *_aligned(self._summary(), (1, 2, 3)),
+            *aligned(self._summary(), (1, 2, 3)),
             "",
-            *_aligned([_HEADER, *(row.cells() for row in worst)], _RIGHT),
+            *aligned([_HEADER, *(row.cells() for row in worst)], _RIGHT),
             f"... and {left_out} more rows: table(full=True)",
         ])  # fmt: skip
 
@@ -127,36 +129,15 @@ class EquivalenceReport:
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{html.escape(self.headline())}</b></p>"]
         if len(self.rows) > SHORT:
-            parts += [_html_table(self._summary()), _html_rows(self.worst())]
+            parts += [html_table(self._summary()), _html_rows(self.worst())]
             parts.append(f"<details><summary>all {len(self.rows)} rows</summary>{_html_rows(self.rows)}</details>")
         else:
             parts.append(_html_rows(self.rows))
         return "".join(parts)
 
 
-def _aligned(lines, right):
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        cells = [
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
 def _html_rows(rows):
-    return _html_table([_HEADER, *(row.cells() for row in rows)], failed=[not row.passed for row in rows])
-
-
-def _html_table(lines, failed=()):
-    header, *rows = lines
-    failed = [*failed, *[False] * (len(rows) - len(failed))]
-    red = ' style="color: #c00"'
-    body = "".join(f"<tr{red * fail}>{_html_cells('td', row)}</tr>" for row, fail in zip(rows, failed, strict=True))
-    return f"<table><thead><tr>{_html_cells('th', header)}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _html_cells(tag, cells):
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return html_table([_HEADER, *(row.cells() for row in rows)], failed=[not row.passed for row in rows])
 
 
 def _finite(value):

@@ -4,8 +4,10 @@ from .fold import fold_bn_
 from .fuse import fuse_, unfuse_
 from .patterns import register_pattern, unregister_pattern
 from .report import FusionReport
+from .status import FusionStatus, fused_source, fusion_status
 from .units import bn_act, conv_bn_act
 
 __all__ = [
-    "FusionReport", "bn_act", "conv_bn_act", "fold_bn_", "fuse_", "register_pattern", "unfuse_", "unregister_pattern",
+    "FusionReport", "FusionStatus", "bn_act", "conv_bn_act", "fold_bn_", "fuse_", "fused_source", "fusion_status",
+    "register_pattern", "unfuse_", "unregister_pattern",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..folded_norm import FoldedNorm
 from ..sync_batchnorm import SyncBatchNorm2d
 from .classes import BatchNorm2d, Conv2d, Identity, ReLU, know, patched
+from .fallback import GLOBAL_HOOK, HOOK, PARAMETRIZED, WRAPPED
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -27,7 +28,7 @@ for _kind in _AS_GOOD[BatchNorm2d]:
 def call_obstacle(*inputs) -> str:
     """Why this call must take the original forward, whatever the modules: see the reasons."""
     if _has_any_global_hook():
-        return "a hook is registered for all modules"
+        return GLOBAL_HOOK
     for x in inputs:
         if not isinstance(x, torch.Tensor) or _wraps_tensors(x):
             return f"the input is a {type(x).__name__}"
@@ -101,7 +102,7 @@ def _touched(module) -> str:
     if reason := patched(type(module)):
         return reason
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "a hook is registered on it"
+        return HOOK
     attributes = module.__dict__
     if torch.compiler.is_compiling():
         _ = module.forward, getattr(module, "_conv_forward", None)  # a look-up leaves a guard, the next line none
@@ -112,7 +113,7 @@ def _touched(module) -> str:
         parameters = (*parameters, attributes.get("weight"), attributes.get("bias"))
     for parameter in parameters:
         if parameter is not None and _wraps_tensors(parameter):
-            return f"a parameter of it is a {type(parameter).__name__}"
+            return f"{WRAPPED} {type(parameter).__name__}"
     return ""
 
 
@@ -154,7 +155,7 @@ def _not_exactly(module, kind):
     if module is None:
         return f"the {kind.__name__} is missing"
     if is_parametrized(module):
-        return "it is parametrized"
+        return PARAMETRIZED
     if isinstance(module, kind):
         return f"{found} is a subclass of {kind.__name__}: only the exact class is known"
     return f"{found} is not a {kind.__name__}"

@@ -13,6 +13,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,10 @@ class Outside:
     """`steps` from `start` led to `found`, or to a function that returned it for `arguments`.
 
     base, prefix: how `start` is found again in another process, from a module, a class or a function.
+    name: as a reader of the source knows it.
     """
 
-    __slots__ = ("arguments", "base", "content", "found", "prefix", "start", "steps")
+    __slots__ = ("arguments", "base", "content", "found", "name", "prefix", "start", "steps")
 
     def __init__(self, base, prefix: tuple, steps: tuple, arguments: tuple | None = None, found: Any = MISSING):
         self.base, self.prefix, self.steps, self.arguments = base, prefix, steps, arguments
@@ -53,11 +55,11 @@ class Outside:
         value = walk(self.start, steps) if arguments is None else walk(self.start, steps)(*arguments)
         self.content = isinstance(value, CONTAINERS)
         self.found = found if found is not MISSING else told(value)
-
-    @property
-    def name(self) -> str:
-        """As a reader of the source knows it."""
-        return ".".join(str(step) for step in self.steps if step != "cell_contents") or str(self.prefix[-1])
+        names = steps
+        if steps[0] == "cell_contents":  # a variable of a closure
+            *function, _, index = prefix
+            names = (walk(base, function).__code__.co_freevars[index], *steps[1:])
+        self.name = ".".join(map(str, names))
 
     @property
     def question(self) -> tuple:
@@ -111,7 +113,7 @@ def namespace(names: dict) -> types.ModuleType | dict:
     return module if getattr(module, "__dict__", None) is names else names
 
 
-def walk(value, steps: tuple):
+def walk(value, steps: Iterable):
     """What is found there, MISSING where there is nothing."""
     for step in steps:
         value = _step(value, step)

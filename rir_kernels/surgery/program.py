@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -23,11 +24,29 @@ from torch.fx.node import _get_qualified_name
 from . import in_place, units
 from .chains import Chain
 from .classes import Method, methods_of
+from .fallback import note
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
 from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
 
 _ONE_BY_ONE = "_rir_one_by_one_"
+_OTHER_ARGUMENTS = "it was called with other arguments than its forward was traced with"
+
+
+class Operation(NamedTuple):
+    """One fused operation, and where its modules are; activation: "relu" for a function, None for nothing."""
+
+    pattern: str
+    conv: Path | None
+    norm: Path
+    activation: Path | str | None
+
+    def obstacle(self, module: nn.Module) -> str:
+        """Why it would run one by one now, as the generated forward asks it; or an empty string."""
+        activation = self.activation
+        act = child(module, activation) if isinstance(activation, tuple) else activation
+        convs = () if self.conv is None else (child(module, self.conv),)
+        return units.obstacle(child(module, self.norm), act, *convs)
 
 
 @dataclass(frozen=True)
@@ -42,12 +61,13 @@ class Program:
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
     outside: tuple[Outside, ...]
+    operations: tuple[Operation, ...] = ()
 
     def obstacle(self, module: nn.Module) -> str:
         """Why the original forward must be run."""
         for path, kind in self.untouched:
             if reason := bypass_obstacle(child(module, path), kind):
-                return reason
+                return f"{'.'.join(path)}: {reason}"
         compiling = torch.compiler.is_compiling()
         for read in self.reads:
             owner = child(module, read.path)
@@ -60,6 +80,11 @@ class Program:
             if not one.holds():
                 return f"{one.name} has changed"
         return ""
+
+    def states(self, module: nn.Module) -> list[tuple[str, str]]:
+        """As Fused._rir_operations."""
+        reason = self.obstacle(module)
+        return [(one.pattern, reason or one.obstacle(module)) for one in self.operations]
 
     def methods(self, original: type) -> tuple[Method, ...]:
         """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""
@@ -78,7 +103,9 @@ class Program:
             given = args
             if kwargs and kwargs.keys() == set(named):
                 given = (*args, *(kwargs[name] for name in named))
-            if len(given) != len(inputs) or call_obstacle(*given) or self.obstacle(module):
+            asked = call_obstacle(*given) if len(given) == len(inputs) else _OTHER_ARGUMENTS
+            if reason := asked or self.obstacle(module):
+                note(module, (*args, *kwargs.values()), reason, asked=bool(asked))
                 return original.forward(module, *args, **kwargs)
             return fused(module, *given)
 
@@ -107,7 +134,17 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside)
+    operations = tuple(map(_operation, chains))
+    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, operations)
+
+
+def _operation(chain):
+    conv, norm, relu = (node and _path(node) for node in (chain.conv, chain.norm, chain.relu))
+    return Operation(chain.pattern, conv, norm, relu if relu is None or chain.relu.op == "call_module" else "relu")
+
+
+def _path(node):
+    return tuple(str(node.target).split("."))
 
 
 def _one_by_one(chain):

@@ -6,10 +6,11 @@ original's), `super().forward` is the original one, and swapping back leaves not
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from .classes import Method, methods_of, replaced, subclass_of
+from .fallback import note
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Fused:
     """Base of the mixins, which bring `forward`: class FusedX(mixin, X)."""
 
     _rir_fusion: Recipe
+    _rir_forward: Callable  # ours, wherever the class has another one by now
+
+    def _rir_operations(self) -> list[tuple[str, str]]:
+        """(pattern, why it would not run fused now or an empty string) of each operation, as forward asks it."""
+        raise NotImplementedError
 
     def __init__(self, *args, **kwargs):
         # only ever called where an instance asks for another of its class, as a slice of a Sequential does; nobody
@@ -114,13 +120,14 @@ def fused_class(recipe: Recipe) -> type:
 
     @functools.wraps(original.forward)
     def forward(module, *args, **kwargs):
-        if replaced(methods):
+        if reason := replaced(methods):
+            note(module, (*args, *kwargs.values()), reason, asked=False)
             return original.forward(module, *args, **kwargs)
         return fused(module, *args, **kwargs)
 
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": original.__doc__, "_rir_fusion": recipe}
-    return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward})
+    return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward, "_rir_forward": forward})
 
 
 def _rebuild(recipe, build, arguments):

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 
 from .. import norm_state
 from ..spec import ConvBNActSpec
+from .fallback import note
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
+
+_NO_IMAGE = "it was not given images, dense tensors of four dimensions"
 
 
 def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", one_by_one=None):
@@ -23,15 +26,13 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
     it cannot be one operation; None calls the modules as the formula has it.
     """
     if one_by_one is None:
-        otherwise = functools.partial(_one_by_one, x, conv, bn, act, residuals, post_norm, scale)
-    else:
-        otherwise = functools.partial(one_by_one, x, *residuals)
-    if conv_obstacle(conv) or norm_obstacle(bn) or _act_obstacle(act):
-        return otherwise()
+        one_by_one = functools.partial(_one_by_one, conv, bn, act, post_norm, scale)
+    if reason := obstacle(bn, act, conv):
+        return _instead(one_by_one, x, residuals, reason, asked=False)
     relu, weight = act is not None or norm_has_relu(bn), tensor_of(conv, "weight")
     spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
-    if not _fits(x, residuals, weight, spec):
-        return otherwise()
+    if reason := _misfit(x, residuals, weight, spec):
+        return _instead(one_by_one, x, residuals, reason)
     return norm_state.conv_bn_act(
         bn,
         x,
@@ -41,20 +42,40 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
         spec=spec,
         impl=impl,
         torch_format=True,
-        otherwise=otherwise,
+        otherwise=functools.partial(_instead, one_by_one, x, residuals),
     )
 
 
 def bn_act(x, bn, act, *, impl="auto", one_by_one=None):
     """act(bn(x)), where one of them is or has a ReLU; one_by_one: as in `conv_bn_act`."""
-    otherwise = functools.partial(_bn_act, bn, act, x) if one_by_one is None else functools.partial(one_by_one, x)
-    if not _is_image(x) or norm_obstacle(bn) or _act_obstacle(act):
-        return otherwise()
-    relu = act is not None or norm_has_relu(bn)
+    if one_by_one is None:
+        one_by_one = functools.partial(_bn_act, bn, act)
+    if not _is_image(x):
+        return _instead(one_by_one, x, (), _NO_IMAGE)
+    if reason := obstacle(bn, act):
+        return _instead(one_by_one, x, (), reason, asked=False)
+    otherwise, relu = functools.partial(_instead, one_by_one, x, ()), act is not None or norm_has_relu(bn)
     return norm_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
 
 
-def _one_by_one(x, conv, bn, act, residuals, post_norm, scale):
+def obstacle(bn, act, *conv) -> str:
+    """Why these modules, with or without a convolution in front, cannot be one operation now; or an empty string."""
+    for one in conv:
+        if reason := conv_obstacle(one):
+            return f"its convolution: {reason}"
+    if reason := norm_obstacle(bn):
+        return f"its norm: {reason}"
+    if act is not None and act != "relu" and (reason := relu_obstacle(act)):
+        return f"its activation: {reason}"
+    return ""
+
+
+def _instead(one_by_one, x, residuals, reason, asked=True):
+    note(getattr(one_by_one, "__self__", None), (x,), reason, asked=asked)
+    return one_by_one(x, *residuals)
+
+
+def _one_by_one(conv, bn, act, post_norm, scale, x, *residuals):
     y = conv(x)
     if post_norm:
         y = bn(y)
@@ -83,10 +104,6 @@ def _act(y, act):
     return F.relu(y) if act == "relu" else y if act is None else act(y)
 
 
-def _act_obstacle(act):
-    return act is not None and act != "relu" and relu_obstacle(act)
-
-
 def _spec(stride, padding, eps, relu, post_norm=False, scale=1.0):
     # the compiler looks through the cache, and warns of it
     make = ConvBNActSpec if torch.compiler.is_compiling() else _kept_spec
@@ -100,11 +117,15 @@ def _is_image(x):
     return type(x) is torch.Tensor and x.dim() == 4 and x.layout is torch.strided
 
 
-def _fits(x, residuals, weight, spec):
-    if weight is None or not all(map(_is_image, (x, *residuals))):
-        return False
+def _misfit(x, residuals, weight, spec):
+    """Why these tensors are not those of one operation, or an empty string."""
+    if weight is None:
+        return "its convolution has no weight"
+    if not all(map(_is_image, (x, *residuals))):
+        return _NO_IMAGE
     if not residuals:
-        return True
+        return ""
     shape = spec.output_shape(x, weight)
-    alike = all(r.dtype == x.dtype for r in residuals) or torch.is_autocast_enabled(x.device.type)
-    return alike and all(tuple(r.shape) == shape for r in residuals)
+    if not (all(r.dtype == x.dtype for r in residuals) or torch.is_autocast_enabled(x.device.type)):
+        return "what is added has another dtype"
+    return "" if all(tuple(r.shape) == shape for r in residuals) else "what is added has another shape"

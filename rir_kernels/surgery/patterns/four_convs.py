@@ -15,6 +15,7 @@ from ...spec import ConvBNActSpec
 from ...streams import pack_weight
 from ...sync_batchnorm import SyncBatchNorm2d
 from ..classes import BatchNorm2d, Conv2d
+from ..fallback import NORMS_DIFFER
 from ..guards import bypass_obstacle
 
 
@@ -48,12 +49,16 @@ def obstacle(layer: Layer) -> str:
     if r is t:
         return "both streams share one norm, which updates its statistics twice"
     if _description(r) != _description(t):
-        return "the norms differ in mode, eps, momentum, tracking, affine parameters, dtype or process group"
+        return f"{NORMS_DIFFER}, eps, momentum, tracking, affine parameters, dtype or process group"
     return ""
 
 
-def counts_agree(layer: Layer) -> bool:
-    """Whether one momentum serves both norms. Reads the counters, but only where they make the momentum."""
+def counts_obstacle(layer: Layer) -> str:
+    """Why one momentum cannot serve both norms. Reads the counters, but only where they make the momentum."""
+    return "" if _counts_agree(layer) else "the norms have counted different numbers of batches"
+
+
+def _counts_agree(layer):
     r, t = layer.norms.values()
     if r is None or t is None or r.momentum is not None or not (r.training and r.track_running_stats):
         return True

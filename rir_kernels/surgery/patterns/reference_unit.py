@@ -5,6 +5,7 @@ from ...reference.functional import check_dtypes
 from ...spec import spec_of_conv
 from ...validation import as_residuals
 from ..classes import Conv2d
+from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
 from ..swap import Fused
 from .base import Family, Fold, Match, Refusal, exactly
@@ -13,7 +14,9 @@ from .base import Family, Fold, Match, Refusal, exactly
 class FusedConvBNAct(Fused):
     def forward(self, x, residual=None):
         residuals = as_residuals(residual)
-        if call_obstacle(x, *residuals) or _obstacle(self):
+        asked = call_obstacle(x, *residuals)
+        if reason := asked or _obstacle(self):
+            note(self, (x, *residuals), reason, asked=bool(asked))
             return super().forward(x, residual)
         conv, bn = self.conv, self.bn
         check_dtypes(x, conv.weight, conv.bias, *residuals)
@@ -21,6 +24,13 @@ class FusedConvBNAct(Fused):
             bn, x, conv.weight, bias=conv.bias, residuals=residuals, impl=self._rir_fusion.impl, torch_format=True,
             spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, bn.eps),
         )  # fmt: skip
+
+    def _rir_operations(self):
+        return [(_pattern(self), _obstacle(self))]
+
+
+def _pattern(unit):
+    return "P1" if unit.activation == "relu" else "P2"
 
 
 def _obstacle(unit):
@@ -34,7 +44,7 @@ def _find(unit):
     parts = ("conv", "bn")
     if reason := _obstacle(unit):
         return [Refusal(reason, parts)]
-    return [Match("P1" if unit.activation == "relu" else "P2", parts)]
+    return [Match(_pattern(unit), parts)]
 
 
 def _folds(unit):

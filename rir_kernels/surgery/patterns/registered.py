@@ -1,6 +1,7 @@
 """What users say about modules of their own: `register_pattern`."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from .. import registry
 from ..classes import BatchNorm2d, Conv2d, Method, methods_of
+from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
 from ..tracing import Path, child
 from .base import PATTERNS, Family, Match, Refusal, exactly
@@ -60,10 +62,11 @@ def register_pattern(
         raise ValueError("parts must name the children that are bypassed, each with its class, such as nn.Conv2d")
 
     def register(function):
-        plan = _Written(function, tuple((tuple(name.split(".")), part) for name, part in parts.items()), obstacle)
+        paths = tuple((tuple(name.split(".")), part) for name, part in parts.items())
+        plan = _Written(function, paths, obstacle, pattern)
         FAMILIES[kind] = Family(
             **exactly(lambda: kind),
-            find=functools.partial(_find, plan, pattern),
+            find=functools.partial(_find, plan),
             mixin=FusedForward,
             program=lambda module, matches: plan,
         )
@@ -85,11 +88,25 @@ class _Written:
     function: Callable
     parts: tuple[tuple[Path, type], ...]
     asked: Callable[[nn.Module], str] | None
+    pattern: str
+
+    @property
+    def source(self) -> str:
+        return inspect.getsource(self.function)
+
+    def states(self, module) -> list[tuple[str, str]]:
+        return [(self.pattern, self.obstacle(module))]
 
     def obstacle(self, module) -> str:
+        return self.part_obstacle(module) or self.asked_obstacle(module)
+
+    def part_obstacle(self, module) -> str:
         for path, kind in self.parts:
             if reason := _part_obstacle(child(module, path), kind):
                 return f"{'.'.join(path)}: {reason}"
+        return ""
+
+    def asked_obstacle(self, module) -> str:
         return self.asked(module) if self.asked is not None else ""
 
     def methods(self, original: type) -> tuple[Method, ...]:
@@ -101,7 +118,13 @@ class _Written:
     def forward(self, original: type):
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
-            if call_obstacle(*args, *kwargs.values()) or self.obstacle(module):
+            given = (*args, *kwargs.values())
+            asked = call_obstacle(*given)
+            reason = asked or self.part_obstacle(module)
+            if not reason:
+                reason = asked = self.asked_obstacle(module)
+            if reason:
+                note(module, given, reason, asked=bool(asked))
                 return original.forward(module, *args, **kwargs)
             return self.function(module, *args, **kwargs, impl=module._rir_fusion.impl)
 
@@ -114,7 +137,7 @@ def _part_obstacle(module, kind):
     return norm_obstacle(module) if kind is BatchNorm2d else bypass_obstacle(module, kind)
 
 
-def _find(plan, pattern, module):
+def _find(plan, module):
     reason = plan.obstacle(module)
     names = tuple(".".join(path) for path, _ in plan.parts)
-    return [Refusal(reason, names) if reason else Match(pattern, names)]
+    return [Refusal(reason, names) if reason else Match(plan.pattern, names)]

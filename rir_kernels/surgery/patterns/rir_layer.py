@@ -4,6 +4,7 @@ from ... import reference
 from ...joining import join, split
 from ...reference.functional import check_dtypes
 from ...streams import PACKED, as_streams, check_image
+from ..fallback import note
 from ..guards import call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -18,7 +19,9 @@ class FusedRiRLayer(Fused):
     def forward(self, x, t=PACKED, *, outer=None):
         layer = _layer(self)
         given = [s for s in (x, None if t is PACKED else t, outer) if s is not None]
-        if call_obstacle(*given) or four_convs.obstacle(layer) or not four_convs.counts_agree(layer):
+        asked = call_obstacle(*given)
+        if reason := asked or _obstacle(layer):
+            note(self, given, reason, asked=bool(asked))
             return super().forward(x, t, outer=outer)
 
         packed = t is PACKED
@@ -39,6 +42,13 @@ class FusedRiRLayer(Fused):
             impl=self._rir_fusion.impl,
         )
         return y if packed else split(y, self.out_residual)
+
+    def _rir_operations(self):
+        return [("P4", _obstacle(_layer(self)))]
+
+
+def _obstacle(layer):
+    return four_convs.obstacle(layer) or four_convs.counts_obstacle(layer)
 
 
 def _find(module):

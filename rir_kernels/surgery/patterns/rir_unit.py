@@ -13,6 +13,7 @@ import torch
 from ...joining import join, split
 from ...validation import FLOATS
 from ..classes import Conv2d, ReLU, know
+from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle
 from ..swap import Fused
 from . import four_convs
@@ -25,7 +26,14 @@ _ACTIVATIONS = ("res_postactiv", "trans_postactiv")
 
 class FusedRiRUnit(Fused):
     def forward(self, x_res, x_trans):
-        if call_obstacle(x_res, x_trans) or _obstacle(self) or not _fits(layer := _layer(self), x_res, x_trans):
+        asked = call_obstacle(x_res, x_trans)
+        reason = asked or _obstacle(self)
+        if not reason:
+            layer = _layer(self)
+            asked = _misfit(layer, x_res, x_trans)
+            reason = asked or four_convs.counts_obstacle(layer)
+        if reason:
+            note(self, (x_res, x_trans), reason, asked=bool(asked))
             return super().forward(x_res, x_trans)
 
         channels = layer.outputs[0]
@@ -37,6 +45,9 @@ class FusedRiRUnit(Fused):
             impl=self._rir_fusion.impl,
         )
         return split(y, channels)
+
+    def _rir_operations(self):
+        return [("P4", _obstacle(self) or four_convs.counts_obstacle(_layer(self)))]
 
 
 def _find(unit):
@@ -87,14 +98,14 @@ def _layer(unit):
     )
 
 
-def _fits(layer, r, t):
+def _misfit(layer, r, t):
     # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
     if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
-        return False
+        return "the streams are not two images of its shape"
     dtypes = {r.dtype, t.dtype, *(conv.weight.dtype for conv in layer.convs.values())}
     if (len(dtypes) > 1 or r.dtype not in FLOATS) and not torch.is_autocast_enabled(r.device.type):
-        return False
-    return four_convs.counts_agree(layer)
+        return "its streams and weights are of several dtypes"
+    return ""
 
 
 def _folds(unit):

@@ -15,6 +15,9 @@ from .base import Family, Fold, Match, Refusal
 class FusedForward(Fused):
     """Its forward is generated, see `program`."""
 
+    def _rir_operations(self):
+        return self._rir_fusion.program.states(self)
+
 
 def _knows(kind):
     # torch's own modules are leaves, but for what calls one child after the other

@@ -1,0 +1,96 @@
+"""fusion_status and fused_source: what runs fused now, and what runs in place of a module's forward."""
+
+import inspect
+import textwrap
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..tables import Table
+from .fuse import check_model
+from .guards import call_obstacle
+from .swap import changed_class, class_of, is_fused
+
+
+@dataclass(frozen=True)
+class OperationStatus:
+    """One operation of a fused model.
+
+    name: the module whose forward was replaced, as in named_modules ("" is the model itself); pattern: "P1" ... "P6".
+    fused: whether it would run fused now. reason: why not, or an empty string.
+    """
+
+    name: str
+    pattern: str
+    fused: bool
+    reason: str
+
+
+class FusionStatus(Table):
+    """The operations of a model, in the order of its modules and their forwards."""
+
+    kind = OperationStatus
+
+    def __init__(self, operations, title: str):
+        super().__init__(operations)
+        self.title = title
+
+    def headline(self) -> str:
+        """Counts, in one line."""
+        return f"{self.title}: {sum(one.fused for one in self)} of {len(self)} operations run fused"
+
+
+def fusion_status(model: nn.Module) -> FusionStatus:
+    """A list of all operations that `fuse_` has put into `model`: which of them would run fused now, and why not.
+
+    Each has `.name .pattern .fused .reason`, see OperationStatus. The reasons come from what every call asks of the
+    modules: hooks, layers that were replaced or converted, classes that were patched, attributes and globals that
+    changed. What depends on the call's own tensors (their shapes, dtypes and number) is not among them: `record_calls`
+    lists it. A module that was put in place of a fused one is not listed. No forward runs, and nothing is changed.
+
+    TypeError for a model that is no nn.Module.
+    """
+    check_model(model)
+    operations = [
+        OperationStatus(name, pattern, not reason, reason)
+        for name, module in model.named_modules()
+        if is_fused(module)
+        for pattern, reason in _operations(module)
+    ]
+    return FusionStatus(operations, class_of(model).__name__)
+
+
+def fused_source(module: nn.Module) -> str:
+    """The Python source of what runs in place of the forward of `module`, which fuse_ has fused.
+
+    TypeError for what is no nn.Module; ValueError for a module that is not fused; OSError where a forward that was
+    registered by hand has no source that can be read.
+    """
+    check_model(module)
+    if not is_fused(module):
+        raise ValueError(
+            f"module must be fused, got a {type(module).__name__} that runs its own forward: call rir.fuse_(model) "
+            "first; rir.fusion_status(model) names the modules that are fused"
+        )
+    recipe = module._rir_fusion
+    if recipe.program is not None:
+        return recipe.program.source
+    return textwrap.dedent(inspect.getsource(recipe.mixin.forward))
+
+
+def _operations(module):
+    """(pattern, reason) of each, where the reasons of the whole module go first, as in a call."""
+    whole = _covered(module) or changed_class(module) or call_obstacle()
+    return [(pattern, whole or reason) for pattern, reason in module._rir_operations()]
+
+
+def _covered(module):
+    """Why a call does not come to our forward, looked for behind wrappers that name what they wrap."""
+    forward = module.forward
+    while forward is not None:
+        if getattr(forward, "__func__", forward) is type(module)._rir_forward:
+            return ""
+        forward = getattr(forward, "__wrapped__", None)
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return f"{type(module).__name__} has another forward, which was put on top"

@@ -1,0 +1,58 @@
+"""Tables for print and for a notebook."""
+
+import dataclasses
+import html
+from collections.abc import Iterable, Iterator, Sequence
+
+
+class Table(list):
+    """A list of `kind`, a dataclass, that shows itself as a table: one line for each, one column for each field."""
+
+    kind: type
+
+    def headline(self) -> str:
+        """What is above the table."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline(), *(["", *aligned(self._lines())] if self else [])])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.headline())}</p>{html_table(self._lines()) if self else ''}"
+
+    def _lines(self):
+        names = [field.name for field in dataclasses.fields(self.kind)]
+        return [names, *([_cell(name, getattr(item, name)) for name in names] for item in self)]
+
+
+def _cell(name, value):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return "(the model itself)" if name == "name" and not value else value
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
+    """The lines, the first of which is the header, in columns; `right`: those that are set flush right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def html_table(lines: Sequence[Sequence[str]], failed: Sequence[bool] = ()) -> str:
+    """The same for a notebook; failed: which of the lines below the header are red."""
+    header, *rows = lines
+    failed = [*failed, *[False] * (len(rows) - len(failed))]
+    red = ' style="color: #c00"'
+    body = "".join(f"<tr{red * fail}>{_html_cells('td', row)}</tr>" for row, fail in zip(rows, failed, strict=True))
+    return f"<table><thead><tr>{_html_cells('th', header)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _html_cells(tag, cells):
+    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
