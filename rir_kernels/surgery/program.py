@@ -44,9 +44,10 @@ class Operation(NamedTuple):
     def obstacle(self, module: nn.Module) -> str:
         """Why it would run one by one now, as the generated forward asks it; or an empty string."""
         activation = self.activation
-        act = child(module, activation) if isinstance(activation, tuple) else activation
+        acts = isinstance(activation, tuple)
+        act = child(module, activation) if acts else activation
         convs = () if self.conv is None else (child(module, self.conv),)
-        return units.obstacle(child(module, self.norm), act, *convs)
+        return units.obstacle(child(module, self.norm), act, *convs, acts=acts)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def _replace(graph, chain, copies, root, options, one_by_one):
         act = None if chain.relu is None else "relu"
         if chain.relu is not None and chain.relu.op == "call_module":
             act = graph.get_attr(chain.relu.target)
+            options |= {"acts": True}
         if chain.conv is None:
             fused = graph.call_function(units.bn_act, (x, norm, act), options)
         else:

@@ -19,15 +19,16 @@ from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pai
 _NO_IMAGE = "it was not given images, dense tensors of four dimensions"
 
 
-def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", one_by_one=None):
+def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", acts=False, one_by_one=None):
     """act(bn(scale * conv(x) + residuals)) or, post_norm, act(scale * bn(conv(x)) + residuals).
 
-    act: a module, "relu" or None; bn may bring a ReLU of its own. one_by_one: called as one_by_one(x, *residuals) where
-    it cannot be one operation; None calls the modules as the formula has it.
+    act: a module, "relu" or None; bn may bring a ReLU of its own. acts: whether there was a module, so that None is one
+    that is gone. one_by_one: called as one_by_one(x, *residuals) where it cannot be one operation; None calls the
+    modules as the formula has it.
     """
     if one_by_one is None:
         one_by_one = functools.partial(_one_by_one, conv, bn, act, post_norm, scale)
-    if reason := obstacle(bn, act, conv):
+    if reason := obstacle(bn, act, conv, acts=acts):
         return _instead(one_by_one, x, residuals, reason, asked=False)
     relu, weight = act is not None or norm_has_relu(bn), tensor_of(conv, "weight")
     spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
@@ -46,26 +47,26 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
     )
 
 
-def bn_act(x, bn, act, *, impl="auto", one_by_one=None):
-    """act(bn(x)), where one of them is or has a ReLU; one_by_one: as in `conv_bn_act`."""
+def bn_act(x, bn, act, *, impl="auto", acts=False, one_by_one=None):
+    """act(bn(x)), where one of them is or has a ReLU; acts, one_by_one: as in `conv_bn_act`."""
     if one_by_one is None:
         one_by_one = functools.partial(_bn_act, bn, act)
     if not _is_image(x):
         return _instead(one_by_one, x, (), _NO_IMAGE)
-    if reason := obstacle(bn, act):
+    if reason := obstacle(bn, act, acts=acts):
         return _instead(one_by_one, x, (), reason, asked=False)
     otherwise, relu = functools.partial(_instead, one_by_one, x, ()), act is not None or norm_has_relu(bn)
     return norm_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
 
 
-def obstacle(bn, act, *conv) -> str:
+def obstacle(bn, act, *conv, acts=False) -> str:
     """Why these modules, with or without a convolution in front, cannot be one operation now; or an empty string."""
     for one in conv:
         if reason := conv_obstacle(one):
             return f"its convolution: {reason}"
     if reason := norm_obstacle(bn):
         return f"its norm: {reason}"
-    if act is not None and act != "relu" and (reason := relu_obstacle(act)):
+    if (acts if act is None else act != "relu") and (reason := relu_obstacle(act)):
         return f"its activation: {reason}"
     return ""
 

@@ -266,3 +266,24 @@ def test_kernels_get_pythons_integers():
     assert pairs == [(2, 2), (2, 1), (2, 1), (2, 2), (2, 2), (1, 1)]
     assert {type(one) for found in pairs for one in found} == {int}
     assert [pair(value) for value in (torch.tensor(2), (1, 1, 1), 2.0, "same", None)] == [None] * 5
+
+
+def sequential():
+    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [*((sequential, name) for name in "012"), *((lambda: of(plain), name) for name in ("conv", "bn", "relu"))],
+)
+@pytest.mark.parametrize("how", ["None", "deleted"])
+def test_a_child_that_is_gone(make, name, how):
+    """The error of the unfused module, or what a Sequential gives without it."""
+    fused, original = pair_of(make())
+    for model in (fused, original):
+        if how == "None":
+            model._modules[name] = None
+        else:
+            delattr(model, name)
+    (found, *_), (expected, *_) = outcome(fused, X), outcome(original, X)
+    assert str(found).replace("Fused", "") == str(expected)  # the error may name the class
