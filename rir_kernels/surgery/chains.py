@@ -21,7 +21,7 @@ from .classes import Identity
 from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
-from .tracing import Path
+from .reads import Path
 
 NORMS = (_NormBase, FoldedNorm)  # what looks like one
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}

@@ -9,9 +9,11 @@ from ..folded_norm import FoldedNorm
 from ..preference import check_impl
 from .classes import subclass_obstacle
 from .patterns import PATTERNS, Match, Refusal, families
+from .reads import Untraceable
+from .recording import session
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
-from .tracing import Untraceable, first_line
+from .tracer import first_line
 
 
 def fuse_(
@@ -82,7 +84,8 @@ def fuse_(
         done = [one for one in found if isinstance(one, Match)] if is_fused(module) else matches  # before, or now
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 
-    walk(model, fuse)
+    with session():
+        walk(model, fuse)
     if not dry_run:
         for _, recipe in swaps:
             fused_class(recipe)  # all of them are there before any is swapped

@@ -22,6 +22,8 @@ _BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
 _APART = ("_find_and_load", "__del__")
+_ASK_CLASSES = {"isinstance", "issubclass", "type", "__class__"}
+_SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__
 _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 # what their attributes are is said by them, or asked by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
@@ -32,9 +34,13 @@ _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", __name_
 class Watch:
     """A context. `refuse` is called with a reason, and raises."""
 
-    def __init__(self, modules, nodes, refuse):
-        """modules: whose forward is looked into. nodes: how many the graph has so far."""
-        self.modules, self.nodes, self.refuse = modules, nodes, refuse
+    def __init__(self, modules, known, nodes, refuse, originals):
+        """modules: whose forward is looked into. nodes: how many the graph has so far.
+
+        known: ids of all modules within. originals: of functions that stand in for others as long as forward runs.
+        """
+        self.modules, self.known, self.nodes, self.refuse, self.originals = modules, known, nodes, refuse, originals
+        self.asks_classes = False  # of which class something is
         self.outside: dict[tuple, Outside] = {}
         self.answers: dict[tuple, Outside] = {}
         self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
@@ -43,7 +49,7 @@ class Watch:
         self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
         self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
         for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
-            if not _is_library(kind.__module__):
+            if not is_library(kind.__module__):
                 for name, value in vars(kind).items():
                     self._route(value, kind, (name,))
 
@@ -81,7 +87,11 @@ class Watch:
             if frame.f_code.co_name in _APART or _is_told_of_a_death(frame):
                 self.apart = frame
                 return
-            if not _in_library(frame):
+            if frame.f_code is _SETS_AN_ATTRIBUTE:
+                self.refuse(f"its forward sets the attribute {frame.f_locals['name']!r}")
+            elif frame.f_code is CALLS_A_MODULE and id(frame.f_locals["self"]) not in self.known:
+                self.refuse("its forward calls a module that is none of its children")
+            elif not _in_library(frame):
                 self._enter(frame)
             elif self._is_asked_by_a_model(frame):
                 self.asking.append((frame, self.nodes(), _arguments(frame)))
@@ -106,7 +116,8 @@ class Watch:
         name, caller = frame.f_globals.get("__name__", ""), frame.f_back
         if name.partition(".")[0] != "torch" or caller is None or _in_library(caller):
             return False
-        return not name.startswith(("torch.fx", "torch.nn.modules"))
+        # what records a forward, but for the functions by which it may ask whether it is recorded
+        return name == "torch.fx._symbolic_trace" or not name.startswith(("torch.fx", "torch.nn.modules"))
 
     def _answered(self, function, arguments):
         """torch has told something, or made a tensor, that no input had a part in."""
@@ -130,6 +141,7 @@ class Watch:
         base = namespace(frame.f_globals)
         nested = code in self.within  # its closure is of a function that was entered
         route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
+        self.asks_classes |= _asks_classes(code)
         for kind, path in _reads(code):
             if kind == "global" and path[0] in frame.f_globals:
                 self._read(base, (), path, frame.f_globals)
@@ -175,10 +187,13 @@ class Watch:
         self._route(value, base, (*prefix, *path))
         self.kept.keep(value)
         try:
-            self.outside[id(start), path] = Outside(base, prefix, path)
+            self.outside[id(start), path] = Outside(base, prefix, path, None, self._original(value))
         except Unknown as kind:
             names = [str(step) for step in path if step != "cell_contents"]
             self.refuse(f"its forward reads {'.'.join(names) or 'a variable of a closure'}, {kind}")
+
+    def _original(self, value):
+        return self.originals.get(value, MISSING) if isinstance(value, types.FunctionType) else MISSING
 
     def _note(self, start, path):
         self.before.setdefault((id(start), path), (start, path, walk(start, path)))
@@ -209,6 +224,14 @@ class Watch:
     @property
     def found(self) -> tuple[Outside, ...]:
         return *self.outside.values(), *self.answers.values()
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_classes(code):
+    """Whether it may ask of which class something is."""
+    return not _ASK_CLASSES.isdisjoint(code.co_names) or any(
+        i.opname == "MATCH_CLASS" for i in dis.get_instructions(code)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -244,14 +267,14 @@ def _put_back(owner, step, value):
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_library(name):
+def is_library(name):
     return name.partition(".")[0] in _LIBRARIES
 
 
 def _in_library(frame):
     names = frame.f_globals
     # without builtins: a namespace that the standard library has made for one function, such as a named tuple's
-    return _is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
+    return is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
 
 
 def _is_told_of_a_death(frame):
