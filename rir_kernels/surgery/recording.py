@@ -13,7 +13,8 @@ from torch import nn
 
 from .reads import refuse
 
-_here = threading.local()  # tracer: the one that runs in this thread; known: see `session`
+_tracers: dict[int, object] = {}  # by thread
+_here = threading.local()  # known: see `session`
 _lock = threading.RLock()
 _sessions = 0
 _changed: set[type] = set()
@@ -26,7 +27,7 @@ def session() -> Iterator[defaultdict[object, list]]:
     Untraceable within a forward that is traced: whatever is done there to a model would stay.
     """
     global _sessions
-    if getattr(_here, "tracer", None) is not None:
+    if threading.get_ident() in _tracers:
         refuse("its forward fuses or folds a model")
     outer = getattr(_here, "known", None)
     with _lock:
@@ -51,16 +52,16 @@ def recording(tracer, modules: Iterable[nn.Module]) -> Iterator[None]:
         with _lock:
             _changed.add(kind)
             type.__setattr__(kind, "__getattribute__", _look_up)  # a metaclass is not asked
-    _here.tracer = tracer
+    _tracers[threading.get_ident()] = tracer
     try:
         yield
     finally:
-        _here.tracer = None
+        del _tracers[threading.get_ident()]
 
 
-def _look_up(module, name):
-    tracer = getattr(_here, "tracer", None)
-    return object.__getattribute__(module, name) if tracer is None else tracer.look_up(module, name)
+def _look_up(module, name, plain=object.__getattribute__):
+    tracer = _tracers.get(threading.get_ident()) if _tracers else None
+    return plain(module, name) if tracer is None else tracer.look_up(module, name)
 
 
 def _restore():

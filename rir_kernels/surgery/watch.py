@@ -24,6 +24,8 @@ _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", prope
 _APART = ("_find_and_load", "__del__")
 _ASK_CLASSES = {"isinstance", "issubclass", "type", "__class__"}
 _SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__
+_RECORDS = ("torch.fx.", "torch.nn.modules.", f"{__package__}.")
+_ASKED = "torch.fx._symbolic_trace"  # whether torch.fx traces
 _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 # what their attributes are is said by them, or asked by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
@@ -84,6 +86,8 @@ class Watch:
                 self.apart = None
             return
         if event == "call":
+            if _records(frame.f_globals.get("__name__")) and frame.f_code not in (_SETS_AN_ATTRIBUTE, CALLS_A_MODULE):
+                return
             if frame.f_code.co_name in _APART or _is_told_of_a_death(frame):
                 self.apart = frame
                 return
@@ -101,7 +105,7 @@ class Watch:
                 function = _function(frame)
                 if function is not None:
                     self._answered(function, arguments)
-        elif event == "c_call" and _is_of_torch(argument) and not _in_library(frame):
+        elif event == "c_call" and not _in_library(frame) and _is_of_torch(argument):
             self.asking.append((argument, self.nodes(), () if _takes_nothing(frame) else None))
         elif event == "c_exception" and self.asking and self.asking[-1][0] is argument:
             self.asking.pop()
@@ -116,8 +120,7 @@ class Watch:
         name, caller = frame.f_globals.get("__name__", ""), frame.f_back
         if name.partition(".")[0] != "torch" or caller is None or _in_library(caller):
             return False
-        # what records a forward, but for the functions by which it may ask whether it is recorded
-        return name == "torch.fx._symbolic_trace" or not name.startswith(("torch.fx", "torch.nn.modules"))
+        return name == _ASKED or not f"{name}.".startswith(_RECORDS)
 
     def _answered(self, function, arguments):
         """torch has told something, or made a tensor, that no input had a part in."""
@@ -269,6 +272,12 @@ def _put_back(owner, step, value):
 @functools.lru_cache(maxsize=1024)
 def is_library(name):
     return name.partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=1024)
+def _records(name):
+    """Whether it is a module that makes the graph, the most frequent events: nothing there is asked by the model."""
+    return name is not None and name != _ASKED and f"{name}.".startswith(_RECORDS)
 
 
 def _in_library(frame):
