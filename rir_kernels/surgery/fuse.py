@@ -9,8 +9,7 @@ from ..folded_norm import FoldedNorm
 from ..preference import check_impl
 from .classes import subclass_obstacle
 from .patterns import PATTERNS, Match, Refusal, families
-from .reads import Untraceable
-from .recording import session
+from .recording import Untraceable, session
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
 from .tracer import first_line

@@ -25,7 +25,8 @@ from .chains import Chain
 from .classes import Method, methods_of
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
-from .reads import Path, Read, Untraceable, child, holds, is_of_the_class
+from .reads import Path, Read, child, holds, is_of_the_class
+from .recording import Untraceable
 from .tracing import Trace
 
 _ONE_BY_ONE = "_rir_one_by_one_"

@@ -9,19 +9,11 @@ import torch
 from torch import nn
 
 from .outside import is_fixed
+from .recording import refuse
 from .swap import class_of
 
 Path = tuple[str, ...]  # of names of children; () is the module itself
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
-
-
-class Untraceable(BaseException):
-    """Why a forward has no graph that stands for it. No Exception, which forward may catch."""
-
-
-def refuse(reason: str):
-    """Raises it."""
-    raise Untraceable(reason)
 
 
 class Read(NamedTuple):

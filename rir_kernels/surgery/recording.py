@@ -11,13 +11,23 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from .reads import refuse
-
-_tracers: dict[int, object] = {}  # by thread
+_tracers: dict = {}  # by thread
 _here = threading.local()  # known: see `session`
 _lock = threading.RLock()
 _sessions = 0
 _changed: set[type] = set()
+
+
+class Untraceable(BaseException):
+    """Why a forward has no graph that stands for it. No Exception, which forward may catch."""
+
+
+def refuse(reason: str):
+    """Raises it; the tracer of this thread remembers, since a bare `except` in forward catches even this."""
+    tracer = _tracers.get(threading.get_ident())
+    if tracer is not None:
+        tracer.refusals.append(reason)
+    raise Untraceable(reason)
 
 
 @contextlib.contextmanager

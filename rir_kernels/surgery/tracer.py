@@ -15,7 +15,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
-from .reads import Found, Read, Untraceable, found, found_in_dicts, refuse
+from .reads import Found, Read, found, found_in_dicts, refuse
 from .recording import recording
 from .swap import class_of
 from .watch import CALLS_A_MODULE, Watch, is_library
@@ -39,6 +39,7 @@ class Tracer(fx.Tracer):
         self.taken: dict[str, fx.Proxy] = {}  # parameters and buffers
         self.inside = [()]
         self.reads: list[Read] = []
+        self.refusals: list[str] = []
         self.asks_mode = False
         self.around = surroundings()
         parameters = list(inspect.signature(class_of(module).forward).parameters.values())[1:]
@@ -60,6 +61,8 @@ class Tracer(fx.Tracer):
             options = {p.name: self.given(p) for p in self.options}
             with recording(self, self.submodule_paths), self.watch:
                 self.create_node("output", "output", (self.create_arg(forward(self.root, *inputs, **options)),), {})
+        if self.refusals:
+            refuse(self.refusals[0])
         return self.graph
 
     def look_up(self, module: nn.Module, name: str):
@@ -180,29 +183,29 @@ def _without_an_answer(ask, value):
     try:
         return ask(value)
     except fx.proxy.TraceError as error:
-        raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
+        return refuse(f"its forward cannot be traced: {first_line(error)}")
 
 
 class _Value(fx.Proxy):
     def __float__(self):
-        raise Untraceable("its forward makes a Python number of a value")
+        refuse("its forward makes a Python number of a value")
 
     __int__ = __index__ = __complex__ = __len__ = __float__
 
     def __getattr__(self, name):
         if self.node.op == "placeholder" and not name.startswith("_") and not hasattr(torch.Tensor, name):
-            raise Untraceable(f"its forward asks an input for {name!r}, which no tensor has")
+            refuse(f"its forward asks an input for {name!r}, which no tensor has")
         return super().__getattr__(name)
 
     @property
     def __class__(self):  # where isinstance looks second
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__)):
             return _Value
-        raise Untraceable("its forward asks what type a value is")
+        refuse("its forward asks what type a value is")
 
     def __setattr__(self, name, value):
         if name not in ("tracer", "node"):
-            raise Untraceable(f"its forward sets {name!r} of a value")
+            refuse(f"its forward sets {name!r} of a value")
         super().__setattr__(name, value)
 
 
@@ -210,7 +213,7 @@ def _augmented(function):
     # fx knows none of them, so that Python would take `x = x + y` for `x += y`: whoever else holds x would miss the sum
     def apply(self, other):
         if function is None:
-            raise Untraceable("its forward changes a value by a rare operator")
+            refuse("its forward changes a value by a rare operator")
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return apply

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from .outside import Outside
-from .reads import Read, Untraceable, child, classes_of_children, holds, refuse
-from .recording import session
+from .reads import Read, child, classes_of_children, holds
+from .recording import Untraceable, refuse, session
 from .reuse import answers, likeness, serves_others
 from .swap import class_of
 from .tracer import Tracer, first_line, surroundings
@@ -84,13 +84,13 @@ def _trace(module, inlined, training, gradients, options=False):
         alike = likeness(module)
         kind = class_of(module)
         traced = known[kind, kind.forward, inlined, training, options, surroundings()]
-        for trace, built, found in traced:
-            if built == alike and found == answers(module, trace.reads):
+        for trace, of, built, found in traced:
+            if of in (None, module) and built == alike and found == answers(module, trace.reads):
                 return trace
         with _mode(module, inlined, training):
             trace = _trace_anew(module, inlined, options)
-        if serves_others(trace, module):
-            traced.append((trace, alike, answers(module, trace.reads)))
+        of = None if serves_others(trace, module) else module
+        traced.append((trace, of, alike, answers(module, trace.reads)))
         return trace
 
 

@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
 from .reach import asks_types, held_by, held_within, loads, name_that_reaches
-from .reads import Untraceable, child
+from .reads import child
+from .recording import Untraceable
 from .swap import class_of
 from .tracer import options_of
 from .tracing import Trace, trace_modes

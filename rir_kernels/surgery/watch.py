@@ -4,7 +4,6 @@ A profile function sees each function as it is entered, before a line of it runs
 then, and containers are copied. When forward has returned, what it changed is put back, and the trace is refused.
 """
 
-import dis
 import functools
 import gc
 import sys
@@ -13,20 +12,15 @@ import weakref
 
 from torch import nn
 
+from .bytecode import asks_classes, reads, takes_nothing
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
 
-_READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GLOBAL", "DELETE_GLOBAL"}
-_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
-_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
-_BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
 _APART = ("_find_and_load", "__del__")
-_ASK_CLASSES = {"isinstance", "issubclass", "type", "__class__"}
 _SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__
 _RECORDS = ("torch.fx.", "torch.nn.modules.", f"{__package__}.")
 _ASKED = "torch.fx._symbolic_trace"  # whether torch.fx traces
-_CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 # what their attributes are is said by them, or asked by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 # their functions read what is theirs; what they draw or hold shows where the model reads it
@@ -106,7 +100,7 @@ class Watch:
                 if function is not None:
                     self._answered(function, arguments)
         elif event == "c_call" and not _in_library(frame) and _is_of_torch(argument):
-            self.asking.append((argument, self.nodes(), () if _takes_nothing(frame) else None))
+            self.asking.append((argument, self.nodes(), () if takes_nothing(frame) else None))
         elif event == "c_exception" and self.asking and self.asking[-1][0] is argument:
             self.asking.pop()
         elif event == "c_return" and self.asking and self.asking[-1][0] is argument:
@@ -144,8 +138,8 @@ class Watch:
         base = namespace(frame.f_globals)
         nested = code in self.within  # its closure is of a function that was entered
         route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
-        self.asks_classes |= _asks_classes(code)
-        for kind, path in _reads(code):
+        self.asks_classes |= asks_classes(code)
+        for kind, path in reads(code):
             if kind == "global" and path[0] in frame.f_globals:
                 self._read(base, (), path, frame.f_globals)
             elif kind == "stored":
@@ -229,34 +223,6 @@ class Watch:
         return *self.outside.values(), *self.answers.values()
 
 
-@functools.lru_cache(maxsize=4096)
-def _asks_classes(code):
-    """Whether it may ask of which class something is."""
-    return not _ASK_CLASSES.isdisjoint(code.co_names) or any(
-        i.opname == "MATCH_CLASS" for i in dis.get_instructions(code)
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _reads(code):
-    """(where, names) of what is read: a name, and the attributes that are taken from it."""
-    found, names, where = [], (), ""
-    for instruction in dis.get_instructions(code):
-        if names and instruction.opname in _BETWEEN:
-            continue
-        if names and instruction.opname in _ATTRIBUTES:
-            names = (*names, instruction.argval)
-            where = "stored" if where == "global" and instruction.opname in _STORES else where
-            continue
-        if names:
-            found.append((where, names))
-            names = ()
-        if instruction.opname in _READS:
-            names = (instruction.argval,)
-            where = "stored" if instruction.opname in _STORES else "free" if "DEREF" in instruction.opname else "global"
-    return tuple(dict.fromkeys(found))
-
-
 def _put_back(owner, step, value):
     if isinstance(owner, dict):
         if value is MISSING:
@@ -300,12 +266,6 @@ def _is_of_torch(function):
     owner = getattr(function, "__self__", None)
     home = getattr(function, "__module__", None) or ""
     return home.partition(".")[0] == "torch" and (owner is None or isinstance(owner, types.ModuleType))
-
-
-def _takes_nothing(frame):
-    """Whether the call that is being made has no arguments."""
-    code = frame.f_code.co_code
-    return dis.opname[code[frame.f_lasti]] in _CALLS and code[frame.f_lasti + 1] == 0
 
 
 def _arguments(frame):

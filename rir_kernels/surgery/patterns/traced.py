@@ -6,8 +6,7 @@ from ..chains import NORMS, Chain, find_chains
 from ..classes import Conv2d
 from ..guards import bypass_obstacle
 from ..program import write_program
-from ..reads import Untraceable
-from ..recording import session
+from ..recording import Untraceable, session
 from ..registry import calls_in_turn, forward_of, is_inlined, is_never_called
 from ..swap import Fused
 from ..tracer import options_of
