@@ -37,8 +37,9 @@ def fuse_(
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
     one layer that disagree, its class patched), or an attribute that forward decided by, the modules are called as they
     were before; so they are where a call cannot be one operation, and raise what they raise.
-    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes besides its
-    tensors (a list, an attribute, a global) is put back, and that module is left alone; what it prints is printed.
+    `unfuse_` is the way back. Meanwhile no other thread should run this model, or draw random numbers. What a forward
+    changes besides its tensors (a list, an attribute, a global) is put back, and that module is left alone; what it
+    prints is printed. Blocks of one class in which forward finds the same are traced once.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics

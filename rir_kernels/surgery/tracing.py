@@ -75,7 +75,7 @@ def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, opt
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:
-    """The graph in training alone, at a quarter of the price: for a first look. Raises as `trace` does."""
+    """The graph in training alone, for a first look. Raises as `trace` does."""
     return _trace(module, inlined, training=True, gradients=True).graph
 
 

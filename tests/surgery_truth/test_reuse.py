@@ -28,6 +28,7 @@ class Block(Layer):
         super().__init__()
         self.first, self.second, self.after, self.options = nn.BatchNorm2d(4), nn.BatchNorm2d(4), None, [1, 0]
         self.steps = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+        self.register_parameter("gain", None)
         self.factor, self.activation, self.depth, self.scale = 3, F.tanh, 0.5, nn.Parameter(torch.ones(1))
 
     def forward(self, x):
@@ -36,6 +37,7 @@ class Block(Layer):
         for step in self.steps:
             y = step(y)
         y = y if self.after is None else self.after(y)
+        y = y if self.gain is None else y * self.gain
         y = self.raised(self.activation(y)) * self.scale + getattr(self, "shift", 0)
         y = y * 2 if hasattr(self.conv, "doubled") else y
         return y + torch.full_like(y, 1.0).int() * self.factor / 2 + self.cached() + self.options[0]
@@ -139,6 +141,7 @@ DIFFERENCES = {
     "buffer that was absent": shift_as_buffer,
     "attribute of the child": of_the_child,
     "child that was None": adds("after", nn.Sigmoid()),
+    "parameter that was None": adds("gain", nn.Parameter(torch.full((1,), 2.0))),
     "shared child": shared,
     "shared parameter": scale_is_a_parameter_of_the_child,
     "children in another order": swapped,
