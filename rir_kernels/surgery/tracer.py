@@ -15,8 +15,8 @@ from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
-from .reads import Found, Read, found, found_in_dicts, refuse
-from .recording import recording
+from .reads import Found, Read, found, found_in_dicts
+from .recording import recording, refuse
 from .swap import class_of
 from .watch import CALLS_A_MODULE, Watch, is_library
 

@@ -84,13 +84,14 @@ def _trace(module, inlined, training, gradients, options=False):
         alike = likeness(module)
         kind = class_of(module)
         traced = known[kind, kind.forward, inlined, training, options, surroundings()]
-        for trace, of, built, found in traced:
-            if of in (None, module) and built == alike and found == answers(module, trace.reads):
+        for trace, only, built, found in traced:
+            same = built == alike and found == answers(module, trace.reads) and only in (None, module)
+            if same and all(one.holds() for one in trace.outside):
                 return trace
         with _mode(module, inlined, training):
             trace = _trace_anew(module, inlined, options)
-        of = None if serves_others(trace, module) else module
-        traced.append((trace, of, alike, answers(module, trace.reads)))
+        only = None if serves_others(trace, module) else module
+        traced.append((trace, only, alike, answers(module, trace.reads)))
         return trace
 
 

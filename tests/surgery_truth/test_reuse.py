@@ -6,6 +6,7 @@ differ by rounding: see surgery_helpers.
 
 import copy
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ DIFFERENCES = {
     "shared parameter": scale_is_a_parameter_of_the_child,
     "children in another order": swapped,
     "child of another class": adds("steps", nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())),
-    "child with other names": adds("steps", nn.Sequential(*[nn.Conv2d(4, 4, 1)] * 2)),
+    "child with other names": adds("steps", nn.Sequential(OrderedDict(one=nn.Conv2d(4, 4, 1), two=nn.Tanh()))),
     "default that is overridden": adds("power", 3),
     "other kind of number": adds("factor", 3.5),
     "other function": adds("activation", F.silu),
