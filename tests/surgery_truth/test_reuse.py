@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fuse_, tracing
+from rir_kernels.surgery.reuse import likeness
 from tests.surgery_helpers import assert_same, randn, settle
 from tests.test_surgery_traced import Layer
 
@@ -192,3 +193,11 @@ def test_table_of_modules(monkeypatch):
     assert fuse_(settle(model).eval()).replaced and modules.count(Known) == 2
     y = model[0].relu(model[0].bn(model[0].conv(X))) * 2
     torch.testing.assert_close(model(X), model[1].relu(model[1].bn(model[1].conv(y))) * 5)
+
+
+def test_parameter_that_is_nothing_else_but_none():
+    """No other None is there that could tell."""
+    bare, full = nn.Tanh(), nn.Tanh()
+    bare.register_parameter("gain", None)
+    full.gain = nn.Parameter(torch.ones(1))
+    assert likeness(bare) != likeness(full) == likeness(copy.deepcopy(full))
