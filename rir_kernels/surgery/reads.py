@@ -55,12 +55,13 @@ def holds(module: nn.Module, read: Read) -> bool:
         value = module._modules.get(name)
         value = getattr(module, name, None) if value is None else value
         return (value is None) == (found is Found.NONE)
-    if type(found) is Children:
+    kind = type(found)
+    if kind is Children:
         return tuple(module._modules) == found.names
-    if type(found) is _Class:
+    if kind is _Class:
         return class_of(module._modules.get(name)) is found.of_child
     value = getattr(module, name, Found.PRESENT)  # which equals no constant
-    if type(found) is _Items:
+    if kind is _Items:
         return isinstance(value, dict) and tuple(value.items()) == found.of_dict
     return (tuple(value) if type(value) is list else value) == found
 

@@ -210,7 +210,7 @@ class _Value(fx.Proxy):
 
 
 def _augmented(function):
-    # fx knows none of them, so that Python would take `x = x + y` for `x += y`: whoever else holds x would miss the sum
+    # fx knows none of them, so that Python would take `x = x + y` for `x += y`: others that hold x would miss the sum
     def apply(self, other):
         if function is None:
             refuse("its forward changes a value by a rare operator")

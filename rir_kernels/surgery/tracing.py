@@ -75,7 +75,7 @@ def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, opt
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:
-    """The graph in training alone, for a first look. Raises as `trace` does."""
+    """The graph in training only, for a first look. Raises as `trace` does."""
     return _trace(module, inlined, training=True, gradients=True).graph
 
 
@@ -119,7 +119,7 @@ def _trace_anew(module, inlined, options):
 
 @contextlib.contextmanager
 def _without_random_numbers():
-    """Drawn ones would be constants of the graph; whoever draws next gets what they would have got."""
+    """Drawn ones would be constants of the graph; what is drawn next is what it would have been."""
     python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -186,7 +186,7 @@ def test_refused(first, reason):
     assert [item.name for item in report.replaced] == ["body"] and reason in report.skipped[0].reason, str(report)
 
 
-def test_class_with_a_look_up_of_its_own():
+def test_class_with_its_own_look_up():
     class Doubling(nn.Identity):
         def __getattribute__(self, name):
             return 2 if name == "factor" else super().__getattribute__(name)
