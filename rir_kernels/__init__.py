@@ -16,13 +16,13 @@ Nothing here imports triton or starts CUDA: kernels are loaded by the first call
 """
 
 from . import functional, reference, surgery
+from .calls import record_calls
 from .env import env_report
 from .equivalence import EquivalenceReport, compare
 from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .preference import use_impl
 from .recomputing import recompute
-from .recording import record_calls
 from .surgery import (
     FusionReport,
     FusionStatus,

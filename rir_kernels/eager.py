@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import Parameter
 
-from . import dispatch, fused, ops, recording
+from . import calls, dispatch, fused, ops
 from .layout import as_channels_last, as_rows, is_channels_last
 from .preference import meant_by
 from .spec import ConvBNActSpec
@@ -112,9 +112,9 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     planned = _planned.get(kind)
     if planned is None:
         return None
-    if recording.on():
+    if calls.on():
         options = {"asked": "triton", "meant": "triton", "impl": "triton"}
-        recording.ran(tensors[0], tensors[1], planned.spec, planned.training, **options)
+        calls.ran(tensors[0], tensors[1], planned.spec, planned.training, **options)
     if planned.written:
         torch.autograd.graph.increment_version([t for t in buffers if t is not None])
     if not planned.in_place:

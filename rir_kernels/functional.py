@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import aten, eager, ops, recording, synchronized
+from . import aten, calls, eager, ops, synchronized
 from .dispatch import resolve
 from .layout import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
 from .preference import check_impl
@@ -194,9 +194,9 @@ def apply(
         eager.prepare(kind, tensors, buffers, spec, training, channels_last)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
-    if recording.on():
+    if calls.on():
         by = impl if kernels or (impl == "reference" and process_group is None) else "torch"
-        recording.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
+        calls.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
     if kernels:
         x = as_rows(x) if weight is None else as_channels_last(x)
         vectors = map(_dense, (bias, bn_weight, bn_bias))

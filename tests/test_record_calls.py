@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import dispatch, recording
+from rir_kernels import calls as recording
+from rir_kernels import dispatch
 from rir_kernels.functional import conv_bn_act, norm_act
 from rir_kernels.spec import ConvBNActSpec
 from tests.citizen.networks import images, resnet_twins

@@ -21,7 +21,7 @@ from .classes import Identity
 from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
-from .tracing import Path
+from .reads import Path
 
 NORMS = (_NormBase, FoldedNorm)  # what looks like one
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
@@ -86,6 +86,7 @@ def find_chains(module: nn.Module, graph: fx.Graph, check_conv=conv_obstacle) ->
 class _Finder:
     def __init__(self, module, graph, check_conv):
         self.module, self.nodes, self.check_conv = module, list(graph.nodes), check_conv
+        self.children = {n: module.get_submodule(n.target) for n in self.nodes if n.op == "call_module"}
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.depth: dict[fx.Node, int] = {}
         for node in self.nodes:
@@ -218,7 +219,7 @@ class _Finder:
         return Memory(self.module, self.nodes)
 
     def child(self, node):
-        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+        return self.children.get(node)
 
     def is_identity(self, node):
         return type(self.child(node)) is Identity and len(node.args) == 1 and not node.kwargs

@@ -13,10 +13,11 @@ from ..folded_norm import FoldedNorm
 from .classes import Conv2d
 from .guards import conv_obstacle, norm_obstacle, relu_obstacle
 from .patterns import Refusal
+from .reads import child
 from .registry import is_inlined, is_never_called
 from .report import THE_MODEL, Coverage, Skipped
 from .swap import class_of
-from .tracing import child, first_line
+from .tracer import first_line
 
 _NO_NORM = "no norm behind it that could be fused with it"
 _NO_CONVOLUTION = "no convolution in front of it, nor a ReLU behind it, that could be fused with it"

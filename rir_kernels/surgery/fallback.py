@@ -7,7 +7,7 @@ converted, an attribute or a global that changed may have cost the speed without
 
 import torch
 
-from .. import recording
+from .. import calls
 from ..dispatch import warn_once
 
 # reasons, or parts of them
@@ -26,8 +26,8 @@ def note(module, inputs, reason, *, asked: bool) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if recording.on():
-        recording.ran_one_by_one(module, inputs, str(reason).partition("\n")[0])
+    if calls.on():
+        calls.ran_one_by_one(module, inputs, str(reason).partition("\n")[0])
     if not asked and module is not None and (key := (type(module), reason)) not in _told:
         _told.add(key)
         if not any(text in reason for text in _KNOWN_TO_THE_OWNER):

@@ -11,6 +11,7 @@ from .coverage import is_norm
 from .fuse import check_model, walk
 from .guards import norm_has_relu, norm_obstacle
 from .patterns import Refusal
+from .recording import session
 from .report import FusionReport, Replaced, Skipped
 from .swap import class_of
 from .uses import Pair, Users
@@ -45,7 +46,8 @@ def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionRe
     """
     check_model(model)
     report = FusionReport(model, dry_run=True, verb="fold")
-    folds = _folds(model, report)
+    with session():
+        folds = _folds(model, report)
     if dry_run:
         return report
     for fold in folds:

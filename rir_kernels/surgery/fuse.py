@@ -13,9 +13,10 @@ from .classes import subclass_obstacle
 from .coverage import Ledger
 from .macs import macs_share
 from .patterns import PATTERNS, Match, Refusal, families
+from .recording import Untraceable, session
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
-from .tracing import Untraceable, first_line
+from .tracer import first_line
 
 
 def fuse_(
@@ -41,8 +42,9 @@ def fuse_(
     that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
     one layer that disagree, its class patched), or an attribute that forward decided by, the modules are called as they
     were before; so they are where a call cannot be one operation, and raise what they raise.
-    `unfuse_` is the way back. While tracing, no other thread should run models. What a forward changes besides its
-    tensors (a list, an attribute, a global) is put back, and that module is left alone; what it prints is printed.
+    `unfuse_` is the way back. Meanwhile no other thread should run this model, or draw random numbers. What a forward
+    changes besides its tensors (a list, an attribute, a global) is put back, and that module is left alone; what it
+    prints is printed. Blocks of one class in which forward finds the same are traced once.
 
     Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
     also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
@@ -107,7 +109,8 @@ def fuse_(
                 ledger.fuse(module, match.parts)
         return {module.get_submodule(part) for one in done for part in (*one.parts, *one.inlined)}
 
-    walk(model, fuse)
+    with session():
+        walk(model, fuse)
     report.skipped += ledger.skipped({item.name for item in report.skipped})
     report.coverage = ledger.coverage(None if inputs is None else macs_share(model, ledger, inputs))
     if not dry_run:

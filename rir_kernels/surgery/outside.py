@@ -66,6 +66,11 @@ class Outside:
         """What was asked, whatever the answer."""
         return id(self.start), self.steps, self.arguments
 
+    @property
+    def parts(self) -> list:
+        """What was found, of a container its items and their types."""
+        return _flat(self.found) if self.content else [self.found]
+
     def holds(self) -> bool:
         """Whether it still is what forward found: cheap, since it is asked at every call."""
         value = self.start

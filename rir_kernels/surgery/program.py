@@ -27,7 +27,9 @@ from .classes import Method, methods_of
 from .fallback import note
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
-from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
+from .reads import Path, Read, child, holds, is_of_the_class
+from .recording import Untraceable
+from .tracing import Trace
 
 _ONE_BY_ONE = "_rir_one_by_one_"
 _OTHER_ARGUMENTS = "it was called with other arguments than its forward was traced with"

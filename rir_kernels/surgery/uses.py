@@ -14,8 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
 from .reach import asks_types, held_by, held_within, loads, name_that_reaches
+from .reads import child
+from .recording import Untraceable
 from .swap import class_of
-from .tracing import Trace, Untraceable, child, options_of, trace_modes
+from .tracer import options_of
+from .tracing import Trace, trace_modes
 
 _CHANGED = {"weight", "bias", "_parameters"}  # of a convolution that takes a norm in
 _CALL_THEIR_CHILDREN = ("torch.nn.", "rir_kernels.")  # and do nothing else with them: Sequential, RiRBlock

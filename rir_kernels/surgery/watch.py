@@ -4,7 +4,6 @@ A profile function sees each function as it is entered, before a line of it runs
 then, and containers are copied. When forward has returned, what it changed is put back, and the trace is refused.
 """
 
-import dis
 import functools
 import gc
 import sys
@@ -13,16 +12,15 @@ import weakref
 
 from torch import nn
 
+from .bytecode import asks_classes, reads, takes_nothing
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
 
-_READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GLOBAL", "DELETE_GLOBAL"}
-_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
-_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
-_BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
 _APART = ("_find_and_load", "__del__")
-_CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
+_SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__
+_RECORDS = ("torch.fx.", "torch.nn.modules.", f"{__package__}.")
+_ASKED = "torch.fx._symbolic_trace"  # whether torch.fx traces
 # what their attributes are is said by them, or asked by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
 # their functions read what is theirs; what they draw or hold shows where the model reads it
@@ -32,9 +30,13 @@ _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", __name_
 class Watch:
     """A context. `refuse` is called with a reason, and raises."""
 
-    def __init__(self, modules, nodes, refuse):
-        """modules: whose forward is looked into. nodes: how many the graph has so far."""
-        self.modules, self.nodes, self.refuse = modules, nodes, refuse
+    def __init__(self, modules, known, nodes, refuse, originals):
+        """modules: whose forward is looked into. nodes: how many the graph has so far.
+
+        known: ids of all modules within. originals: of functions that stand in for others as long as forward runs.
+        """
+        self.modules, self.known, self.nodes, self.refuse, self.originals = modules, known, nodes, refuse, originals
+        self.asks_classes = False  # of which class something is
         self.outside: dict[tuple, Outside] = {}
         self.answers: dict[tuple, Outside] = {}
         self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
@@ -43,7 +45,7 @@ class Watch:
         self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
         self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
         for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
-            if not _is_library(kind.__module__):
+            if not is_library(kind.__module__):
                 for name, value in vars(kind).items():
                     self._route(value, kind, (name,))
 
@@ -78,10 +80,16 @@ class Watch:
                 self.apart = None
             return
         if event == "call":
+            if _records(frame.f_globals.get("__name__")) and frame.f_code not in (_SETS_AN_ATTRIBUTE, CALLS_A_MODULE):
+                return
             if frame.f_code.co_name in _APART or _is_told_of_a_death(frame):
                 self.apart = frame
                 return
-            if not _in_library(frame):
+            if frame.f_code is _SETS_AN_ATTRIBUTE:
+                self.refuse(f"its forward sets the attribute {frame.f_locals['name']!r}")
+            elif frame.f_code is CALLS_A_MODULE and id(frame.f_locals["self"]) not in self.known:
+                self.refuse("its forward calls a module that is none of its children")
+            elif not _in_library(frame):
                 self._enter(frame)
             elif self._is_asked_by_a_model(frame):
                 self.asking.append((frame, self.nodes(), _arguments(frame)))
@@ -91,8 +99,8 @@ class Watch:
                 function = _function(frame)
                 if function is not None:
                     self._answered(function, arguments)
-        elif event == "c_call" and _is_of_torch(argument) and not _in_library(frame):
-            self.asking.append((argument, self.nodes(), () if _takes_nothing(frame) else None))
+        elif event == "c_call" and not _in_library(frame) and _is_of_torch(argument):
+            self.asking.append((argument, self.nodes(), () if takes_nothing(frame) else None))
         elif event == "c_exception" and self.asking and self.asking[-1][0] is argument:
             self.asking.pop()
         elif event == "c_return" and self.asking and self.asking[-1][0] is argument:
@@ -106,7 +114,7 @@ class Watch:
         name, caller = frame.f_globals.get("__name__", ""), frame.f_back
         if name.partition(".")[0] != "torch" or caller is None or _in_library(caller):
             return False
-        return not name.startswith(("torch.fx", "torch.nn.modules"))
+        return name == _ASKED or not f"{name}.".startswith(_RECORDS)
 
     def _answered(self, function, arguments):
         """torch has told something, or made a tensor, that no input had a part in."""
@@ -130,7 +138,8 @@ class Watch:
         base = namespace(frame.f_globals)
         nested = code in self.within  # its closure is of a function that was entered
         route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
-        for kind, path in _reads(code):
+        self.asks_classes |= asks_classes(code)
+        for kind, path in reads(code):
             if kind == "global" and path[0] in frame.f_globals:
                 self._read(base, (), path, frame.f_globals)
             elif kind == "stored":
@@ -175,10 +184,13 @@ class Watch:
         self._route(value, base, (*prefix, *path))
         self.kept.keep(value)
         try:
-            self.outside[id(start), path] = Outside(base, prefix, path)
+            self.outside[id(start), path] = Outside(base, prefix, path, None, self._original(value))
         except Unknown as kind:
             names = [str(step) for step in path if step != "cell_contents"]
             self.refuse(f"its forward reads {'.'.join(names) or 'a variable of a closure'}, {kind}")
+
+    def _original(self, value):
+        return self.originals.get(value, MISSING) if isinstance(value, types.FunctionType) else MISSING
 
     def _note(self, start, path):
         self.before.setdefault((id(start), path), (start, path, walk(start, path)))
@@ -211,26 +223,6 @@ class Watch:
         return *self.outside.values(), *self.answers.values()
 
 
-@functools.lru_cache(maxsize=4096)
-def _reads(code):
-    """(where, names) of what is read: a name, and the attributes that are taken from it."""
-    found, names, where = [], (), ""
-    for instruction in dis.get_instructions(code):
-        if names and instruction.opname in _BETWEEN:
-            continue
-        if names and instruction.opname in _ATTRIBUTES:
-            names = (*names, instruction.argval)
-            where = "stored" if where == "global" and instruction.opname in _STORES else where
-            continue
-        if names:
-            found.append((where, names))
-            names = ()
-        if instruction.opname in _READS:
-            names = (instruction.argval,)
-            where = "stored" if instruction.opname in _STORES else "free" if "DEREF" in instruction.opname else "global"
-    return tuple(dict.fromkeys(found))
-
-
 def _put_back(owner, step, value):
     if isinstance(owner, dict):
         if value is MISSING:
@@ -244,14 +236,20 @@ def _put_back(owner, step, value):
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_library(name):
+def is_library(name):
     return name.partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=1024)
+def _records(name):
+    """Whether it is a module that makes the graph, the most frequent events: nothing there is asked by the model."""
+    return name is not None and name != _ASKED and f"{name}.".startswith(_RECORDS)
 
 
 def _in_library(frame):
     names = frame.f_globals
     # without builtins: a namespace that the standard library has made for one function, such as a named tuple's
-    return _is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
+    return is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
 
 
 def _is_told_of_a_death(frame):
@@ -268,12 +266,6 @@ def _is_of_torch(function):
     owner = getattr(function, "__self__", None)
     home = getattr(function, "__module__", None) or ""
     return home.partition(".")[0] == "torch" and (owner is None or isinstance(owner, types.ModuleType))
-
-
-def _takes_nothing(frame):
-    """Whether the call that is being made has no arguments."""
-    code = frame.f_code.co_code
-    return dis.opname[code[frame.f_lasti]] in _CALLS and code[frame.f_lasti + 1] == 0
 
 
 def _arguments(frame):

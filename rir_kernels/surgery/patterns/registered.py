@@ -11,7 +11,7 @@ from .. import registry
 from ..classes import BatchNorm2d, Conv2d, Method, methods_of
 from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
-from ..tracing import Path, child
+from ..reads import Path, child
 from .base import PATTERNS, Family, Match, Refusal, exactly
 from .traced import FusedForward
 

@@ -6,9 +6,11 @@ from ..chains import NORMS, Chain, find_chains
 from ..classes import Conv2d
 from ..guards import bypass_obstacle
 from ..program import write_program
+from ..recording import Untraceable, session
 from ..registry import calls_in_turn, forward_of, is_inlined, is_never_called
 from ..swap import Fused
-from ..tracing import Trace, Untraceable, options_of, sketch, trace, trace_modes
+from ..tracer import options_of
+from ..tracing import Trace, sketch, trace, trace_modes
 from .base import Family, Fold, Match, Refusal
 
 
@@ -57,7 +59,8 @@ def _find(module):
         return []
     try:
         # most modules have nothing: that is seen by a cheap look
-        found = find_chains(module, sketch(module, inlined))
+        graph = sketch(module, inlined)
+        found = find_chains(module, graph)
         if not found:
             return []
         crossed = _crossed([chain for chain in found if isinstance(chain, Chain)])
@@ -68,7 +71,7 @@ def _find(module):
         one
         if isinstance(one, Refusal)
         else Match(one.pattern, one.parts, tuple(sorted(crossed)), (traced, one))
-        for one in find_chains(module, traced.graph)
+        for one in (found if traced.graph is graph else find_chains(module, traced.graph))
     ]  # fmt: skip
 
 
@@ -145,7 +148,15 @@ def _within_reach(module, prefix=""):
 
 def _program(module, matches):
     traced: Trace = matches[0].detail[0]
-    return write_program(module, traced, [match.detail[1] for match in matches], frozenset(matches[0].inlined))
+    chains, inlined = [match.detail[1] for match in matches], frozenset(matches[0].inlined)
+    with session() as known:
+        written = known[write_program, id(traced)]  # modules that share a trace are alike
+        for _, *same, program in written:
+            if same == [chains, inlined]:
+                return program
+        program = write_program(module, traced, chains, inlined)
+        written.append((traced, chains, inlined, program))
+        return program
 
 
 FAMILY = Family(knows=_knows, obstacle=_obstacle, find=_find, mixin=FusedForward, program=_program, folds=_folds)

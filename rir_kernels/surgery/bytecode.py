@@ -1,0 +1,45 @@
+"""What the bytecode of a function says that it reads and asks, before it runs."""
+
+import dis
+import functools
+
+_READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
+_ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
+_BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
+_ASK_CLASSES = {"isinstance", "issubclass", "type", "__class__"}
+_CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_classes(code):
+    """Whether it may ask of which class something is."""
+    return not _ASK_CLASSES.isdisjoint(code.co_names) or any(
+        i.opname == "MATCH_CLASS" for i in dis.get_instructions(code)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def reads(code):
+    """(where, names) of what is read: a name, and the attributes that are taken from it."""
+    found, names, where = [], (), ""
+    for instruction in dis.get_instructions(code):
+        if names and instruction.opname in _BETWEEN:
+            continue
+        if names and instruction.opname in _ATTRIBUTES:
+            names = (*names, instruction.argval)
+            where = "stored" if where == "global" and instruction.opname in _STORES else where
+            continue
+        if names:
+            found.append((where, names))
+            names = ()
+        if instruction.opname in _READS:
+            names = (instruction.argval,)
+            where = "stored" if instruction.opname in _STORES else "free" if "DEREF" in instruction.opname else "global"
+    return tuple(dict.fromkeys(found))
+
+
+def takes_nothing(frame):
+    """Whether the call that is being made has no arguments."""
+    code = frame.f_code.co_code
+    return dis.opname[code[frame.f_lasti]] in _CALLS and code[frame.f_lasti + 1] == 0
