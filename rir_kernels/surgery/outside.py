@@ -30,6 +30,7 @@ _WATCHED = (random.random.__self__, np.random.rand.__self__)  # the generators b
 
 class _Missing(enum.Enum):
     NOTHING = "there is nothing of this name"
+    CHANGED = "what was found is no more: nothing is the same"
 
 
 MISSING = _Missing.NOTHING
@@ -91,8 +92,10 @@ class Outside:
 
     def __reduce__(self):
         # objects are looked up again: they need no name of their own
-        found = self.found if isinstance(self.found, CONSTANTS) else MISSING
-        if self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found)):
+        found = MISSING if self.holds() else _Missing.CHANGED
+        if isinstance(self.found, CONSTANTS) or (
+            self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found))
+        ):
             found = self.found
         base = self.base.__name__ if isinstance(self.base, types.ModuleType) else self.base
         base = base["__name__"] if isinstance(base, dict) else base

@@ -151,6 +151,16 @@ def test_changed_afterwards(kind, monkeypatch):
         assert_same(model, original, X, calls=1)  # as before, and fused again
 
 
+@pytest.mark.parametrize("kind", [BySwitch, ByFunction, ByDefaults, ByList])
+def test_a_copy_that_is_pickled_after_the_change(kind, monkeypatch):
+    """It does not take what it finds for what its program was made by."""
+    fused, original = pair(kind())
+    with monkeypatch.context() as patch:
+        change(patch, *CHANGES[kind])
+        copied = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fused))))
+        assert_same(copied, original, X, calls=0)
+
+
 class ByMany(Base):
     def forward(self, x):
         y = helped(defaults(chosen(super().forward(x)))) * OPTIONS["scale"]["by"] * CONFIG.factor

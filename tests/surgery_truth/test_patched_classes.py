@@ -91,6 +91,21 @@ def test_methods_replaced_on_a_class(name):
         assert torch.equal(fused(X), plain)
 
 
+class Pickled(Unit):
+    pass
+
+
+def test_a_copy_that_is_pickled_while_a_method_is_replaced():
+    """It does not take the method that it finds for the one that its program stands for."""
+    fused, original = pair_of(Pickled())
+    with patched(Pickled, "forward", lambda self, x: 3 * x):
+        twin = pickle.loads(pickle.dumps(fused))
+        assert torch.equal(twin(X), 3 * X)
+        again = pickle.loads(pickle.dumps(twin))
+    for model in (twin, again):
+        torch.testing.assert_close(model(X), original(X), rtol=1e-10, atol=1e-10)  # fp64, see surgery_helpers
+
+
 def test_property_replaced_on_a_class():
     fused, original = pair_of(Methods())
     with patched(Methods, "factor", property(lambda self: 3.0)):

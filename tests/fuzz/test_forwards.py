@@ -1,0 +1,38 @@
+"""Drawn forwards, fused and not, before and after a change of the model: the same, to the bit where it can be.
+
+HYPOTHESIS_PROFILE=long draws 2,000, other ones every time; else a few that are always the same.
+"""
+
+import pytest
+from hypothesis import Phase, given, settings
+
+from rir_kernels.surgery.program import Program
+
+from . import twins
+from .forwards import forwards
+from .test_fuzz import LONG, SETTINGS
+
+
+@settings(max_examples=2000 if LONG else 15, **SETTINGS)
+@given(forwards())
+def test_fused_and_unfused(text):
+    twins.check_forward(text)
+
+
+def test_a_failure_shows_the_source_and_the_change(monkeypatch):
+    """Broken on purpose: what forward decided by is not asked again."""
+    monkeypatch.setattr(Program, "obstacle", lambda self, module: "")
+
+    @settings(max_examples=100, phases=[Phase.generate], **SETTINGS)
+    @given(forwards())
+    def run(text):
+        twins.check_forward(text)
+
+    with pytest.raises(AssertionError, match=r"call \d, .*") as failure:
+        run()
+    text = str(failure.value)[str(failure.value).index("import copy") :]
+    assert "class Net(nn.Module):" in text and "def change_0(model):" in text
+    with pytest.raises(AssertionError, match=r"call \d, .*"):
+        twins.check_forward(text)
+    monkeypatch.undo()
+    twins.check_forward(text)
