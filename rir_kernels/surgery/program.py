@@ -77,10 +77,9 @@ class Program:
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
             named = inputs[len(args) :]
-            given = args
-            if kwargs and kwargs.keys() == set(named):
-                given = (*args, *(kwargs[name] for name in named))
-            if len(given) != len(inputs) or call_obstacle(*given) or self.obstacle(module):
+            others = len(args) + len(kwargs) != len(inputs) or any(name not in kwargs for name in named)
+            given = args if others else (*args, *(kwargs[name] for name in named))
+            if others or call_obstacle(*given) or self.obstacle(module):
                 return original.forward(module, *args, **kwargs)
             return fused(module, *given)
 

@@ -19,6 +19,12 @@ def test_fused_and_unfused(text):
     twins.check_forward(text)
 
 
+@settings(max_examples=500 if LONG else 10, **SETTINGS)
+@given(forwards())
+def test_folded_and_not(text):
+    twins.check_fold(text)
+
+
 def test_a_failure_shows_the_source_and_the_change(monkeypatch):
     """Broken on purpose: what forward decided by is not asked again."""
     monkeypatch.setattr(Program, "obstacle", lambda self, module: "")

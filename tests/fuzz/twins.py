@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from rir_kernels.surgery import fuse_, unfuse_
+from rir_kernels.surgery import fold_bn_, fuse_, unfuse_
 from tests.surgery_helpers import randn
 
 TOLERANCE = 1e-9
@@ -43,6 +43,26 @@ def check_forward(text: str) -> None:
             with _no_effect(fused, module, classes=False):
                 unfuse_(fused)
             assert [type(m).__name__ for m in fused.modules()] == [type(m).__name__ for m in original.modules()]
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\n\n{text}") from error
+
+
+def check_fold(text: str) -> None:
+    """AssertionError, with the text, where fold_bn_ changes outputs in evaluation, or says nothing about a norm.
+
+    The folded weights are rounded to fp64 once more: see TOLERANCE.
+    """
+    try:
+        with _module(text) as plain, _module(text) as module:
+            original, folded = _build(plain).eval(), _build(module).eval()
+            norms = [name for name, found in folded.named_modules() if isinstance(found, _NormBase)]
+            with _no_effect(folded, module):
+                report = fold_bn_(folded, dry_run=True)
+            assert len(report.replaced) + len(report.skipped) == len(norms), f"of {norms} the report has {report}"
+            fold_bn_(folded)
+            for extra in ((), (randn(2, 4, 6, 6, seed=1),), ()):
+                expected, found = (_output(model, randn(2, 4, 6, 6), *extra) for model in (original, folded))
+                _compare(f"folded, {len(extra)} options", expected, found)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n\n{text}") from error
 
@@ -102,8 +122,8 @@ def _calls(model, module):
 def _run(model, module):
     """In training and evaluation, with the optional argument, and after each change."""
     x, z = randn(2, 4, 6, 6), randn(2, 4, 6, 6, seed=1)
-    for training, extra in ((True, ()), (False, ()), (True, (z,))):
-        yield _call(model.train(training), x, *extra)
+    for training, options in ((True, {}), (False, {}), (True, {"z": z})):
+        yield _call(model.train(training), x, **options)
     model.train()
     for name in ("change_0", "change_1"):
         if hasattr(module, name):
@@ -119,14 +139,14 @@ def _run(model, module):
             model.train()
 
 
-def _call(model, x, *extra):
+def _call(model, x, **options):
     """{what: tensor or something to compare} of a forward and backward; of one that raises only the kind of error."""
     leaf = x.clone().requires_grad_()
     torch.manual_seed(1)
     model.zero_grad()
     x = leaf * 1  # so that it may be changed in place
     try:
-        y = model(x, *extra)
+        y = model(x, **options)
     except Exception as error:
         return {"the forward": type(error)}
     outputs = y if isinstance(y, tuple) else (y,)
@@ -148,6 +168,16 @@ def _call(model, x, *extra):
     return found
 
 
+@torch.no_grad()
+def _output(model, *inputs):
+    torch.manual_seed(1)
+    try:
+        y = model(*inputs)
+    except Exception as error:
+        return {"the forward": type(error)}
+    return {f"output {i}, folded": out for i, out in enumerate(y if isinstance(y, tuple) else (y,))}
+
+
 def _compare(where, expected, found):
     if "backward" in expected and "backward" not in found:
         # what forward has changed in place and a module has kept for backward: a fused operation keeps less
@@ -160,7 +190,7 @@ def _compare(where, expected, found):
             continue
         assert isinstance(other, torch.Tensor), f"{where}, {name}: {other}"
         size = value.abs().max().item() if value.is_floating_point() and value.numel() else 0.0
-        atol = TOLERANCE * max(1.0, size) if name.startswith("gradient") else 0.0
+        atol = TOLERANCE * max(1.0, size) if name.startswith("gradient") or name.endswith("folded") else 0.0
         torch.testing.assert_close(
             other, value, rtol=0, atol=atol, equal_nan=True, msg=lambda text, name=name: f"{where}, {name}: {text}"
         )

@@ -261,6 +261,37 @@ def test_a_layers_bias_that_is_no_parameter():
         assert torch.equal(fused(X), original(X))
 
 
+def test_a_hook_on_all_modules():
+    fused, original = pair_of(of(plain))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _inputs, y: 2 * y if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        with fused_calls(0):
+            expected = original(X)
+            assert torch.equal(fused(X), expected)
+    finally:
+        handle.remove()
+    assert not torch.equal(original(X), expected)
+    with fused_calls(1):
+        fused(X)
+
+
+def with_an_option(m, x, other=None):
+    y = m.relu(m.bn(m.conv(x)))
+    return y if other is None else y + other
+
+
+def test_other_arguments():
+    """Only the call that was traced is fused: the arguments without a default."""
+    for args, options, calls in (((X,), {}, 1), ((), {"x": X}, 1), ((X, X), {}, 0), ((X,), {"other": X}, 0)):
+        fused, original = pair_of(of(with_an_option))
+        with fused_calls(calls):
+            found = fused(*args, **options)
+        torch.testing.assert_close(found, original(*args, **options), **CLOSE)
+    assert outcome(fused, X, X, X) == outcome(original, X, X, X)
+
+
 def test_kernels_get_pythons_integers():
     pairs = [pair(value) for value in (np.int64(2), (np.int64(2), 1), [2, np.int32(1)], (2,), 2, True)]
     assert pairs == [(2, 2), (2, 1), (2, 1), (2, 2), (2, 2), (1, 1)]
