@@ -9,11 +9,12 @@ import dis
 import functools
 import types
 
+import torch.nn.functional as F
 from torch import nn
 
 from ..compiling import not_traced
 
-Method = tuple[type, str, object]  # the class, the method's name, what it was
+Method = tuple[type | types.ModuleType, str, object]  # where it is found, its name, what it was
 
 
 def _of_torch(kind: type) -> type:
@@ -37,7 +38,8 @@ def replaced(methods: tuple[Method, ...]) -> str:
     """Why code that stands for these methods may not run: one is another by now. An empty string where none is."""
     for kind, name, method in methods:
         if getattr(kind, name, None) != method:  # a class method is bound anew at each look
-            return f"{kind.__name__}.{name} has been replaced on the class"
+            where = "" if isinstance(kind, types.ModuleType) else " on the class"
+            return f"{kind.__name__}.{name} has been replaced{where}"
     return ""
 
 
@@ -69,8 +71,10 @@ def _is_from(base, method):
 
 
 _known: dict[type, tuple[Method, ...]] = {}
-for _kind in (Conv2d, BatchNorm2d, ReLU, Identity):
+for _kind, _function in ((Conv2d, "conv2d"), (BatchNorm2d, "batch_norm"), (ReLU, "relu"), (Identity, None)):
     know(_kind)
+    if _function is not None:  # which its forward calls, and what counts operations replaces
+        _known[_kind] += ((F, _function, getattr(F, _function)),)
 
 
 def subclass_of(kind: type, mixin: type, namespace: dict) -> type:

@@ -21,9 +21,9 @@ from torch.fx.graph import _custom_builtins
 from torch.fx.node import _get_qualified_name
 
 from . import in_place, units
-from .aliases import Alias, aliases, parted
 from .chains import Chain
 from .classes import Method, methods_of
+from .granted import Granted, granted
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
 from .tracing import Path, Read, Trace, Untraceable, child, holds, is_of_the_class
@@ -43,7 +43,7 @@ class Program:
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
     outside: tuple[Outside, ...]
-    aliases: tuple[Alias, ...] = ()
+    granted: Granted
 
     def obstacle(self, module: nn.Module) -> str:
         """Why the original forward must be run."""
@@ -61,7 +61,7 @@ class Program:
         for one in self.outside:
             if not one.holds():
                 return f"{one.name} has changed"
-        return parted(module, self.aliases)
+        return self.granted.obstacle(module)
 
     def methods(self, original: type) -> tuple[Method, ...]:
         """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""
@@ -108,8 +108,8 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    same = aliases(module, trace.graph, inlined)
-    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, same)
+    taken = granted(module, trace, inlined)
+    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, taken)
 
 
 def _one_by_one(chain):

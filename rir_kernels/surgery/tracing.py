@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
+from .by_name import asks_which
 from .outside import Outside, is_fixed
 from .swap import class_of
 from .watch import Watch
@@ -44,7 +45,8 @@ class Read(NamedTuple):
 class Trace(NamedTuple):
     """inputs: the names of forward's arguments without a default; the others had their defaults.
 
-    asks_mode: whether a forward that was looked into reads `training`. outside: what else decided the graph, such as
+    asks_mode: whether a forward that was looked into reads `training`. asks_which: whether code that ran may ask which
+    of its children is which, or of what class. outside: what else decided the graph, such as
     answers of torch, which have `arguments`.
     """
 
@@ -53,6 +55,7 @@ class Trace(NamedTuple):
     outside: tuple[Outside, ...]
     inputs: tuple[str, ...]
     asks_mode: bool
+    asks_which: bool = False
 
 
 class _Found(enum.Enum):
@@ -88,7 +91,8 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     # a question with two answers is one about gradients: neither makes a difference
     asked = Counter(one.question for one in outside)
     outside = (one for one in outside if one.arguments is None or asked[one.question] == 1)
-    return first._replace(reads=tuple(reads), outside=tuple(outside))
+    which = any(trace.asks_which for trace in traces)
+    return first._replace(reads=tuple(reads), outside=tuple(outside), asks_which=which)
 
 
 def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, options: bool = False) -> list[Trace]:
@@ -175,7 +179,8 @@ def _trace(module, inlined, options=False):
     except BaseException as error:
         raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
     reads = tuple(dict.fromkeys(tracer.reads))
-    return Trace(graph, reads, tracer.watch.found, tracer.inputs, tracer.asks_mode)
+    which = any(map(asks_which, tracer.watch.entered))
+    return Trace(graph, reads, tracer.watch.found, tracer.inputs, tracer.asks_mode, which)
 
 
 @contextlib.contextmanager
@@ -374,6 +379,8 @@ def _recording(tracer):
         machinery = where.startswith(("torch.fx", __package__)) or (
             where == nn.Module.__module__ and caller.f_code.co_name in _MACHINERY
         )
+        if name == "__dict__" and not machinery and tracer.running:
+            raise Untraceable("its forward reads __dict__, and may find anything there")
         path = None if machinery or not tracer.running or name.startswith("__") else tracer.paths.get(id(module))
         if path is None or (name == "training" and path in traced):
             tracer.asks_mode |= path is not None

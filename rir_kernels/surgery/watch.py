@@ -13,7 +13,9 @@ import weakref
 
 from torch import nn
 
+from .by_name import any_name, read_by_name
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
+from .swap import class_of
 
 _READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GLOBAL", "DELETE_GLOBAL"}
 _STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
@@ -42,10 +44,12 @@ class Watch:
         self.entered, self.within, self.asking = set(), set(), []
         self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
         self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
-        for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
-            if not _is_library(kind.__module__):
-                for name, value in vars(kind).items():
-                    self._route(value, kind, (name,))
+        children = (child for module in modules for child in (module, *module._modules.values()))
+        kinds = dict.fromkeys(kind for child in children for kind in class_of(child).__mro__)
+        self.classes = [kind for kind in kinds if not _is_library(kind.__module__)]
+        for kind in self.classes:
+            for name, value in vars(kind).items():
+                self._route(value, kind, (name,))
 
     def __enter__(self):
         for module in self.modules:
@@ -140,6 +144,10 @@ class Watch:
                 self._read(route[0], (*route[1], *cell), ("cell_contents", *path[1:]))
         if route is not None:
             self._defaults(frame, *route)
+        if name := any_name(code, frame.f_globals):
+            self.refuse(f"its forward calls {name}, which may read anything")
+        for owner, name in read_by_name(code, frame.f_globals, self.classes):
+            self._read(owner, (), (name,))
 
     def _found_again(self, frame, free):
         """Where the function that is entered is found."""
@@ -165,7 +173,7 @@ class Watch:
         value, used = start, 0
         for step in path:  # as far as the names lead through what has no state but theirs
             found = walk(value, (step,))
-            if found is MISSING or (used and isinstance(value, _ENDS)):
+            if (found is MISSING and base is not start) or (used and isinstance(value, _ENDS)):
                 break
             value, used = found, used + 1
         path = path[:used]

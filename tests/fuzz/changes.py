@@ -45,7 +45,7 @@ OF_ALL = (
     "model.scale = nn.Parameter(torch.ones(()))", "model.float()",
     "model.register_forward_hook(lambda module, inputs, y: None)", "model = copy.copy(model)", "model.zero_grad()",
     "model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})",
-    "patch(torch, 'relu', torch.tanh)", "patch(nn, 'BatchNorm2d', nn.GroupNorm)", "model.share_memory()",
+    "patch(nn, 'BatchNorm2d', nn.GroupNorm)", "model.share_memory()",
 )  # fmt: skip
 # by a name in the text
 OF_TEXT = {

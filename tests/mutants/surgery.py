@@ -37,7 +37,7 @@ EFFECTS = [
         "functions of others", "return node.all_input_nodes\n    written", "return []\n    written",
         "wrapped_function",
     ),
-    _effect("in place by position", '"inplace" in names and', "False and", "function_in_place"),
+    _effect("in place by keyword", 'return node.kwargs["inplace"] is not False', "return False", "function_in_place"),
     _effect(
         "hooks of others", "return known and not bypass_obstacle(module, type(module))", "return known",
         "hooked_child",
@@ -79,16 +79,53 @@ READS = [
         "return super().to_bool(obj)", "test_effects_of_tracing.py::test_a_forward_that_catches[caught]",
     ),
     _fault(
-        "aliases: not asked again", "program", "return parted(module, self.aliases)", 'return ""',
-        "test_aliases.py::test_one_of_the_names_gets_another[child-new_conv-0]",
+        "aliases: not asked again", "program", "return self.granted.obstacle(module)", 'return ""',
+        "test_granted.py::test_one_of_the_names_gets_another[child-new_conv-0]",
     ),
     _fault(
-        "aliases: of children looked into", "aliases", "known[found] in looked_into or ", "",
-        "test_aliases.py::test_one_of_the_names_gets_another[inlined-new_conv-0]",
+        "aliases: of children looked into", "granted", "known[found] in looked_into or ", "",
+        "test_granted.py::test_one_of_the_names_gets_another[inlined-all_names_of_its_own-0]",
     ),
     _fault(
-        "aliases: of parameters", "aliases", "if id(tensor) in read]", "if False]",
-        "test_aliases.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
+        "aliases: of parameters", "granted", "if id(tensor) in read]", "if False]",
+        "test_granted.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
+    ),
+    _fault(
+        "which: not asked of the code", "by_name", "if not _ASK_WHICH.isdisjoint(code.co_names):", "if False:",
+        "test_granted.py::test_the_answer_is_another_one[isinstance]",
+    ),
+    _fault(
+        "which: nothing is compared", "by_name", 'step in _COMPARE and before != "LOAD_CONST"', "False",
+        "test_granted.py::test_the_answer_is_another_one[same weight]",
+    ),
+    _fault(
+        "which: classes of children", "granted", "if class_of(_at(module, name)) is not kind:", "if False:",
+        "test_granted.py::test_the_answer_is_another_one[isinstance in a list]",
+    ),
+    _fault(
+        "by name: classes", "by_name", "owners += classes", "pass",
+        "test_granted.py::test_the_answer_is_another_one[super]",
+    ),
+    _fault(
+        "by name: imports", "by_name", "owners = list(_imported(code, names))", "owners = []",
+        "test_granted.py::test_the_answer_is_another_one[import]",
+    ),
+    _fault(
+        "by name: absent ones", "by_name", "(there is not None or name in asked)", "there is not None",
+        "test_granted.py::test_the_answer_is_another_one[class, absent]",
+    ),
+    _fault(
+        "by name: of what globals name", "by_name", "for name in code.co_names if name in names) if asked else ():",
+        "for name in code.co_names if name in names) if False else ():",
+        "test_granted.py::test_the_answer_is_another_one[a module's, absent]",
+    ),
+    _fault(
+        "by name: any name", "by_name", "if name in _ANY_NAME and name not in names", "if False",
+        "test_granted.py::test_what_may_be_anything_is_refused",
+    ),
+    _fault(
+        "by name: __dict__", "tracing", 'if name == "__dict__" and not machinery and tracer.running:', "if False:",
+        "test_granted.py::test_what_may_be_anything_is_refused",
     ),
 ]  # fmt: skip
 OUTSIDE = [
@@ -147,6 +184,10 @@ CLASSES = [
         "test_patched_classes.py::test_a_class_that_was_patched_before_it_was_known",
     ),
     _fault(
+        "classes: functions that they call", "classes", "if _function is not None:", "if False:",
+        "test_patched_classes.py::test_functions_that_torchs_modules_call[relu]",
+    ),
+    _fault(
         "classes: of the unit", "swap", "        if replaced(methods):", "        if False:",
         "test_patched_classes.py::test_methods_replaced_on_a_class[unit]",
     ),
@@ -177,7 +218,7 @@ CLASSES = [
     ),
     _fault(
         "classes: copies made by the fused one", "swap", "recipe.original if part is type(self) else part", "part",
-        "test_patched_classes.py::test_classes_that_say_how_they_are_copied[deepcopy-Reduced]",
+        "test_patched_classes.py::test_classes_that_say_how_they_are_copied[pickle-Reduced]",
     ),
 ]  # fmt: skip
 CALLS = [
@@ -212,7 +253,7 @@ CALLS = [
     ),
     _fault(
         "statistics: another version", "functional", "else statistics.data", "else statistics.detach()",
-        "test_aliases.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",
+        "test_granted.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",
     ),
 ]  # fmt: skip
 WATCH = [
@@ -230,7 +271,7 @@ WATCH = [
     ),
     _fault(
         "watch: containers within others", "outside", "self.keep(one)", "pass",
-        "test_effects_of_tracing.py::test_nothing_is_left[True-nested]",
+        "test_effects_of_tracing.py::test_nothing_is_left[True-to_a_nested_global]",
     ),
     _fault(
         "watch: garbage is collected", "watch", "gc.disable()", "gc.isenabled()",

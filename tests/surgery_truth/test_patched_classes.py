@@ -7,9 +7,11 @@ import abc
 import contextlib
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import classes, fuse_, unfuse_
@@ -89,6 +91,19 @@ def test_methods_replaced_on_a_class(name):
         assert "replaced on the class" in str(fuse_(fused).skipped) or kind.__module__.startswith("torch.")
     with fused_calls(1):
         assert torch.equal(fused(X), plain)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu"])
+def test_functions_that_torchs_modules_call(name):
+    """Replaced by what counts operations, each is called as often as it was."""
+    fused, original = pair_of(Unit())
+    counts = []
+    for model in (fused, original):
+        counted = mock.Mock(wraps=getattr(F, name))
+        with patched(F, name, counted), fused_calls(0):
+            assert torch.equal(model(X), original(X))
+        counts.append(counted.call_count)
+    assert counts == [2, 2]
 
 
 class Pickled(Unit):
