@@ -35,7 +35,7 @@ class Recipe:
     def __reduce__(self):
         # a method that was replaced may have no name to be pickled by, nor be there in another process; nor does the
         # program stand for the one that is there instead
-        methods = ((self.original, "forward", None),) if replaced(self.methods) else None
+        methods = ((self.original, "forward", None, None),) if replaced(self.methods) else None
         return Recipe, (self.original, self.mixin, self.impl, self.patterns, self.program, methods)
 
 

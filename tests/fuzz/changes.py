@@ -41,6 +41,7 @@ OF_ALL = (
     "model.extra = nn.Conv2d(4, 4, 1).to(model.dtype)", "model.scale = 3.0", "model = copy.deepcopy(model)",
     "model = pickle.loads(pickle.dumps(model))", "model.register_buffer('scale', torch.ones(4, 1, 1))",
     "patch(Net, 'forward', doubled(Net.forward))", "patch(Net, 'scale', 2.0)",
+    "Net.forward.__code__ = (lambda self, x, z=None: 2 * x).__code__",
     "model.forward = lambda x, z=None: 2 * x", "patch(F, 'relu', torch.tanh)", "model.requires_grad_(False)",
     "model.scale = nn.Parameter(torch.ones(()))", "model.float()",
     "model.register_forward_hook(lambda module, inputs, y: None)", "model = copy.copy(model)", "model.zero_grad()",
@@ -59,7 +60,10 @@ OF_TEXT = {
     r"\.factor": ("Net.factor = 3.0", "Net.factor = property(lambda self: 3.0)", "model.__dict__['factor'] = 3.0"),
     r"\.helped": ("Net.helped = lambda self, y: y + 1", "model.helped = lambda y: y + 1"),
     r"\bSWITCH": ("global SWITCH\nSWITCH = not SWITCH", "global SWITCH\ndel SWITCH", "global SWITCH\nSWITCH = [1]"),
-    r"\bSettings": ("Settings.on = True", "Settings.on = []", "global Settings\nSettings = model", "del Settings.on"),
+    r"\bSettings": (
+        "Settings.more = 1", "Settings.on = True", "Settings.on = []", "global Settings\nSettings = model",
+        "del Settings.on",
+    ),
     r"\bCONFIG": ("CONFIG['by'] = 2.0", "CONFIG.clear()", "global CONFIG\nCONFIG = {'by': 3.0}"),
     r"\bFACTORS": ("FACTORS[1] = 5.0", "FACTORS.clear()", "global FACTORS\nFACTORS = (1.0, 3.0)"),
     r"\bhelper": (
@@ -67,6 +71,15 @@ OF_TEXT = {
         "helper.__kwdefaults__['on'] = 0", "helper.__code__ = (lambda y, by=2.0, on=True: y * 3).__code__",
     ),
     r"\bclosed": ("closed.__closure__[0].cell_contents = 3.0", "global closed\nclosed = make(2.0)"),
+    r"PLACE": ("PLACE.by = 3.0", "del PLACE.by", "PLACE.by = True"),
+    r"PARTIAL": ("PARTIAL.keywords['other'] = 3.0", "global PARTIAL\nPARTIAL = torch.tanh"),
+    r"ACTS": ("ACTS.reverse()", "ACTS[1] = torch.sigmoid"),
+    r"scale": ("model.scale = 4.0", "Net.scale = 4.0", "model.scale = torch.full((), 4.0)"),
+    r"globals": ("global FACTOR\nFACTOR = 3.0",),
+    r"isinstance|type|is self|== self": (
+        "model.norm0 = nn.Identity()", "model.norm0 = model.norm1", "model.norm1 = nn.InstanceNorm2d(4)",
+        "model.norm0.weight = model.norm1.weight", "model.relu0 = nn.Identity()",
+    ),
     r"\bAsks": ("Asks.on = True", "patch(Asks, 'forward', doubled(Asks.forward))"),
     r"ModuleList": (
         "for child in model.children():\n    if isinstance(child, nn.ModuleList):\n        child.append(nn.Tanh())",

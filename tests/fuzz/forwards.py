@@ -10,12 +10,24 @@ from hypothesis import strategies as st
 
 from .changes import changes
 
+HEAD = """\
+import copy
+import functools
+import pickle
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import nn"""
 # names that a text uses, and what defines them
 GLOBALS = {
     "SWITCH": "SWITCH = False",
     "CONFIG": 'CONFIG = {"by": 1.0}',
     "FACTORS": "FACTORS = [1.0, 2.0]",
     "switch": "def switch():\n    global SWITCH\n    SWITCH = not SWITCH",
+    "PLACE": "PLACE = types.SimpleNamespace(by=2.0)",
+    "PARTIAL": "PARTIAL = functools.partial(torch.mul, other=0.5)",
+    "ACTS": "ACTS = [torch.tanh, torch.relu]",
     "KEPT": "KEPT = []",
     "Settings": "class Settings:\n    on = False",
     "helper": "def helper(y, by=1.0, *, on=True):\n    return y * by if on and SWITCH else y",
@@ -55,7 +67,7 @@ NORMS = (
     "nn.BatchNorm2d(4, track_running_stats=False)",
 )  # fmt: skip
 RELUS = ("nn.ReLU()", "nn.ReLU(inplace=True)", "nn.Identity()")
-# h: the latest tensor, o: where the result goes, v: any tensor, c, n, r: a convolution, a norm, a ReLU
+# h: the latest tensor, o: where the result goes, v: any tensor, c, n, m, r: a convolution, norms, a ReLU
 CONVOLVE = ("{o} = {c}({h})",)
 NORMALIZE = ("{o} = {n}({h})",)
 RECTIFY = (
@@ -110,6 +122,13 @@ DECIDE = (
     "if self.kind == 1:\n    {s}", "if type(self).kind == 1:\n    {s}", "{o} = {h} * self.factor",
     "if len(self._modules) > 3:\n    {s}", "if {h}.requires_grad:\n    {s}", "if {h}.sum() > 0:\n    {s}",
     '{o} = {h} if "extra" in self._modules else {v}', "if {n}.momentum is None:\n    {s}", "{o} = self.helped({h})",
+    "if type({n}) is nn.BatchNorm2d:\n    {s}", "{o} = {h} * self.__class__.kind", "if {n} is {m}:\n    {s}",
+    '{o} = {h} * self.__dict__.get("scale", 1.0)', "{o} = {h} * (2 if {n}.weight is {m}.weight else 1)",
+    "for child in self.children():\n    {h} = {h} * (1.5 if isinstance(child, nn.ReLU) else 1)",
+    '{o} = {h} * getattr(type(self), "scale", 1.0)', "if {c}.weight.shape[2] == 3:\n    {s}",
+    '{o} = {h} * (2 if hasattr(Settings, "more") else 1)', "{o} = {h} * PLACE.by", "{o} = PARTIAL({h})",
+    "{o} = ACTS[{n}.training]({h})", "{o} = {h} * max(self.steps)", "{o} = {h} * globals().get('FACTOR', 1)",
+    "{o} = {h} * (2 if torch.is_inference_mode_enabled() else 1)", "{o} = {h} * x.shape[0]",
     "for name, child in self.named_children():\n    {h} = {h} + 0.5 * name.startswith('conv')",
 )  # fmt: skip
 WITHIN = (
@@ -120,6 +139,14 @@ EFFECT = (
     "self.count += 1", "self.outputs.append({h})", "KEPT.append({h})", "{n}.momentum = 0.3", "switch()",
     "self.outputs[:] = [{h}]",
 )  # fmt: skip
+LETTERS = (("c", "conv", CONVS), ("n", "norm", NORMS), ("m", "norm", NORMS), ("r", "relu", RELUS))
+CALL = (
+    "{o} = child({h})",
+    "{o} = child({h})",
+    "{o} = child({h}, {v})",
+    "{o} = child({h}, z=z)",
+    "{o} = child(child({h}))",
+)
 ORDINARY = (CONVOLVE, NORMALIZE, RECTIFY, ADD, SCALE)
 ODD = (WRITE, WRITE, STATISTICS, MIX, DECIDE, DECIDE, WITHIN, EFFECT)
 TIES = (
@@ -136,7 +163,7 @@ class _Class:
     members: dict[str, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=lambda: ["x"])
-    inner: list[str] = field(default_factory=list)  # the texts of its children's classes
+    inner: list["_Class"] = field(default_factory=list)  # its children's
     ties: list[str] = field(default_factory=list)
     returned: str = ""
 
@@ -163,16 +190,21 @@ def forwards(draw) -> str:
     """The text of a Python module with a class Net and functions change_0(model), ... that return the changed model."""
     net = _Class("Net")
     _write(draw, net, draw(st.integers(1, 4)))
-    body = "\n\n\n".join([*net.inner, net.text()])
-    drawn = enumerate(draw(changes(list(net.members.items()), body)))
-    text = "\n\n\n".join([body, *(f"def change_{i}(model):\n{_indented([c, 'return model'])}" for i, c in drawn)])
-    needed = {}
+    body = "\n\n\n".join(cls.text() for cls in (*net.inner, net))
+    members = [*net.members.items()]
+    members += [(f"{cls.name.lower()}.{name}", made) for cls in net.inner for name, made in cls.members.items()]
+    drawn = enumerate(draw(changes(members, body)))
+    return module_of([body, *(f"def change_{i}(model):\n{_indented([line, 'return model'])}" for i, line in drawn)])
+
+
+def module_of(parts: list[str]) -> str:
+    """The text of a module of these, with the imports and globals that they need."""
+    text, needed = "\n\n\n".join(parts), {}
     for _ in range(2):  # some need others
         for name, definition in GLOBALS.items():
             if re.search(rf"\b{name}\b", "\n".join([text, *needed.values()])):
                 needed[name] = definition
-    head = "import copy\nimport pickle\n\nimport torch\nimport torch.nn.functional as F\nfrom torch import nn"
-    return "\n\n\n".join([head, *(GLOBALS[name] for name in GLOBALS if name in needed), text]) + "\n"
+    return "\n\n\n".join([HEAD, *(GLOBALS[name] for name in GLOBALS if name in needed), text]) + "\n"
 
 
 def _write(draw, cls, chains):
@@ -181,8 +213,10 @@ def _write(draw, cls, chains):
         if kind == "child" and cls.name == "Net":
             child = _Class(f"Child{len(cls.inner)}")
             _write(draw, child, 1)
-            cls.inner.append(child.text())
-            _call(draw, cls, f"child{len(cls.inner) - 1}", f"{child.name}()", ORDINARY)
+            cls.inner.append(child)
+            cls.members[child.name.lower()] = f"{child.name}()"
+            _line(draw, cls, draw(st.sampled_from(CALL)).replace("child", f"self.{child.name.lower()}"))
+            _tail(draw, cls)
         elif kind in ("sequential", "list"):
             items = [_module(draw, cls, kinds) for kinds in _kinds(draw)]
             holder = "nn.Sequential({})" if kind == "sequential" else "nn.ModuleList([{}])"
@@ -195,6 +229,8 @@ def _write(draw, cls, chains):
             _tail(draw, cls)
         else:
             _line(draw, cls, CONVOLVE[0])
+            if draw(st.integers(0, 4)) == 4:
+                _line(draw, cls, draw(st.sampled_from(draw(st.sampled_from((ADD, SCALE))))))
             _odd(draw, cls)
             _line(draw, cls, NORMALIZE[0])
             _tail(draw, cls)
@@ -203,12 +239,6 @@ def _write(draw, cls, chains):
         cls.ties.append(tie)
     h, v = cls.tensors[-1], draw(st.sampled_from(cls.tensors))
     cls.returned = draw(st.sampled_from([h, h, f"{h}, {v}"])) if cls.name == "Net" else h
-
-
-def _call(draw, cls, name, made, _kinds):
-    cls.members[name] = made
-    _line(draw, cls, f"{{o}} = self.{name}({{h}})")
-    _tail(draw, cls)
 
 
 def _kinds(draw):
@@ -234,19 +264,19 @@ def _tail(draw, cls):
 
 
 def _odd(draw, cls):
-    if draw(st.integers(0, 2)) == 2:
+    if draw(st.integers(0, 3)) == 3:
         _line(draw, cls, draw(st.sampled_from(draw(st.sampled_from(ODD)))), keep=draw(st.booleans()))
 
 
 def _line(draw, cls, template, keep=False):
     """keep: the latest tensor stays the latest, whatever the line makes."""
     while "{s}" in template:
-        inner = draw(st.sampled_from(draw(st.sampled_from((CONVOLVE, NORMALIZE, RECTIFY, ADD, SCALE, MIX)))))
+        inner = draw(st.sampled_from(draw(st.sampled_from((*ORDINARY, MIX)))))
         inner = inner.replace("{o}", "{h}").replace("\n", "; ")  # what a branch makes need not be there
         template = template.replace("{s}", inner)
     latest = cls.tensors[-1]
     names = {"h": latest, "v": draw(st.sampled_from(cls.tensors))}
-    for letter, prefix, kinds in (("c", "conv", CONVS), ("n", "norm", NORMS), ("r", "relu", RELUS)):
+    for letter, prefix, kinds in LETTERS:
         if f"{{{letter}}}" in template:
             names[letter] = f"self.{_member(draw, cls, prefix, kinds)}"
     if "{o}" in template:

@@ -124,6 +124,8 @@ def _run(model, module):
     x, z = randn(2, 4, 6, 6), randn(2, 4, 6, 6, seed=1)
     for training, options in ((True, {}), (False, {}), (True, {"z": z})):
         yield _call(model.train(training), x, **options)
+    with torch.no_grad():
+        yield _call(model, x.contiguous(memory_format=torch.channels_last))
     model.train()
     for name in ("change_0", "change_1"):
         if hasattr(module, name):
@@ -141,7 +143,7 @@ def _run(model, module):
 
 def _call(model, x, **options):
     """{what: tensor or something to compare} of a forward and backward; of one that raises only the kind of error."""
-    leaf = x.clone().requires_grad_()
+    leaf = x.clone().requires_grad_(torch.is_grad_enabled())
     torch.manual_seed(1)
     model.zero_grad()
     x = leaf * 1  # so that it may be changed in place
@@ -151,6 +153,7 @@ def _call(model, x, **options):
         return {"the forward": type(error)}
     outputs = y if isinstance(y, tuple) else (y,)
     found = {f"output {i}": out.detach().clone() for i, out in enumerate(outputs)}
+    found |= {f"strides of output {i}": out.stride() for i, out in enumerate(outputs)}
     found |= {"x afterwards": x.detach().clone()}
     found |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     loss = sum((out * randn(*out.shape, seed=i)).sum() for i, out in enumerate(outputs, 10))

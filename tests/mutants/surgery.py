@@ -87,7 +87,7 @@ READS = [
         "test_granted.py::test_one_of_the_names_gets_another[inlined-all_names_of_its_own-0]",
     ),
     _fault(
-        "aliases: of parameters", "granted", "if id(tensor) in read]", "if False]",
+        "aliases: of parameters", "granted", "if id(tensor) in read)", "if False)",
         "test_granted.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
     ),
     _fault(
@@ -134,8 +134,8 @@ OUTSIDE = [
         "test_outside.py::test_changed_afterwards[BySwitch]",
     ),
     _fault(
-        "outside: content of containers", "outside", "isinstance(value, CONTAINERS) and _content(value) == found",
-        "isinstance(value, CONTAINERS)", "test_outside.py::test_changed_afterwards[ByDict]",
+        "outside: content of containers", "outside", "isinstance(value, _BY_CONTENT) and _content(value) == found",
+        "isinstance(value, _BY_CONTENT)", "test_outside.py::test_changed_afterwards[ByDict]",
     ),
     _fault(
         "outside: attributes of what globals name", "watch", "value, used = found, used + 1", "value, used = found, 1",
@@ -168,7 +168,7 @@ OUTSIDE = [
 ]  # fmt: skip
 CLASSES = [
     _fault(
-        "classes: methods not compared", "classes", "if getattr(kind, name, None) != method:", "if False:",
+        "classes: methods not compared", "classes", "if now != method or", "if False or",
         "test_patched_classes.py::test_methods_replaced_on_a_class[norm]",
     ),
     _fault(
@@ -186,6 +186,19 @@ CLASSES = [
     _fault(
         "classes: functions that they call", "classes", "if _function is not None:", "if False:",
         "test_patched_classes.py::test_functions_that_torchs_modules_call[relu]",
+    ),
+    _fault(
+        "classes: code that is reloaded", "classes", 'getattr(now, "__code__", None) is not code', "False",
+        "test_patched_classes.py::test_code_that_is_reloaded",
+    ),
+    _fault(
+        "outside: code that is reloaded", "outside", 'getattr(value, "__code__", None) is not self.code', "False",
+        "test_outside.py::test_changed_afterwards[ByCode]",
+    ),
+    _fault(
+        "outside: keywords of a partial", "outside", "_BY_CONTENT = (*CONTAINERS, functools.partial)",
+        "_BY_CONTENT = CONTAINERS",
+        "test_outside.py::test_changed_afterwards[ByPartial]",
     ),
     _fault(
         "classes: of the unit", "swap", "        if replaced(methods):", "        if False:",

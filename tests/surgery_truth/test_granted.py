@@ -58,8 +58,8 @@ def both_names(m):
 @pytest.mark.parametrize(
     ("way", "change", "calls"),
     [
-        ("child", new_conv, 0), ("inlined", new_conv, 0), ("inlined", all_names_of_its_own, 0), ("child", all_names_of_its_own, 1),
-        ("tied", new_weight, 0), ("child", both_names, 1),
+        ("child", new_conv, 0), ("inlined", new_conv, 0), ("inlined", all_names_of_its_own, 0),
+        ("child", all_names_of_its_own, 1), ("tied", new_weight, 0), ("child", both_names, 1),
         ("inlined", both_names, 1),
     ],
 )  # fmt: skip
