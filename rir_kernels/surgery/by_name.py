@@ -33,7 +33,10 @@ def asks_which(code: types.CodeType) -> bool:
 
 def any_name(code: types.CodeType, names: dict) -> str:
     """A function called in the code that may read whatever there is; an empty string where there is none."""
-    return next((name for name in code.co_names if name in _ANY_NAME and name not in names), "")
+    if _ANY_NAME.isdisjoint(code.co_names):  # which are those of attributes too
+        return ""
+    loaded = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return next((name for name in loaded if name in _ANY_NAME and name not in names), "")
 
 
 def read_by_name(code: types.CodeType, names: dict, classes: Iterable[type]) -> Iterator[tuple[Any, str]]:

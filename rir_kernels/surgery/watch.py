@@ -147,7 +147,7 @@ class Watch:
         if name := any_name(code, frame.f_globals):
             self.refuse(f"its forward calls {name}, which may read anything")
         for owner, name in read_by_name(code, frame.f_globals, self.classes):
-            self._read(owner, (), (name,))
+            self._read(owner, (), (name,), absent=True)
 
     def _found_again(self, frame, free):
         """Where the function that is entered is found."""
@@ -168,12 +168,12 @@ class Watch:
             if taken:
                 self._read(base, path, (kind,))
 
-    def _read(self, base, prefix, path, start=None):
+    def _read(self, base, prefix, path, start=None, absent=False):
         start = walk(base, prefix) if start is None else start
         value, used = start, 0
         for step in path:  # as far as the names lead through what has no state but theirs
             found = walk(value, (step,))
-            if (found is MISSING and base is not start) or (used and isinstance(value, _ENDS)):
+            if (found is MISSING and not absent) or (used and isinstance(value, _ENDS)):
                 break
             value, used = found, used + 1
         path = path[:used]

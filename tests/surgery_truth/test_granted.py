@@ -169,6 +169,19 @@ def test_what_may_be_anything_is_refused(number, reason):
     assert not report.replaced and reason in report.skipped[0].reason, str(report)
 
 
+class Named(Asking):
+    """An attribute has the name of a function that reads anything."""
+
+    vars = 2
+
+    def forward(self, x):
+        return self.block(x) * self.vars
+
+
+def test_an_attribute_of_such_a_name():
+    assert fuse_(settle(Named())).replaced
+
+
 class Shared(nn.Module):
     """One norm, called by a fused child and by a forward that is not fused."""
 
