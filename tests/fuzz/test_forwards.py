@@ -5,8 +5,11 @@ HYPOTHESIS_PROFILE=long draws 2,000, other ones every time; else a few that are 
 
 import pytest
 from hypothesis import Phase, given, settings
+from torch import nn
 
+from rir_kernels.surgery import fuse_
 from rir_kernels.surgery.program import Program
+from rir_kernels.surgery.report import FusionReport, Skipped
 
 from . import twins
 from .forwards import forwards
@@ -23,6 +26,16 @@ def test_fused_and_unfused(text):
 @given(forwards())
 def test_folded_and_not(text):
     twins.check_fold(text)
+
+
+def test_what_nothing_is_said_about():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    twins.check_seen(fuse_(model, dry_run=True))
+    entries = [Skipped(name, "a reason", "its class") for name in "01"]
+    twins.check_seen(FusionReport(model, skipped=entries))
+    for name, entry in zip("10", entries, strict=True):
+        with pytest.raises(AssertionError, match=f"nothing is said about {name}"):
+            twins.check_seen(FusionReport(model, skipped=[entry]))
 
 
 def test_a_failure_shows_the_source_and_the_change(monkeypatch):
