@@ -7,8 +7,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from torch import nn
 
+from rir_kernels import aten
 from rir_kernels.surgery import fuse_
-from rir_kernels.surgery.program import Program
 from rir_kernels.surgery.report import FusionReport, Skipped
 
 from . import twins
@@ -16,13 +16,13 @@ from .forwards import forwards
 from .test_fuzz import LONG, SETTINGS
 
 
-@settings(max_examples=2000 if LONG else 15, **SETTINGS)
+@settings(max_examples=2000 if LONG else 12, **SETTINGS)
 @given(forwards())
 def test_fused_and_unfused(text):
     twins.check_forward(text)
 
 
-@settings(max_examples=500 if LONG else 10, **SETTINGS)
+@settings(max_examples=500 if LONG else 8, **SETTINGS)
 @given(forwards())
 def test_folded_and_not(text):
     twins.check_fold(text)
@@ -39,19 +39,20 @@ def test_what_nothing_is_said_about():
 
 
 def test_a_failure_shows_the_source_and_the_change(monkeypatch):
-    """Broken on purpose: what forward decided by is not asked again."""
-    monkeypatch.setattr(Program, "obstacle", lambda self, module: "")
+    """Broken on purpose: each fused operation is one part in a hundred too large."""
+    right = aten.after_norm
+    monkeypatch.setattr(aten, "after_norm", lambda *args: right(*args) * 1.01)
 
-    @settings(max_examples=100, phases=[Phase.generate], **SETTINGS)
+    @settings(max_examples=20, phases=[Phase.generate], **SETTINGS)
     @given(forwards())
     def run(text):
         twins.check_forward(text)
 
-    with pytest.raises(AssertionError, match=r"call \d, .*") as failure:
+    with pytest.raises(AssertionError, match=r"call \d, output 0") as failure:
         run()
     text = str(failure.value)[str(failure.value).index("import copy") :]
     assert "class Net(nn.Module):" in text and "def change_0(model):" in text
-    with pytest.raises(AssertionError, match=r"call \d, .*"):
+    with pytest.raises(AssertionError, match=r"call \d, output 0"):
         twins.check_forward(text)
     monkeypatch.undo()
     twins.check_forward(text)

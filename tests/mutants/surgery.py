@@ -169,7 +169,7 @@ OUTSIDE = [
 CLASSES = [
     _fault(
         "classes: methods not compared", "classes", "if now != method or", "if False or",
-        "test_patched_classes.py::test_methods_replaced_on_a_class[norm]",
+        "test_patched_classes.py::test_a_method_of_the_same_code",
     ),
     _fault(
         "classes: __call__", "classes", "if kind.__call__ is not nn.Module.__call__:", "if False:",
