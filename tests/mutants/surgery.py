@@ -257,6 +257,10 @@ CALLS = [
         "if name in parameters:", "test_one_by_one.py::test_weights_that_are_no_parameters[shadowed-False]",
     ),
     _fault(
+        "one by one: padding with a stride", "guards", "    if pair(conv.stride) != (1, 1):\n        return None",
+        "    if False:\n        return None", "test_one_by_one.py::test_modules_that_do_not_fit_each_other",
+    ),
+    _fault(
         "calls: hooks on all modules", "guards", "if _has_any_global_hook():", "if False:",
         "test_one_by_one.py::test_a_hook_on_all_modules",
     ),

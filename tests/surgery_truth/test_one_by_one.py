@@ -148,6 +148,7 @@ def test_modules_that_do_not_fit_each_other():
         "no weight": lambda m: setattr(m.conv, "weight", None),
         "one statistic": lambda m: setattr(m.bn, "running_mean", None),
         "bias of another size": lambda m: setattr(m.conv, "bias", nn.Parameter(m.conv.bias[:3])),
+        "padding that goes with no stride": lambda m: m.conv.__dict__.update(padding="same", stride=(2, 2)),
         "negative eps": lambda m: setattr(m.bn, "eps", -1e-5),
     }
     for name, change in changes.items():
