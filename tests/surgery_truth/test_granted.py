@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.surgery_helpers import assert_same, fused_calls, randn, settle
+from tests.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
 
 X = randn(2, 4, 6, 6)
 
@@ -71,6 +71,17 @@ def test_one_of_the_names_gets_another(way, change, calls):
     for model in (fused, original):
         change(model)
     assert_same(fused, original, X, calls=calls)
+
+
+def test_one_of_the_names_of_a_compiled_model():
+    original = settle(Net("child")).eval()
+    fused = copy.deepcopy(original)
+    fuse_(fused)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    for change in (lambda m: None, new_conv):
+        for model in (fused, original):
+            change(model)
+        torch.testing.assert_close(compiled(X), original(X), **CLOSE)
 
 
 class Asking(nn.Module):
