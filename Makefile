@@ -56,10 +56,10 @@ test: $(READY) ## the tests, without those marked long
 test-long: $(READY) ## all tests
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --long $(or $(ARGS),tests)
 
-mutants: $(READY) ## the kernels broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
+mutants: $(READY) ## kernels and fuse_ broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
 	$(PY) -m tests.mutants $(ARGS)
 
-fuzz: $(READY) ## 2,000 random calls of "torch", 300 of the kernels, a quarter as many layers; on a GPU all; against fp64
+fuzz: $(READY) ## 2,000 random calls of "torch", 300 of the kernels, a quarter as many layers, against fp64; 2,000 models, fused
 	HYPOTHESIS_PROFILE=long $(PY) -m pytest -q tests/fuzz $(ARGS)
 
 soak: $(READY) ## train, kill, resume, fuse, unfuse, save, load at random: ARGS="--minutes 60"

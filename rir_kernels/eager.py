@@ -115,8 +115,8 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     if calls.on():
         options = {"asked": "triton", "meant": "triton", "impl": "triton"}
         calls.ran(tensors[0], tensors[1], planned.spec, planned.training, **options)
-    if planned.written:
-        torch.autograd.graph.increment_version([t for t in buffers if t is not None])
+    if planned.written and buffers[2] is not None:  # of the statistics torch leaves the version as it is
+        torch.autograd.graph.increment_version([buffers[2]])
     if not planned.in_place:
         tensors = _in_channels_last(tensors)
     # before the buffers are updated: where memory ends, nothing has changed

@@ -238,9 +238,8 @@ def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, cha
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
     y = to_format(run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options), channels_last)
     if training and mean is not None:
-        # not by no_grad, a region of its own in an exported graph, which torch.export.save refuses
-        running_mean.detach().copy_(mean.detach())
-        running_var.detach().copy_(var.detach())
+        _values(running_mean).copy_(mean.detach())
+        _values(running_var).copy_(var.detach())
     return y
 
 
@@ -256,10 +255,18 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
     )  # fmt: skip
 
 
+def _values(statistics):
+    """To be written to without a new version, as torch's norm does it: others may keep them for their backward.
+
+    Not by no_grad, a region of its own in an exported graph, which torch.export.save refuses, as export does `data`.
+    """
+    return statistics.detach() if torch.compiler.is_compiling() else statistics.data
+
+
 def _update_running(running_mean, running_var, mean, var, momentum, count):
     # as torch does it, in fp32, rounded once to the buffers' dtype; both at a time, since every launch counts beside a
     # small layer
-    running = [running_mean.detach(), running_var.detach()]
+    running = [_values(running_mean), _values(running_var)]
     batch = torch._foreach_mul([mean.detach(), var.detach()], [momentum, momentum * count / (count - 1)])
     if mean.dtype == running_mean.dtype == running_var.dtype:
         torch._foreach_mul_(running, 1 - momentum)

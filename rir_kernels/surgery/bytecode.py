@@ -7,16 +7,7 @@ _READS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_GL
 _STORES = {"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR"}
 _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR"}
 _BETWEEN = {"EXTENDED_ARG", "CACHE", "COPY", "DUP_TOP", "PUSH_NULL"}
-_ASK_CLASSES = {"isinstance", "issubclass", "type", "__class__"}
 _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
-
-
-@functools.lru_cache(maxsize=4096)
-def asks_classes(code):
-    """Whether it may ask of which class something is."""
-    return not _ASK_CLASSES.isdisjoint(code.co_names) or any(
-        i.opname == "MATCH_CLASS" for i in dis.get_instructions(code)
-    )
 
 
 @functools.lru_cache(maxsize=4096)

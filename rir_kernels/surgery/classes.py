@@ -9,11 +9,14 @@ import dis
 import functools
 import types
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..compiling import not_traced
 
-Method = tuple[type, str, object]  # the class, the method's name, what it was
+# where it is found, its name, what it was, and its code, which a tool that reloads sources replaces
+Method = tuple[type | types.ModuleType, str, object, types.CodeType | None]
 
 
 def _of_torch(kind: type) -> type:
@@ -28,16 +31,23 @@ _BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's mod
 def methods_of(kind: type, *names: str) -> tuple[Method, ...]:
     """These methods as `kind` has them now, and those of its bases, which any method of it may call."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    return tuple(
-        (base, name, getattr(base, name)) for name in names for base in bases if base is kind or name in vars(base)
-    )
+    return tuple(_method(base, name) for name in names for base in bases if base is kind or name in vars(base))
+
+
+def _method(owner, name) -> Method:
+    method = getattr(owner, name)
+    return owner, name, method, getattr(method, "__code__", None)
 
 
 def replaced(methods: tuple[Method, ...]) -> str:
     """Why code that stands for these methods may not run: one is another by now. An empty string where none is."""
-    for kind, name, method in methods:
-        if getattr(kind, name, None) != method:  # a class method is bound anew at each look
-            return f"{kind.__name__}.{name} has been replaced on the class"
+    compiling = torch.compiler.is_compiling()
+    for kind, name, method, code in methods:
+        now = getattr(kind, name, None)
+        # a class method is bound anew at each look
+        if now != method or (not compiling and getattr(now, "__code__", None) is not code):
+            where = "" if isinstance(kind, types.ModuleType) else " on the class"
+            return f"{kind.__name__}.{name} has been replaced{where}"
     return ""
 
 
@@ -50,7 +60,7 @@ def know(kind: type) -> None:
     if kind.__module__.startswith("torch."):  # whose methods call none of these of their bases
         methods = tuple(method for method in methods if method[0] is kind)
     # where it was patched before this look, nothing equals what should be there
-    _known[kind] = tuple((base, name, m if _is_from(base, m) else object()) for base, name, m in methods)
+    _known[kind] = tuple((base, name, m if _is_from(base, m) else object(), code) for base, name, m, code in methods)
 
 
 def patched(kind: type) -> str:
@@ -69,8 +79,10 @@ def _is_from(base, method):
 
 
 _known: dict[type, tuple[Method, ...]] = {}
-for _kind in (Conv2d, BatchNorm2d, ReLU, Identity):
+for _kind, _function in ((Conv2d, "conv2d"), (BatchNorm2d, "batch_norm"), (ReLU, "relu"), (Identity, None)):
     know(_kind)
+    if _function is not None:  # which its forward calls, and what counts operations replaces
+        _known[_kind] += (_method(F, _function),)
 
 
 def subclass_of(kind: type, mixin: type, namespace: dict) -> type:

@@ -58,6 +58,8 @@ def conv_obstacle(conv) -> str:
     if padding_of(conv) is None:
         if conv.padding != "same":
             return f"padding={conv.padding!r}: only integers, 'same' and 'valid' are fused"
+        if pair(conv.stride) != (1, 1):
+            return f"padding='same' with stride={conv.stride!r}, which torch refuses"
         return f"padding={conv.padding!r} with an even kernel pads one side more than the other"
     return ""
 
@@ -126,11 +128,15 @@ def tensor_of(module, name: str):
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The zero padding in numbers; None where it is not in integers, or "same" pads one side more than the other."""
+    """The zero padding in numbers; None where it is not in integers, or "same" has no such numbers: with a stride,
+    which torch refuses, and where it pads one side more than the other.
+    """
     if conv.padding == "valid":
         return 0, 0
     if conv.padding != "same":
         return pair(conv.padding)
+    if pair(conv.stride) != (1, 1):
+        return None
     total = [d * (k - 1) for d, k in zip(pair(conv.dilation), conv.weight.shape[2:], strict=True)]
     return None if any(size % 2 for size in total) else (total[0] // 2, total[1] // 2)
 

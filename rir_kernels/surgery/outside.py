@@ -21,16 +21,18 @@ import torch
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, enum.Enum)
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_BY_CONTENT = (*CONTAINERS, functools.partial)  # whose keywords may change
 _MOST = 64  # items of a container that are compared at every call
 _CALLABLES = (
     type, types.ModuleType, types.FunctionType, types.WrapperDescriptorType, types.MethodDescriptorType,
-    types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, functools.partial, np.ufunc,
+    types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, np.ufunc,
 )  # fmt: skip
 _WATCHED = (random.random.__self__, np.random.rand.__self__)  # the generators behind the functions of these modules
 
 
 class _Missing(enum.Enum):
     NOTHING = "there is nothing of this name"
+    CHANGED = "what was found is no more: nothing is the same"
 
 
 MISSING = _Missing.NOTHING
@@ -47,13 +49,14 @@ class Outside:
     name: as a reader of the source knows it.
     """
 
-    __slots__ = ("arguments", "base", "content", "found", "name", "prefix", "start", "steps")
+    __slots__ = ("arguments", "base", "code", "content", "found", "name", "prefix", "start", "steps")
 
     def __init__(self, base, prefix: tuple, steps: tuple, arguments: tuple | None = None, found: Any = MISSING):
         self.base, self.prefix, self.steps, self.arguments = base, prefix, steps, arguments
         self.start = walk(base, prefix)
         value = walk(self.start, steps) if arguments is None else walk(self.start, steps)(*arguments)
-        self.content = isinstance(value, CONTAINERS)
+        self.content = isinstance(value, _BY_CONTENT)
+        self.code = getattr(value, "__code__", None)  # which a tool that reloads sources replaces
         self.found = found if found is not MISSING else told(value)
         names = steps
         if steps[0] == "cell_contents":  # a variable of a closure
@@ -80,7 +83,13 @@ class Outside:
             value = value(*self.arguments)
         found = self.found
         if self.content:
-            return isinstance(value, CONTAINERS) and _content(value) == found
+            return isinstance(value, _BY_CONTENT) and _content(value) == found
+        if (
+            self.code is not None
+            and not torch.compiler.is_compiling()
+            and getattr(value, "__code__", None) is not self.code
+        ):
+            return False
         return value is found or (type(value) is type(found) and value == found)
 
     def _key(self):
@@ -98,8 +107,10 @@ class Outside:
 
     def __reduce__(self):
         # objects are looked up again: they need no name of their own
-        found = self.found if isinstance(self.found, CONSTANTS) else MISSING
-        if self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found)):
+        found = MISSING if self.holds() else _Missing.CHANGED
+        if isinstance(self.found, CONSTANTS) or (
+            self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found))
+        ):
             found = self.found
         base = self.base.__name__ if isinstance(self.base, types.ModuleType) else self.base
         base = base["__name__"] if isinstance(base, dict) else base
@@ -135,7 +146,7 @@ def _step(value, step):
 
 def told(value):
     """What to compare with at the next call. Unknown for what may have changed by then, or draws numbers."""
-    if isinstance(value, CONTAINERS):
+    if isinstance(value, _BY_CONTENT):
         content = _content(value)
         if len(_flat(content)) > _MOST:
             raise Unknown(f"a {type(value).__name__} of more than {_MOST} items")
@@ -164,6 +175,8 @@ def _content(value):
         return (dict, *((_content(key), _content(item)) for key, item in value.items()))
     if isinstance(value, list | tuple | deque):
         return (type(value), *(_content(item) for item in value))
+    if isinstance(value, functools.partial):
+        return (functools.partial, _content(value.func), _content(value.args), _content(value.keywords))
     if isinstance(value, set | frozenset):
         return type(value), frozenset(value)
     return value

@@ -25,6 +25,7 @@ from . import in_place, units
 from .chains import Chain
 from .classes import Method, methods_of
 from .fallback import note
+from .granted import Granted, granted
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
 from .reads import Path, Read, child, holds, is_of_the_class
@@ -64,6 +65,7 @@ class Program:
     untouched: tuple[tuple[Path, type], ...]
     reads: tuple[Read, ...]
     outside: tuple[Outside, ...]
+    granted: Granted
     operations: tuple[Operation, ...] = ()
 
     def obstacle(self, module: nn.Module) -> str:
@@ -82,7 +84,7 @@ class Program:
         for one in self.outside:
             if not one.holds():
                 return f"{one.name} has changed"
-        return ""
+        return self.granted.obstacle(module)
 
     def states(self, module: nn.Module) -> list[tuple[str, str]]:
         """As Fused._rir_operations."""
@@ -103,10 +105,9 @@ class Program:
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
             named = inputs[len(args) :]
-            given = args
-            if kwargs and kwargs.keys() == set(named):
-                given = (*args, *(kwargs[name] for name in named))
-            asked = call_obstacle(*given) if len(given) == len(inputs) else _OTHER_ARGUMENTS
+            others = len(args) + len(kwargs) != len(inputs) or any(name not in kwargs for name in named)
+            given = args if others else (*args, *(kwargs[name] for name in named))
+            asked = _OTHER_ARGUMENTS if others else call_obstacle(*given)
             if reason := asked or self.obstacle(module):
                 note(module, (*args, *kwargs.values()), reason, asked=bool(asked))
                 return original.forward(module, *args, **kwargs)
@@ -137,8 +138,8 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
     untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
-    operations = tuple(map(_operation, chains))
-    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, operations)
+    taken, operations = granted(module, trace, inlined), tuple(map(_operation, chains))
+    return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, taken, operations)
 
 
 def _operation(chain):

@@ -10,7 +10,6 @@ from torch import nn
 
 from .outside import is_fixed
 from .recording import refuse
-from .swap import class_of
 
 Path = tuple[str, ...]  # of names of children; () is the module itself
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
@@ -39,10 +38,6 @@ class _Items(NamedTuple):
     of_dict: tuple[tuple, ...]
 
 
-class _Class(NamedTuple):
-    of_child: type
-
-
 def holds(module: nn.Module, read: Read) -> bool:
     """Whether the attribute still is what the trace found: cheap, since it is asked at every call."""
     found, name = read.found, read.name
@@ -58,8 +53,6 @@ def holds(module: nn.Module, read: Read) -> bool:
     kind = type(found)
     if kind is Children:
         return tuple(module._modules) == found.names
-    if kind is _Class:
-        return class_of(module._modules.get(name)) is found.of_child
     value = getattr(module, name, Found.PRESENT)  # which equals no constant
     if kind is _Items:
         return isinstance(value, dict) and tuple(value.items()) == found.of_dict
@@ -118,15 +111,3 @@ def found(module: nn.Module, name: str, value) -> Any:
     if callable(value) and named and (is_fixed(value) or isinstance(value.__self__, nn.Module)):
         return value
     return refuse(f"its forward reads the attribute {name!r}, a {type(value).__name__}")
-
-
-def classes_of_children(module: nn.Module, reads: tuple[Read, ...]) -> tuple[Read, ...]:
-    """For a forward that asks of which class something is: the classes of all children that it has come to."""
-    asked = {}
-    for read in reads:
-        owner = child(module, read.path)
-        names = read.found.names if type(read.found) is Children else (read.name,)
-        for name in names:
-            if owner._modules.get(name) is not None:
-                asked[Read(read.path, name, _Class(class_of(owner._modules[name])))] = None
-    return tuple(asked)

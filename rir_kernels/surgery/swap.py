@@ -34,8 +34,10 @@ class Recipe:
         return self
 
     def __reduce__(self):
-        # a method that was replaced may have no name to be pickled by, nor be there in another process
-        return Recipe, (self.original, self.mixin, self.impl, self.patterns, self.program)
+        # a method that was replaced may have no name to be pickled by, nor be there in another process; nor does the
+        # program stand for the one that is there instead
+        methods = ((self.original, "forward", None, None),) if replaced(self.methods) else None
+        return Recipe, (self.original, self.mixin, self.impl, self.patterns, self.program, methods)
 
 
 class Fused:

@@ -81,7 +81,7 @@ class Tracer(fx.Tracer):
         if path is None or name.startswith("__"):
             if path is not None and name == "__dict__" and not is_library(where):
                 refuse("its forward reads the __dict__ of a module")
-            self.watch.asks_classes |= path is not None and name == "__class__" and not where.startswith("torch.")
+            self.watch.asks_which |= path is not None and name == "__class__" and not where.startswith("torch.")
             return plain(module, name)
         if name == "training" and path in self.traced:
             self.asks_mode = True

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from .outside import Outside
-from .reads import Read, child, classes_of_children, holds
+from .reads import Read, child, holds
 from .recording import Untraceable, refuse, session
 from .reuse import answers, likeness, serves_others
 from .swap import class_of
@@ -27,7 +27,8 @@ from .tracer import Tracer, first_line, surroundings
 class Trace(NamedTuple):
     """inputs: the names of forward's arguments without a default; the others had their defaults.
 
-    asks_mode: whether a forward that was looked into reads `training`. outside: what else decided the graph, such as
+    asks_mode: whether a forward that was looked into reads `training`. asks_which: whether code that ran may ask which
+    of its children is which, or of what class. outside: what else decided the graph, such as
     answers of torch, which have `arguments`.
     """
 
@@ -36,6 +37,7 @@ class Trace(NamedTuple):
     outside: tuple[Outside, ...]
     inputs: tuple[str, ...]
     asks_mode: bool
+    asks_which: bool = False
 
 
 def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
@@ -56,7 +58,8 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
     # a question with two answers is one about gradients: neither makes a difference
     asked = Counter(one.question for one in outside)
     outside = (one for one in outside if one.arguments is None or asked[one.question] == 1)
-    return first._replace(reads=tuple(reads), outside=tuple(outside))
+    which = any(trace.asks_which for trace in traces)
+    return first._replace(reads=tuple(reads), outside=tuple(outside), asks_which=which)
 
 
 def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, options: bool = False) -> list[Trace]:
@@ -103,8 +106,6 @@ def _trace_anew(module, inlined, options):
         if tracer.watch.doubts:
             refuse(tracer.watch.doubts[0])
         reads, outside = tuple(dict.fromkeys(tracer.reads)), tracer.watch.found
-        if tracer.watch.asks_classes:
-            reads += classes_of_children(module, reads)
         # such as whether torch.fx traces
         for name in (read.name for read in reads if not holds(child(module, read.path), read)):
             refuse(f"its forward reads {name!r}, which is another while it is traced")
@@ -114,7 +115,7 @@ def _trace_anew(module, inlined, options):
         raise
     except BaseException as error:
         raise Untraceable(f"its forward cannot be traced: {first_line(error)}") from None
-    return Trace(graph, reads, outside, tracer.inputs, tracer.asks_mode)
+    return Trace(graph, reads, outside, tracer.inputs, tracer.asks_mode, tracer.watch.asks_which)
 
 
 @contextlib.contextmanager

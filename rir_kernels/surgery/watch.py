@@ -12,8 +12,10 @@ import weakref
 
 from torch import nn
 
-from .bytecode import asks_classes, reads, takes_nothing
+from .by_name import any_name, asks_which, read_by_name
+from .bytecode import reads, takes_nothing
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
+from .swap import class_of
 
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
@@ -36,7 +38,7 @@ class Watch:
         known: ids of all modules within. originals: of functions that stand in for others as long as forward runs.
         """
         self.modules, self.known, self.nodes, self.refuse, self.originals = modules, known, nodes, refuse, originals
-        self.asks_classes = False  # of which class something is
+        self.asks_which = False  # of which class something is, or which of two things
         self.outside: dict[tuple, Outside] = {}
         self.answers: dict[tuple, Outside] = {}
         self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
@@ -44,10 +46,12 @@ class Watch:
         self.entered, self.within, self.asking = set(), set(), []
         self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
         self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
-        for kind in dict.fromkeys(kind for module in modules for kind in type(module).__mro__):
-            if not is_library(kind.__module__):
-                for name, value in vars(kind).items():
-                    self._route(value, kind, (name,))
+        children = (child for module in modules for child in (module, *module._modules.values()))
+        kinds = dict.fromkeys(kind for child in children for kind in class_of(child).__mro__)
+        self.classes = [kind for kind in kinds if not is_library(kind.__module__)]
+        for kind in self.classes:
+            for name, value in vars(kind).items():
+                self._route(value, kind, (name,))
 
     def __enter__(self):
         for module in self.modules:
@@ -138,7 +142,7 @@ class Watch:
         base = namespace(frame.f_globals)
         nested = code in self.within  # its closure is of a function that was entered
         route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
-        self.asks_classes |= asks_classes(code)
+        self.asks_which |= asks_which(code)
         for kind, path in reads(code):
             if kind == "global" and path[0] in frame.f_globals:
                 self._read(base, (), path, frame.f_globals)
@@ -149,6 +153,10 @@ class Watch:
                 self._read(route[0], (*route[1], *cell), ("cell_contents", *path[1:]))
         if route is not None:
             self._defaults(frame, *route)
+        if name := any_name(code, frame.f_globals):
+            self.refuse(f"its forward calls {name}, which may read anything")
+        for owner, name in read_by_name(code, frame.f_globals, self.classes):
+            self._read(owner, (), (name,), absent=True)
 
     def _found_again(self, frame, free):
         """Where the function that is entered is found."""
@@ -169,12 +177,12 @@ class Watch:
             if taken:
                 self._read(base, path, (kind,))
 
-    def _read(self, base, prefix, path, start=None):
+    def _read(self, base, prefix, path, start=None, absent=False):
         start = walk(base, prefix) if start is None else start
         value, used = start, 0
         for step in path:  # as far as the names lead through what has no state but theirs
             found = walk(value, (step,))
-            if found is MISSING or (used and isinstance(value, _ENDS)):
+            if (found is MISSING and not absent) or (used and isinstance(value, _ENDS)):
                 break
             value, used = found, used + 1
         path = path[:used]

@@ -65,7 +65,8 @@ class Net(nn.Module):
         self.nothing, self.fresh, self.drop = nn.Identity(), nn.Sequential(nn.Conv2d(4, 4, 1), self.relu), nn.Dropout()
         self.flat = nn.Sequential(nn.Identity(), self.relu)
         self.around = Around(nn.Conv2d(4, 4, 1), self.bn)
-        self.alike = nn.BatchNorm2d(4, momentum=0.5)
+        self.alike, self.hooked = nn.BatchNorm2d(4, momentum=0.5), nn.Conv2d(4, 4, 1)
+        self.hooked.register_forward_pre_hook(lambda _module, inputs: (inputs[0].mul_(2),))
 
     def forward(self, x):
         return self.function(self, x)
@@ -126,6 +127,11 @@ def in_place_child(m, x):
     y = m.conv(x)
     m.relu(x.view(-1))
     return F.relu(m.bn(y))
+
+
+def hooked_child(m, x):
+    y = m.bn(m.conv(x))
+    return F.relu(y + m.hooked(x))
 
 
 def in_place_sequential(m, x):
@@ -203,7 +209,8 @@ def statistics_as_residual(m, x):
 
 NOTICED = [
     view_by_index, view_by_method, view_by_attribute, view_by_unknown_child, view_by_known_child, view_by_list,
-    two_views, of_the_residual, in_place_child, in_place_sequential, custom_op, custom_overload, wrapped_function, out,
+    two_views, of_the_residual, in_place_child, hooked_child, in_place_sequential, custom_op,
+    custom_overload, wrapped_function, out,
     function_in_place, weight, read_statistics, other_names_of_the_norm, tied_statistics, functional_norm,
     statistics_as_residual,
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from tests.surgery_helpers import randn, settle, units_skipped
 from tests.test_surgery_traced import Layer
 
 X = randn(2, 4, 6, 6)
-KEPT, TABLE, CALLS = [], {}, 0
+KEPT, TABLE, CALLS, NESTED = [], {}, 0, {"inner": [[]]}
 
 
 class Net(Layer):
@@ -87,6 +87,11 @@ def to_a_global_table(m, y):
     return y
 
 
+def to_a_nested_global(m, y):
+    NESTED["inner"][0].append(y)
+    return y
+
+
 def counts(m, y):
     global CALLS
     CALLS += 1
@@ -116,14 +121,14 @@ def then_fails(m, y):
 
 EFFECTS = (
     appends, nested, adds_to_a_set, to_its_child, of_the_class, sets_on_the_class, past_setattr, by_dict, deletes,
-    to_a_global, to_a_global_table, counts, sets_a_global, to_a_closure(),
+    to_a_global, to_a_global_table, to_a_nested_global, counts, sets_a_global, to_a_closure(),
 )  # fmt: skip
 
 
 def state(model):
     cells = [copy.copy(cell.cell_contents) for cell in model.effect.__closure__ or ()]
     own = copy.deepcopy({name: value for name, value in vars(model).items() if not name.startswith("_")})
-    outside = list(KEPT), dict(TABLE), CALLS, "LAST" in globals(), list(Net.seen), Net.last
+    outside = list(KEPT), dict(TABLE), copy.deepcopy(NESTED), CALLS, "LAST" in globals(), list(Net.seen), Net.last
     return own, list(model.conv.outputs), outside, cells
 
 

@@ -148,6 +148,7 @@ def test_modules_that_do_not_fit_each_other():
         "no weight": lambda m: setattr(m.conv, "weight", None),
         "one statistic": lambda m: setattr(m.bn, "running_mean", None),
         "bias of another size": lambda m: setattr(m.conv, "bias", nn.Parameter(m.conv.bias[:3])),
+        "padding that goes with no stride": lambda m: m.conv.__dict__.update(padding="same", stride=(2, 2)),
         "negative eps": lambda m: setattr(m.bn, "eps", -1e-5),
     }
     for name, change in changes.items():
@@ -259,6 +260,37 @@ def test_a_layers_bias_that_is_no_parameter():
         model.conv_rr.bias = torch.ones(model.conv_rr.out_channels, dtype=torch.float64)
     with fused_calls(0):
         assert torch.equal(fused(X), original(X))
+
+
+def test_a_hook_on_all_modules():
+    fused, original = pair_of(of(plain))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _inputs, y: 2 * y if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        with fused_calls(0):
+            expected = original(X)
+            assert torch.equal(fused(X), expected)
+    finally:
+        handle.remove()
+    assert not torch.equal(original(X), expected)
+    with fused_calls(1):
+        fused(X)
+
+
+def with_an_option(m, x, other=None):
+    y = m.relu(m.bn(m.conv(x)))
+    return y if other is None else y + other
+
+
+def test_other_arguments():
+    """Only the call that was traced is fused: the arguments without a default."""
+    for args, options, calls in (((X,), {}, 1), ((), {"x": X}, 1), ((X, X), {}, 0), ((X,), {"other": X}, 0)):
+        fused, original = pair_of(of(with_an_option))
+        with fused_calls(calls):
+            found = fused(*args, **options)
+        torch.testing.assert_close(found, original(*args, **options), **CLOSE)
+    assert outcome(fused, X, X, X) == outcome(original, X, X, X)
 
 
 def test_kernels_get_pythons_integers():

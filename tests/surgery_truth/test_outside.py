@@ -32,6 +32,9 @@ class Config:
 SWITCH, FACTORS, OPTIONS, MODE, CONFIG = False, [1.0, 1.0], {"scale": {"by": 1.0}}, Mode.PLAIN, Config()
 
 
+PARTIAL = functools.partial(torch.mul, other=1.0)
+
+
 def block(m, x):
     return m.relu(m.bn(m.conv(x)))
 
@@ -63,6 +66,10 @@ class BySwitch(Base):
 class ByHelper(Base):
     def forward(self, x):
         return helped(super().forward(x))
+
+
+class ByCode(ByHelper):
+    pass
 
 
 class ByList(Base):
@@ -105,6 +112,11 @@ class ByDefaults(Base):
         return defaults(super().forward(x))
 
 
+class ByPartial(Base):
+    def forward(self, x):
+        return PARTIAL(super().forward(x))
+
+
 class ByBackends(Base):
     def forward(self, x):
         return super().forward(x) * (2 if torch.backends.cudnn.benchmark else 1)
@@ -121,6 +133,8 @@ CHANGES = {
     ByClass: (Base, "count", 2),
     ByFunction: (HERE, "chosen", torch.neg),
     ByDefaults: (defaults, "__kwdefaults__", {"shift": 1.0}),
+    ByPartial: (PARTIAL.keywords, "other", 2.0),
+    ByCode: (helped, "__code__", (lambda x: 3 * x).__code__),
     ByBackends: (torch.backends.cudnn, "benchmark", True),
 }
 
@@ -149,6 +163,16 @@ def test_changed_afterwards(kind, monkeypatch):
             assert_same(model, original, X, calls=0)
     for model in (fused, *copied):
         assert_same(model, original, X, calls=1)  # as before, and fused again
+
+
+@pytest.mark.parametrize("kind", [BySwitch, ByFunction, ByDefaults, ByList])
+def test_a_copy_that_is_pickled_after_the_change(kind, monkeypatch):
+    """It does not take what it finds for what its program was made by."""
+    fused, original = pair(kind())
+    with monkeypatch.context() as patch:
+        change(patch, *CHANGES[kind])
+        copied = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fused))))
+        assert_same(copied, original, X, calls=0)
 
 
 class ByMany(Base):

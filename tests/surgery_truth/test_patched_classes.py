@@ -7,9 +7,11 @@ import abc
 import contextlib
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import classes, fuse_, unfuse_
@@ -89,6 +91,60 @@ def test_methods_replaced_on_a_class(name):
         assert "replaced on the class" in str(fuse_(fused).skipped) or kind.__module__.startswith("torch.")
     with fused_calls(1):
         assert torch.equal(fused(X), plain)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu"])
+def test_functions_that_torchs_modules_call(name):
+    """Replaced by what counts operations, each is called as often as it was."""
+    fused, original = pair_of(Unit())
+    counts = []
+    for model in (fused, original):
+        counted = mock.Mock(wraps=getattr(F, name))
+        with patched(F, name, counted), fused_calls(0):
+            assert torch.equal(model(X), original(X))
+        counts.append(counted.call_count)
+    assert counts == [2, 2]
+
+
+class Reloaded(Unit):
+    def forward(self, x):
+        return Unit.forward(self, x)
+
+
+def test_code_that_is_reloaded():
+    """As tools do it that follow a source while it is edited: the function stays the same object."""
+    fused, original = pair_of(Reloaded())
+    Reloaded.forward.__code__ = (lambda self, x: 3 * x).__code__
+    assert torch.equal(fused(X), 3 * X) and torch.equal(original(X), 3 * X)
+
+
+def scaled_by(factor):
+    return lambda self, x: Unit.forward(self, x) * factor
+
+
+class Scaled(Unit):
+    forward = scaled_by(1.0)
+
+
+def test_a_method_of_the_same_code():
+    fused, original = pair_of(Scaled())
+    with patched(Scaled, "forward", scaled_by(2.0)), fused_calls(0):
+        assert torch.equal(fused(X), original(X))
+
+
+class Pickled(Unit):
+    pass
+
+
+def test_a_copy_that_is_pickled_while_a_method_is_replaced():
+    """It does not take the method that it finds for the one that its program stands for."""
+    fused, original = pair_of(Pickled())
+    with patched(Pickled, "forward", lambda self, x: 3 * x):
+        twin = pickle.loads(pickle.dumps(fused))
+        assert torch.equal(twin(X), 3 * X)
+        again = pickle.loads(pickle.dumps(twin))
+    for model in (twin, again):
+        torch.testing.assert_close(model(X), original(X), rtol=1e-10, atol=1e-10)  # fp64, see surgery_helpers
 
 
 def test_property_replaced_on_a_class():

@@ -1,0 +1,88 @@
+"""Which children, parameters and buffers are the same, and of which class: what a graph takes for granted.
+
+It has one name for what has several. And which of two things is which, or of what class a child is, forward may have
+asked, in a way that shows in its code only.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .reads import Path, child
+from .registry import is_never_called
+from .swap import class_of
+from .tracing import Trace
+
+
+@dataclass(frozen=True)
+class Granted:
+    """names: of things, and which of them was the first that was the same. kinds: of children, their classes."""
+
+    names: tuple[tuple[Path, int], ...]
+    kinds: tuple[tuple[Path, type], ...]
+
+    def obstacle(self, module: nn.Module) -> str:
+        """Why the graph does not stand for forward any more."""
+        found: dict[int, int] = {}
+        for i, (name, first) in enumerate(self.names):
+            if found.setdefault(id(_at(module, name)), i) != first:
+                return f"{'.'.join(name)} is another one"
+        for name, kind in self.kinds:
+            if class_of(_at(module, name)) is not kind:
+                return f"{'.'.join(name)} is no {kind.__name__} any more"
+        return ""
+
+
+def granted(module: nn.Module, trace: Trace, inlined: frozenset[str]) -> Granted:
+    """inlined: the children whose forward is a part of the graph. The names within others are for those to use."""
+    pairs = [(_path(one), _path(other)) for one, other in _aliases(module, trace.graph, {"", *inlined}) if one != other]
+    names = [name for pair in pairs for name in pair]
+    kinds = {}
+    if trace.asks_which:
+        asked = dict.fromkeys(_asked(module, trace.reads))
+        names += asked
+        kinds = {name: class_of(found) for name in asked if isinstance(found := _at(module, name), nn.Module)}
+    first: dict[int, int] = {}
+    names = [(name, first.setdefault(id(_at(module, name)), i)) for i, name in enumerate(dict.fromkeys(names))]
+    return Granted(tuple(names), tuple(kinds.items()))
+
+
+def _aliases(module, graph, looked_into) -> Iterator[tuple[str, str]]:
+    """(the name in the graph, one that forward may go by)"""
+    known = {found: name for name, found in module.named_modules()}  # as torch.fx names them
+    yield from ((known[found], name) for name, found in _named(module, known, looked_into))
+    read = {id(_at(module, _path(node.target))): node.target for node in graph.nodes if node.op == "get_attr"}
+    tensors = itertools.chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    )
+    yield from ((read[id(tensor)], name) for name, tensor in tensors if id(tensor) in read)
+
+
+def _named(module, known, looked_into, prefix="") -> Iterator[tuple[str, nn.Module]]:
+    """The children by all names that a forward which is looked into may use."""
+    for name, found in module._modules.items():
+        if found is not None:
+            yield prefix + name, found
+            if known[found] in looked_into or is_never_called(type(found)):
+                yield from _named(found, known, looked_into, f"{prefix}{name}.")
+
+
+def _asked(module, reads) -> Iterator[Path]:
+    """What forward has looked at: children, parameters and buffers."""
+    for path, name, _ in reads:
+        owner = child(module, path)
+        if name == "_modules":
+            yield from ((*path, key) for key, value in owner._modules.items() if value is not None)
+        elif any(table.get(name) is not None for table in (owner._modules, owner._parameters, owner._buffers)):
+            yield *path, name
+
+
+def _path(name):
+    return tuple(name.split("."))
+
+
+def _at(module, path):
+    owner = child(module, path[:-1])
+    return None if owner is None else getattr(owner, path[-1], None)
