@@ -56,8 +56,9 @@ class Outside:
         self.start = walk(base, prefix)
         value = walk(self.start, steps) if arguments is None else walk(self.start, steps)(*arguments)
         self.content = isinstance(value, _BY_CONTENT)
-        self.code = getattr(value, "__code__", None)  # which a tool that reloads sources replaces
         self.found = found if found is not MISSING else told(value)
+        # which a tool that reloads sources replaces
+        self.code = None if self.content else getattr(self.found, "__code__", None)
         names = steps
         if steps[0] == "cell_contents":  # a variable of a closure
             *function, _, index = prefix

@@ -17,7 +17,7 @@ from .bytecode import reads, takes_nothing
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
 from .swap import class_of
 
-_MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType)  # by some look-ups
+_MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}
 _APART = ("_find_and_load", "__del__")
 _SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__

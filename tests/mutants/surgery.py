@@ -59,23 +59,23 @@ EFFECTS = [
 ]  # fmt: skip
 READS = [
     _fault(
-        "absent: not asked again", "tracing", "return not _has(module, name)", "return True",
+        "absent: not asked again", "reads", "return not has(module, name)", "return True",
         "test_absent.py::test_added_afterwards",
     ),
     _fault(
-        "absent: on the class", "tracing", " or hasattr(type(module), name)", "",
+        "absent: on the class", "reads", " or hasattr(type(module), name)", "",
         "test_absent.py::test_added_to_the_class_afterwards",
     ),
     _fault(
-        "absent: __getattr__ of others", "tracing", "if own is not nn.Module:", "if own is None:",
+        "absent: __getattr__ of others", "reads", "    if own is not nn.Module:", "    if own is None:",
         "test_absent.py::test_class_with_a_look_up_of_its_own",
     ),
     _fault(
-        "reads: children of a list", "tracing", "return tuple(module._modules) == found.names", "return True",
+        "reads: children of a list", "reads", "return tuple(module._modules) == found.names", "return True",
         "test_containers.py::test_changes_of_a_list_are_seen",
     ),
     _fault(
-        "reads: an error that forward catches", "tracing", "return _without_an_answer(super().to_bool, obj)",
+        "reads: an error that forward catches", "tracer", "return _without_an_answer(super().to_bool, obj)",
         "return super().to_bool(obj)", "test_effects_of_tracing.py::test_a_forward_that_catches[caught]",
     ),
     _fault(
@@ -124,8 +124,8 @@ READS = [
         "test_granted.py::test_what_may_be_anything_is_refused",
     ),
     _fault(
-        "by name: __dict__", "tracing", 'if name == "__dict__" and not machinery and tracer.running:', "if False:",
-        "test_granted.py::test_what_may_be_anything_is_refused",
+        "by name: __dict__", "tracer", 'if path is not None and name == "__dict__" and not is_library(where):',
+        "if False:", "test_granted.py::test_what_may_be_anything_is_refused",
     ),
 ]  # fmt: skip
 OUTSIDE = [
@@ -201,7 +201,7 @@ CLASSES = [
         "test_outside.py::test_changed_afterwards[ByPartial]",
     ),
     _fault(
-        "classes: of the unit", "swap", "        if replaced(methods):", "        if False:",
+        "classes: of the unit", "swap", "        if reason := replaced(methods):", "        if False:",
         "test_patched_classes.py::test_methods_replaced_on_a_class[unit]",
     ),
     _fault(
@@ -241,7 +241,7 @@ CALLS = [
         "test_one_by_one.py::test_sums_of_what_does_not_fit[added_in_place]",
     ),
     _fault(
-        "one by one: dtypes of residuals", "units", "return alike and all", "return all",
+        "one by one: dtypes of residuals", "units", "all(r.dtype == x.dtype for r in residuals)", "True",
         "test_one_by_one.py::test_sums_of_what_does_not_fit[added_in_place]",
     ),
     _fault(
@@ -265,8 +265,8 @@ CALLS = [
         "test_one_by_one.py::test_a_hook_on_all_modules",
     ),
     _fault(
-        "calls: other arguments", "program", "if others or call_obstacle(*given)", "if call_obstacle(*given)",
-        "test_one_by_one.py::test_other_arguments",
+        "calls: other arguments", "program", "_OTHER_ARGUMENTS if others else call_obstacle(*given)",
+        "call_obstacle(*given)", "test_one_by_one.py::test_other_arguments",
     ),
     _fault(
         "statistics: another version", "functional", "else statistics.data", "else statistics.detach()",

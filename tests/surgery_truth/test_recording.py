@@ -176,7 +176,7 @@ OTHER = nn.Conv2d(4, 4, 1).double()
     ("first", "reason"),
     [
         (sets_and_catches, "sets the attribute 'calls'"),
-        (reads_a_namespace, "reads the __dict__"),
+        (reads_a_namespace, "calls vars"),
         (calls_another, "none of its children"),
         (asks_whether_it_is_traced, "is_fx_tracing"),
     ],
