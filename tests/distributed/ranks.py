@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import multiprocessing
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 
 from rir_kernels import dispatch
 
+# ranks are forks of a process that has imported what all of them import, and has done nothing else
+IMPORTED = ["tests.distributed.ranks", "torch._dynamo", "torch.distributed.fsdp", "models.training.run"]
+multiprocessing.set_forkserver_preload(IMPORTED)
 # a collective that not every rank joins ends here: by far longer than any of them takes
 PATIENCE = datetime.timedelta(minutes=5)
 
@@ -22,7 +26,7 @@ def run_on_ranks(world, function, *args, folder, device="cpu"):
     """
     folder.mkdir(parents=True)
     arguments = world, str(folder), device, dispatch.interpreting(), function, args
-    torch.multiprocessing.spawn(_rank, arguments, nprocs=world)
+    torch.multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 
