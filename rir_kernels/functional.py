@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from . import aten, calls, eager, ops, synchronized
-from .dispatch import resolve
+from .dispatch import plainly_eager, resolve
 from .layout import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
 from .preference import check_impl
 from .reference import functional as reference
@@ -258,9 +258,10 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
 def _values(statistics):
     """To be written to without a new version, as torch's norm does it: others may keep them for their backward.
 
-    Not by no_grad, a region of its own in an exported graph, which torch.export.save refuses, as export does `data`.
+    Not by no_grad, a region of its own in an exported graph, which torch.export.save refuses. Compilers, tracers and
+    transforms refuse `data`, or take it for a constant.
     """
-    return statistics.detach() if torch.compiler.is_compiling() else statistics.data
+    return statistics.data if plainly_eager() else statistics.detach()
 
 
 def _update_running(running_mean, running_var, mean, var, momentum, count):
