@@ -83,10 +83,21 @@ def _sharded():
     return results
 
 
+def _fused_after_sharding():
+    """(names of convolutions and norms, names of entries that say why they are in no fused operation)"""
+    made = model(fused=False)
+    for block in (made.net.stem, *made.net.layers):
+        fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    report = rir.fuse_(made.net)
+    parts = [name for name, m in made.net.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    return parts, [item.name for item in report.skipped], len(report.replaced)
+
+
 def _everything():
     return {
         "empty rank": _empty_rank(),
         "sharded": _sharded(),
+        "fused after sharding": _fused_after_sharding(),
     }
 
 
@@ -117,3 +128,9 @@ def test_sharded_step_is_the_unsharded_one(ranks, kind):
     expected = {name: p.detach() for name, p in made.named_parameters()} | dict(made.named_buffers())
     for rank in ranks:
         assert_same(rank["sharded"][kind], expected, **CLOSE)
+
+
+def test_blocks_that_are_sharded_already_are_left_with_a_reason(ranks):
+    for rank in ranks:
+        parts, entries, replaced = rank["fused after sharding"]
+        assert parts and set(parts) <= set(entries) and not replaced

@@ -28,6 +28,7 @@ from tests.surgery_helpers import fused_calls
 
 WORLD = 4
 IMAGES = (2, 0, 3, 4)  # of each rank
+STEPS = 60
 WRAPPED = list(itertools.product((False, True), (False, True), (False, True)))  # synchronized, static graph, view
 
 
@@ -77,11 +78,11 @@ def configurations():
 
 
 def _repeats():
-    """{(hash of a rank's results, hash of the statistics)} of 250 steps that begin alike."""
+    """{(hash of a rank's results, hash of the statistics)} of STEPS that begin alike."""
     x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(dist.get_rank()), requires_grad=True)
     first = rir.convert_sync_batchnorm(settled(rir.RiRLayer(4, 6)).float())
     found = set()
-    for _ in range(250):
+    for _ in range(STEPS):
         layer = copy.deepcopy(first)
         y = layer(x)
         results = [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]

@@ -362,7 +362,7 @@ import hashlib, torch
 import rir_kernels as rir
 torch.set_num_threads(1)
 digests = set()
-for impl, steps in (("torch", 250), ("triton", 10)):
+for impl, steps in (("torch", 250), ("triton", 3)):
     for _ in range(steps):
         torch.manual_seed(0)
         layer, x = rir.ConvBNAct(8, 8, 1, impl=impl), torch.randn(1, 8, 2, 2, requires_grad=True)
@@ -382,7 +382,7 @@ print(*digests)
 
 @distributed
 def test_row_45_the_same_bits_on_every_rank(ranks):
-    """250 steps with synchronized norms: a rank's own bits never change, and all ranks have the statistics of all."""
+    """Many steps with synchronized norms: a rank's own bits never change, and all ranks have the statistics of all."""
     for rank in ranks:
         assert len(rank["repeats"]) == 1
     (statistics,) = {statistics for rank in ranks for _, statistics in rank["repeats"]}
