@@ -151,6 +151,20 @@ def test_changes_after_compiling_are_seen(name):
         torch.testing.assert_close(compiled(X), original(X), **CLOSE)
 
 
+def test_each_class_has_recompilations_of_its_own():
+    """The compiler counts them by code object, up to eight: kinds of blocks that are compiled apart share none."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for make in (
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+            lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        ):
+            model = settle(make())
+            assert fuse_(model).replaced
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(randn(2, 4, 3, 3)), model(randn(2, 4, 3, 3)))
+
+
 def test_export():
     fused, original = pair_of(net().eval())
     program = torch.export.export(fused, (X,))

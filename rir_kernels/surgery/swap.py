@@ -127,6 +127,8 @@ def fused_class(recipe: Recipe) -> type:
             return original.forward(module, *args, **kwargs)
         return fused(module, *args, **kwargs)
 
+    # torch.compile counts recompilations by code object: those of other classes are none of this one's
+    forward.__code__ = forward.__code__.replace()
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": original.__doc__, "_rir_fusion": recipe}
     return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward, "_rir_forward": forward})
