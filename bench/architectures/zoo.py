@@ -118,7 +118,7 @@ ZOO = (
     _timm("regnetx_002", "P1", "P2"),
     _timm("regnetz_005", "P2"),
     _timm("selecsls42b", "P1"),
-    _timm("dla46_c", "P1", "P2", "P3"),
+    _timm("dla46_c", "P1", "P2", "P3", idle=18),
     _timm("xception41", "P1", "P2"),
     _timm("mobilenetv2_035", "P2", "P3"),
     _timm("mobilenetv3_small_050", "P1", "P2", "P3"),
