@@ -269,7 +269,7 @@ CALLS = [
         "call_obstacle(*given)", "test_one_by_one.py::test_other_arguments",
     ),
     _fault(
-        "statistics: another version", "functional", "else statistics.data", "else statistics.detach()",
+        "statistics: another version", "functional", "statistics.data if plainly_eager() else", "",
         "test_granted.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",
     ),
 ]  # fmt: skip
