@@ -242,7 +242,7 @@ CALLS = [
     ),
     _fault(
         "one by one: dtypes of residuals", "units", "all(r.dtype == x.dtype for r in residuals)", "True",
-        "test_one_by_one.py::test_sums_of_what_does_not_fit[added_in_place]",
+        "test_status.py::test_calls_that_cannot_be_one_operation[another dtype]",
     ),
     _fault(
         "one by one: errors are those of the fused operation", "functional", "if otherwise is None:", "if True:",
