@@ -307,6 +307,60 @@ WATCH = [
         "test_outside.py::test_a_profiler_goes_on",
     ),
 ]  # fmt: skip
+REUSE = [
+    _fault(
+        "reuse: what was read is not compared", "tracing", "and found == answers(module, trace.reads)", "",
+        "test_reuse.py::test_one_differs[other kind of number]",
+    ),
+    _fault(
+        "reuse: how a module is built is not compared", "tracing", "same = built == alike and", "same =",
+        "test_reuse.py::test_one_differs[shared child]",
+    ),
+    _fault(
+        "reuse: an integer is a float", "reuse", "        return type(value), value\n", "        return value\n",
+        "test_reuse.py::test_equal_numbers_of_another_type",
+    ),
+    _fault(
+        "reuse: of what knows which module it is", "tracing", "None if serves_others(trace, module) else module",
+        "None", "test_reuse.py::test_table_of_modules",
+    ),
+    _fault(
+        "recording: classes are not restored", "recording", 'type.__delattr__(kind, "__getattribute__")', "pass",
+        "test_recording.py::test_restored_after_an_interruption",
+    ),
+    _fault(
+        "recording: a forward may fuse", "recording", "if threading.get_ident() in _tracers:", "if False:",
+        "test_recording.py::test_fused_within_a_forward",
+    ),
+    _fault(
+        "recording: a look-up of others", "recording",
+        "if kind.__getattribute__ not in (object.__getattribute__, _look_up):", "if False:",
+        "test_recording.py::test_class_with_its_own_look_up",
+    ),
+]  # fmt: skip
+SEEN = [
+    _fault(
+        "coverage: what no forward uses", "coverage", "or is_norm(module) or self._hides_convolutions(module):",
+        "or self._hides_convolutions(module):", "test_nothing_silent.py::test_entries",
+    ),
+    _fault(
+        "coverage: frozen norms", "coverage",
+        "return all(tensor is not None and tensor.dim() == 1 for tensor in tensors)", "return False",
+        "test_nothing_silent.py::test_folding_tells_of_frozen_norms",
+    ),
+    _fault(
+        "status: says that all is well", "status", "OperationStatus(name, pattern, not reason, reason)",
+        'OperationStatus(name, pattern, True, "")', "test_status.py::test_status_is_what_a_call_does",
+    ),
+    _fault(
+        "status: nobody is warned", "fallback", "if not any(text in reason for text in _KNOWN_TO_THE_OWNER):",
+        "if False:", "test_status.py::test_what_is_outside_of_the_module",
+    ),
+    _fault(
+        "one by one: a ReLU that is gone", "units", 'if (acts if act is None else act != "relu") and',
+        'if act not in (None, "relu") and', "test_one_by_one.py::test_a_child_that_is_gone",
+    ),
+]  # fmt: skip
 FOLD = [
     _use("second calls", "uses", "if seen.called[part] > own:", "if False:", "ConvAgain"),
     _use("several names", "uses", "len(self.places[id(part)]) > 1:", "len(self.places[id(part)]) > 9:", "SharedBias"),
@@ -340,4 +394,4 @@ FOLD = [
     ),
 ]  # fmt: skip
 
-SURGERY_FAULTS = [*EFFECTS, *READS, *OUTSIDE, *CLASSES, *CALLS, *WATCH, *FOLD]
+SURGERY_FAULTS = [*EFFECTS, *READS, *OUTSIDE, *CLASSES, *CALLS, *WATCH, *REUSE, *SEEN, *FOLD]
