@@ -4,6 +4,8 @@ import dataclasses
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
+THE_MODEL = "the model itself"  # whose name is empty
+
 
 class Table(list):
     """A list of `kind`, a dataclass, that shows itself as a table: one line for each, one column for each field."""
@@ -32,7 +34,7 @@ def _cell(name, value):
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return "x".join(map(str, value))
-    return "(the model itself)" if name == "name" and not value else value
+    return f"({THE_MODEL})" if name == "name" and not value else value
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:

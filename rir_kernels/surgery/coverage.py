@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..folded_norm import FoldedNorm
+from ..tables import THE_MODEL
 from .classes import Conv2d
 from .guards import conv_obstacle, norm_obstacle, relu_obstacle
 from .patterns import Refusal
-from .reads import child
+from .reads import child, path_of
 from .registry import is_inlined, is_never_called
-from .report import THE_MODEL, Coverage, Skipped
+from .report import Coverage, Skipped
 from .swap import class_of
 from .tracer import first_line
 
@@ -125,7 +126,7 @@ class Ledger:
         return self.names[module][0] or THE_MODEL
 
     def _parts(self, module, refusal):
-        parts = (child(module, tuple(part.split("."))) for part in refusal.parts)
+        parts = (child(module, path_of(part)) for part in refusal.parts)
         return [part for part in parts if part is not None]
 
     def _callers(self, module):

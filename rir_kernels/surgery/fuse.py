@@ -91,8 +91,7 @@ def fuse_(
             skip([Refusal(_fault(error))])
             return set()
         if found and is_fused(module):
-            report.skipped.append(Skipped(names[0], _fused_before(module), kind, also))
-            _note_fused_before(module, found, ledger)
+            report.skipped.append(Skipped(names[0], _fused_before(module, found, ledger), kind, also))
             done = [one for one in found if isinstance(one, Match)]
         else:
             done, refusals = _select(module, family, found, enabled, filter_fn, names)
@@ -176,6 +175,15 @@ def _select(module, family, found, enabled, filter_fn, names):
     """(the matches to be fused, refusals of what is left alone)"""
     if found and (reason := _unit_obstacle(module, family)):
         return [], [Refusal(reason)]
+    matches, refusals = _sorted_out(found, enabled)
+    if matches and filter_fn is not None and not all(filter_fn(module, name) for name in names):
+        parts = tuple(part for match in matches for part in match.parts)
+        return [], [*refusals, Refusal("excluded by filter_fn", parts)]
+    return matches, refusals
+
+
+def _sorted_out(found, enabled):
+    """(the matches of these patterns, refusals of the rest)"""
     matches, refusals = [], []
     for one in found:
         if isinstance(one, Refusal):
@@ -184,9 +192,6 @@ def _select(module, family, found, enabled, filter_fn, names):
             refusals.append(Refusal(f"{one.pattern} is not among the patterns asked for", one.parts))
         else:
             matches.append(one)
-    if matches and filter_fn is not None and not all(filter_fn(module, name) for name in names):
-        parts = tuple(part for match in matches for part in match.parts)
-        return [], [*refusals, Refusal("excluded by filter_fn", parts)]
     return matches, refusals
 
 
@@ -198,29 +203,22 @@ def _unit_obstacle(module, family):
     return ""
 
 
-def _falls_back(module):
-    """Why a fused module runs its own forward by now."""
-    program = module._rir_fusion.program
-    return changed_class(module) or (program.obstacle(module) if program else "")
-
-
-def _fused_before(module):
-    changed = _falls_back(module)
+def _fused_before(module, found, ledger):
+    """The reason why a fused module is skipped. The ledger learns what it runs of what is found in it now."""
+    recipe = module._rir_fusion
+    changed = changed_class(module) or (recipe.program.obstacle(module) if recipe.program else "")
     state = f", but runs its own forward, since {changed}" if changed else ""
-    return f"already fused with impl={module._rir_fusion.impl!r}{state} (unfuse_ first to change it)"
-
-
-def _note_fused_before(module, found, ledger):
-    """What a fused module runs of what is found in it now."""
-    if _falls_back(module):
-        ledger.refuse(module, Refusal(_fused_before(module)))
-        return
-    for one in found:
-        if isinstance(one, Match) and one.pattern in module._rir_fusion.patterns:
-            ledger.fuse(module, one.parts)
-        elif one.parts:
-            reason = f"{one.pattern} is not among the patterns asked for" if isinstance(one, Match) else one.reason
-            ledger.refuse(module, Refusal(reason, one.parts))
+    reason = f"already fused with impl={recipe.impl!r}{state} (unfuse_ first to change it)"
+    if changed:
+        ledger.refuse(module, Refusal(reason))
+        return reason
+    matches, refusals = _sorted_out(found, recipe.patterns)
+    for match in matches:
+        ledger.fuse(module, match.parts)
+    for refusal in refusals:
+        if refusal.parts:
+            ledger.refuse(module, refusal)
+    return reason
 
 
 def _fault(error):

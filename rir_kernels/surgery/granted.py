@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .reads import Path, child
+from .reads import Path, child, path_of
 from .registry import is_never_called
 from .swap import class_of
 from .tracing import Trace
@@ -37,8 +37,8 @@ class Granted:
 
 def granted(module: nn.Module, trace: Trace, inlined: frozenset[str]) -> Granted:
     """inlined: the children whose forward is a part of the graph. The names within others are for those to use."""
-    pairs = [(_path(one), _path(other)) for one, other in _aliases(module, trace.graph, {"", *inlined}) if one != other]
-    names = [name for pair in pairs for name in pair]
+    aliases = _aliases(module, trace.graph, {"", *inlined})
+    names = [path_of(name) for one, other in aliases if one != other for name in (one, other)]
     kinds = {}
     if trace.asks_which:
         asked = dict.fromkeys(_asked(module, trace.reads))
@@ -53,7 +53,7 @@ def _aliases(module, graph, looked_into) -> Iterator[tuple[str, str]]:
     """(the name in the graph, one that forward may go by)"""
     known = {found: name for name, found in module.named_modules()}  # as torch.fx names them
     yield from ((known[found], name) for name, found in _named(module, known, looked_into))
-    read = {id(_at(module, _path(node.target))): node.target for node in graph.nodes if node.op == "get_attr"}
+    read = {id(_at(module, path_of(node.target))): node.target for node in graph.nodes if node.op == "get_attr"}
     tensors = itertools.chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     )
@@ -77,10 +77,6 @@ def _asked(module, reads) -> Iterator[Path]:
             yield from ((*path, key) for key, value in owner._modules.items() if value is not None)
         elif any(table.get(name) is not None for table in (owner._modules, owner._parameters, owner._buffers)):
             yield *path, name
-
-
-def _path(name):
-    return tuple(name.split("."))
 
 
 def _at(module, path):

@@ -107,7 +107,7 @@ class Outside:
         return self  # of what it names there is only one
 
     def __reduce__(self):
-        # objects are looked up again: they need no name of their own
+        # objects are looked up again: they need not have a name
         found = MISSING if self.holds() else _Missing.CHANGED
         if isinstance(self.found, CONSTANTS) or (
             self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found))

@@ -28,7 +28,7 @@ from .fallback import note
 from .granted import Granted, granted
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
-from .reads import Path, Read, child, holds, is_of_the_class
+from .reads import Path, Read, child, holds, is_of_the_class, path_of
 from .recording import Untraceable
 from .tracing import Trace
 
@@ -137,18 +137,14 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
             node.target = node.name if node.op == "placeholder" else in_place.FUNCTIONS.get(node.target, node.target)
         _look_up(function, module)
     names = inlined | {node.target for chain in chains for node in chain.identities}
-    untouched = tuple((tuple(name.split(".")), type(module.get_submodule(name))) for name in sorted(names))
+    untouched = tuple((path_of(name), type(module.get_submodule(name))) for name in sorted(names))
     taken, operations = granted(module, trace, inlined), tuple(map(_operation, chains))
     return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, taken, operations)
 
 
 def _operation(chain):
-    conv, norm, relu = (node and _path(node) for node in (chain.conv, chain.norm, chain.relu))
+    conv, norm, relu = (node and path_of(str(node.target)) for node in (chain.conv, chain.norm, chain.relu))
     return Operation(chain.pattern, conv, norm, relu if relu is None or chain.relu.op == "call_module" else "relu")
-
-
-def _path(node):
-    return tuple(str(node.target).split("."))
 
 
 def _one_by_one(chain):
@@ -203,7 +199,7 @@ def _look_up(graph, module):
         return children[path]
 
     for node in [node for node in graph.nodes if node.op in ("get_attr", "call_module")]:
-        path = tuple(node.target.split("."))
+        path = path_of(node.target)
         with graph.inserting_before(node):
             if node.op == "call_module":
                 value = graph.call_function(units.call, (found(path), *node.args), dict(node.kwargs))

@@ -15,6 +15,11 @@ Path = tuple[str, ...]  # of names of children; () is the module itself
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 
 
+def path_of(name: str) -> Path:
+    """Of a child's name with dots."""
+    return tuple(name.split("."))
+
+
 class Read(NamedTuple):
     """`name` of the module at `path`, as forward found it: see `holds`."""
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..tables import THE_MODEL
 from .swap import class_of
 
-THE_MODEL = "the model itself"
 _SHOWN = 4  # names of a group, before the rest is counted
 
 
@@ -186,7 +186,7 @@ def _names(items):
 
 
 def _with(items, parts):
-    """How many of what kind go without an entry of their own."""
+    """How many of what kind have no separate entry."""
     kinds = sum((parts.get(id(item), Counter()) for item in items), Counter())
     return f", with {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
 

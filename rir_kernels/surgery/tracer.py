@@ -15,7 +15,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
-from .reads import Found, Read, found, found_in_dicts
+from .reads import Found, Read, found, found_in_dicts, path_of
 from .recording import recording, refuse
 from .swap import class_of
 from .watch import CALLS_A_MODULE, Watch, is_library
@@ -33,8 +33,8 @@ class Tracer(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs = {}  # fx would take tensors that are plain attributes for constants
         self.submodule_paths = {m: name for name, m in module.named_modules()}
-        self.paths = {id(m): tuple(name.split(".")) if name else () for m, name in self.submodule_paths.items()}
-        self.traced = {(), *(tuple(path.split(".")) for path in inlined)}
+        self.paths = {id(m): path_of(name) if name else () for m, name in self.submodule_paths.items()}
+        self.traced = {(), *map(path_of, inlined)}
         self.tensors = {id(p): name for name, p in (*module.named_buffers(), *module.named_parameters())}
         self.taken: dict[str, fx.Proxy] = {}  # parameters and buffers
         self.inside = [()]

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..folded_norm import FoldedNorm
+from ..tables import THE_MODEL
 from .reach import asks_types, held_by, held_within, loads, name_that_reaches
 from .reads import child
 from .recording import Untraceable
@@ -167,7 +168,7 @@ class Users:
         return self.reached[module]
 
     def title(self, module) -> str:
-        return self.names[module] or "the model itself"
+        return self.names[module] or THE_MODEL
 
 
 def _look(module) -> Seen | str:

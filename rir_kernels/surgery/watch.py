@@ -76,7 +76,7 @@ class Watch:
                 changed = True
                 _put_back(walk(start, steps[:-1]), steps[-1], value)
         if changed and kind is None:
-            self.refuse("its forward changes something beside its tensors: a list, a dict, an attribute or a global")
+            self.refuse("its forward changes something besides its tensors: a list, a dict, an attribute or a global")
 
     def _event(self, frame, event, argument):
         if self.apart is not None:

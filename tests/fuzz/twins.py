@@ -1,4 +1,4 @@
-"""A drawn module and its fused twin, each of a source of its own, called, changed and called again: all is the same.
+"""A drawn module and its fused twin, each from a separate source, called, changed and called again: all is the same.
 
 Both run torch's operators in fp64, so outputs, inputs and statistics are compared bit by bit. Gradients are not: where
 a tensor is used several times autograd adds up in the order of the operations, and fusing moves some of them. They may

@@ -1,4 +1,4 @@
-"""Tracing runs forward and leaves everything as it was: what forward would change makes the module be skipped."""
+"""Tracing runs forward and leaves everything unchanged: what forward would change makes the module be skipped."""
 
 import contextlib
 import copy

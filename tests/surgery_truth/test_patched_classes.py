@@ -95,7 +95,7 @@ def test_methods_replaced_on_a_class(name):
 
 @pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu"])
 def test_functions_that_torchs_modules_call(name):
-    """Replaced by what counts operations, each is called as often as it was."""
+    """Replaced by what counts operations, each is called as often as before."""
     fused, original = pair_of(Unit())
     counts = []
     for model in (fused, original):

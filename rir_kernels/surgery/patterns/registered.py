@@ -11,7 +11,7 @@ from .. import registry
 from ..classes import BatchNorm2d, Conv2d, Method, methods_of
 from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
-from ..reads import Path, child
+from ..reads import Path, child, path_of
 from .base import PATTERNS, Family, Match, Refusal, exactly
 from .traced import FusedForward
 
@@ -62,7 +62,7 @@ def register_pattern(
         raise ValueError("parts must name the children that are bypassed, each with its class, such as nn.Conv2d")
 
     def register(function):
-        paths = tuple((tuple(name.split(".")), part) for name, part in parts.items())
+        paths = tuple((path_of(name), part) for name, part in parts.items())
         plan = _Written(function, paths, obstacle, pattern)
         FAMILIES[kind] = Family(
             **exactly(lambda: kind),
