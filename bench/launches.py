@@ -6,7 +6,7 @@ import contextlib
 @contextlib.contextmanager
 def launches():
     """A list of {kernel, programs, tiles and warps}, filled while calls run as always; empty without Triton."""
-    chosen = ("BLOCK", "BOX", "FOLD", "GROUPS", "ROWS", "SKIPS", "STEPS", "WALK", "num_")
+    chosen = ("BLOCK", "BOX", "FOLD", "GROUPS", "ROWS", "SKIPS", "WALK", "num_")
     seen = []
     try:
         from rir_kernels.triton.launch.runtime import observed

@@ -165,10 +165,10 @@ def _tune(kernel, shape, dtype, device, gpu, candidates, settings):
     console.say(f"{name}: {milliseconds[best]:.4g} ms{gain}: {ranked[best][1]}")
     return {
         "problem": dataclasses.asdict(problem),
-        "tile": dataclasses.asdict(ranked[best][1]),
+        "tile": ranked[best][1]._asdict(),
         "ms": milliseconds[best],
         "measured": [
-            {"tile": dataclasses.asdict(tile), "clocks": clocks, "ms": milliseconds.get(index)}
+            {"tile": tile._asdict(), "clocks": clocks, "ms": milliseconds.get(index)}
             for index, (clocks, tile) in enumerate(ranked)
         ],
     }

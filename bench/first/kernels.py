@@ -4,7 +4,6 @@ Times are of CUDA graphs with a warm L2 cache. Every kernel passes the gate of `
 against is measured too: a copy, a matrix product, reading from the L2 cache, and cuDNN's plain convolutions.
 """
 
-import dataclasses
 import statistics
 
 import torch
@@ -57,7 +56,7 @@ def _times(op, shape, machine):
         verdict = check()
         found[name] = {"passed": verdict.passed, "error": verdict.error, **variant.config}
         if tile is not None:
-            found[name]["tile"] = dataclasses.asdict(tile)
+            found[name]["tile"] = tile._asdict()
         if verdict.passed:
             calls[name] = call
     (calls["aten"],) = build("merged", False).calls.values()

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
+
 from rir_kernels.dispatch import watched
+from rir_kernels.triton.batches import BATCHES, rounded, serve, stacked
 from rir_kernels.triton.cost import (
     Problem,
     accumulators,
@@ -39,6 +42,7 @@ class RowsConfig:
     num_warps: int
 
 
+@functools.cache
 def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
     """The box of `pixels` output pixels (a power of two) that covers (n, h, w) with the fewest tiles.
 
@@ -90,9 +94,7 @@ def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvCo
     if tile is None:
         return _chosen(problem, tensor_cores, gpu)
     rows = tile.rows if problem.shares_rows else 1
-    return dataclasses.replace(
-        tile, rows=rows, skips=tile.skips and problem.has_border, fold=tile.fold and problem.folds
-    )
+    return tile._replace(rows=rows, skips=tile.skips and problem.has_border, fold=tile.fold and problem.folds)
 
 
 def is_forced() -> bool:
@@ -103,16 +105,32 @@ def is_forced() -> bool:
 @functools.cache
 def _chosen(problem, tensor_cores, gpu):
     measured = measured_tile(problem, gpu) if tensor_cores else None
-    return measured or tiles_for(problem, tensor_cores, gpu)[0][1]
+    return measured or _by_batch(dataclasses.replace(problem, n=0), tensor_cores, gpu)[rounded(problem.n)]
 
 
-def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu) -> list[tuple[float, ConvConfig]]:
-    """(clocks, tile) of all that may be chosen, the best first."""
-    if tensor_cores:
-        return ranked_tiles(problem, gpu)
-    most = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
-    boxes = [pixel_box(problem.n, problem.h, problem.w, pixels) for pixels in (64, 32, 16) if pixels <= most]
-    return [(0.0, ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)) for box in boxes]
+@functools.cache
+def _by_batch(problem, tensor_cores, gpu):
+    tiles, times = _timed(problem, BATCHES, tensor_cores, gpu)
+    return serve(tiles, times)
+
+
+def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
+    """(clocks, tile) of all that may be chosen and fit the GPU, the cheapest first; if equal, the simpler one."""
+    tiles, (times,) = _timed(problem, (problem.n,), tensor_cores, gpu)
+    return [(float(times[i]), tiles[i]) for i in np.argsort(times, kind="stable") if np.isfinite(times[i])]
+
+
+def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
+    """Likewise, on tensor cores."""
+    return tiles_for(problem, True, gpu)
+
+
+def _timed(problem, batches, tensor_cores, gpu):
+    """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
+    candidates = _candidates if tensor_cores else _candidates_without_tensor_cores
+    tiles = list(candidates(problem, batches, gpu))
+    of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
+    return tiles, clocks(of_batches, stacked(tiles), gpu)
 
 
 def holds_upstream(tile: ConvConfig, itemsize: int, gpu: Gpu = H200) -> bool:
@@ -122,54 +140,62 @@ def holds_upstream(tile: ConvConfig, itemsize: int, gpu: Gpu = H200) -> bool:
     return accumulators(tile) <= (limits.sums_folded if tile.fold else most)
 
 
-def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
-    """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
-    tiles = ((clocks(problem, tile, gpu), tile) for tile in _candidates(problem, gpu))
-    return sorted(((time, tile) for time, tile in tiles if time is not None), key=lambda choice: choice[0])
-
-
-def _candidates(problem, gpu):
-    """Tiles worth a thought, simple ones first."""
-    n, h, w = problem.n, problem.h, problem.w
+def _candidates(problem, batches, gpu):
     limits = gpu.limits
     widest = max(16, 128 // problem.itemsize)
     blocks_k = [k for k in (64, 32, 16) if k <= min(widest, limits.block_k, max(16, power_of_two_at_least(problem.k)))]
-    yield from _folded(problem, blocks_k, limits.sums_folded)
+    yield from _folded(problem, batches, blocks_k, limits.sums_folded)
     for rows in (1, 2, 4) if problem.shares_rows else (1,):
         if rows > limits.rows:
             continue
         for pixels in (16, 32, 64, 128, 256):
-            if pixels > min(limits.pixels, max(16, power_of_two_at_least(n * h * w))):
-                continue
-            box = pixel_box(n, h, w, pixels) if rows == 1 else row_box(n, w, pixels)
+            if pixels > limits.pixels:
+                break
+            skipping = limits.skips and rows == 1 and problem.has_border and pixels <= max(batches)
             for block_c, num_warps in ((64, 4), (128, 8), (64, 8)):
                 for groups in (1, 2, 3) if rows == 1 and limits.groups else (1,):
                     # two warp groups share a block of 64 channels well only where they need not share rows
                     if block_c * (groups - 1) >= problem.c or (rows > 1 and (block_c, num_warps) == (64, 8)):
                         continue
+                    sums = block_c * groups * rows * pixels / (32 * num_warps)
+                    if sums > (limits.sums if rows == 1 else limits.sums_of_rows):
+                        continue
                     for block_k in blocks_k:
                         for stages in (4, 3):
-                            tile = ConvConfig(box, block_c, block_k, num_warps, stages, groups, rows)
-                            if accumulators(tile) > (limits.sums if rows == 1 else limits.sums_of_rows):
-                                continue
-                            yield tile
-                            if limits.skips and rows == 1 and problem.has_border and pixels <= power_of_two_at_least(n):
-                                yield dataclasses.replace(tile, box=(pixels, 1, 1), skips=True)
+                            shape = block_c, block_k, num_warps, stages, groups, rows
+                            for box in _boxes(problem, batches, pixels, rows):
+                                yield ConvConfig(box, *shape)
+                            if skipping:
+                                yield ConvConfig((pixels, 1, 1), *shape, skips=True)
 
 
-def _folded(problem, blocks_k, max_sums):
+def _candidates_without_tensor_cores(problem, batches, _gpu):
+    for pixels in (64, 32, 16):
+        for box in _boxes(problem, batches, pixels):
+            yield ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
+
+
+def _folded(problem, batches, blocks_k, max_sums):
     """Tiles of blocks of 2x2 pixels, where their channels are few enough."""
     if not problem.folds or problem.c > 32:
         return
+    halved = dataclasses.replace(problem, h=problem.h // 2, w=problem.w // 2)
     for blocks in (64, 128):
-        box_n, box_h, box_w = pixel_box(problem.n, problem.h // 2, problem.w // 2, blocks)
-        box = box_n, 2 * box_h, 2 * box_w
-        for block_c, num_warps in ((16, 4), (32, 4), (32, 8)):
-            for block_k in blocks_k:
-                for stages in (3, 2):
-                    tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
-                    if max(box) <= 256 and accumulators(tile) <= max_sums:
-                        yield tile
+        for box_n, box_h, box_w in _boxes(halved, batches, blocks):
+            box = box_n, 2 * box_h, 2 * box_w
+            for block_c, num_warps in ((16, 4), (32, 4), (32, 8)):
+                for block_k in blocks_k:
+                    for stages in (3, 2):
+                        tile = ConvConfig(box, block_c, block_k, num_warps, stages, fold=True)
+                        if max(box) <= 256 and accumulators(tile) <= max_sums:
+                            yield tile
+
+
+def _boxes(problem, batches, pixels, rows=1):
+    """The boxes of so many pixels that waste the fewest at some batch."""
+    if rows > 1:
+        return dict.fromkeys(row_box(n, problem.w, pixels) for n in batches)
+    return dict.fromkeys(pixel_box(n, problem.h, problem.w, pixels) for n in batches)
 
 
 ROWS_TILE = 4096  # elements
@@ -180,7 +206,7 @@ def rows_config(m: int, c: int) -> RowsConfig:
     """For a pass over [m, c]."""
     divisor = power_of_two_dividing(c)
     block_c = min(MAX_CHANNEL_BLOCK, divisor if divisor >= 16 else power_of_two_at_least(c))
-    block_m = max(1, min(ROWS_TILE // block_c, power_of_two_at_least(m)))
+    block_m = ROWS_TILE // block_c
     splits = max(1, REDUCTION_PROGRAMS // cdiv(c, block_c))
     steps = cdiv(cdiv(m, block_m), splits)
     return RowsConfig(block_m, block_c, steps, num_warps=4)

@@ -18,6 +18,8 @@ Other GPUs than Hopper's take the same rule, with what `gpus` says of their tens
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from rir_kernels.triton.gpus import Gpu
 from rir_kernels.triton.tile import ConvConfig
 
@@ -64,59 +66,55 @@ class Problem:
         return self.padding == (1, 1) and self.taps == (3, 3) and self.h % 2 == self.w % 2 == 0
 
 
-def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float | None:
-    """The launch's time with that tile, None where the tile is too large for the GPU."""
+def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float:
+    """The launch's time with that tile, infinite where the tile is too large for the GPU.
+
+    Fields of the tile, and the problem's n, may be arrays: then so is the result, of their common shape.
+    """
     p = problem
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     channels = tile.block_c * tile.groups
-    if tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes:
-        return None
 
     # in one step of the loop
     boxes, columns, weights, rows = _operands(tile, p)
-    if tile.fold:
-        products, steps_a_block = 4, 4
-    elif tile.rows > 1:
-        products, steps_a_block = tile.rows * weights, p.taps[1]
-    else:
-        products, steps_a_block = 1, p.taps[0] * p.taps[1] / p.planes
+    by_row = tile.rows > 1
+    products = np.where(tile.fold, 4, np.where(by_row, tile.rows * weights, 1))
+    taps = np.where(by_row, p.taps[1], p.taps[0] * p.taps[1] / p.planes)
+    steps_a_block = np.where(tile.fold, 4, taps)
 
     # a product of 64 rows is split along its pixels where there are two warp groups
-    split = tile.num_warps // 4 if tile.block_c == 64 else 1
-    width = columns / split
-    wgmmas = products * split * rows / 64
+    width = columns / np.where(tile.block_c == 64, tile.num_warps // 4, 1)
+    wgmmas = products * rows / 64 * (columns / width)
     blocks = cdiv(p.k, tile.block_k)
     slices = tile.block_k * p.itemsize / SLICE
     fetched = boxes * columns + weights * rows
     rate = gpu.architecture
     tensor = wgmmas * width / 2 * slices * blocks / rate.tensor
     shared = (wgmmas * (16 + width / 4) + fetched * SLICE / 128) * slices * blocks
-    row_bytes = [min(tile.block_k, p.k - block * tile.block_k) * p.itemsize for block in range(blocks)]
-    box_bytes = sum(max(size, NARROW) for size in row_bytes)
+    last = p.k - (blocks - 1) * tile.block_k
+    box_bytes = sum(np.maximum(block * p.itemsize, NARROW) * n for block, n in ((tile.block_k, blocks - 1), (last, 1)))
     # pointers read weights as they are, and of a folded tile's only those that are not zero
-    weight_bytes = 9 / 16 * sum(row_bytes) if tile.fold else box_bytes
+    weight_bytes = np.where(tile.fold, 9 / 16 * p.k * p.itemsize, box_bytes)
     l2 = (boxes * columns * box_bytes + weights * rows * weight_bytes) / L2_BYTES
     occupancy = residents(tile, p, gpu)
-    chain = 0.0
-    if products > 1 and rate.product == "wgmma":
-        a_product = rows / 64 / (tile.num_warps // 4) * width / 2 * slices
-        chain = products * (a_product + DRAIN) * blocks / occupancy
-    loop = steps_a_block * (max(tensor, shared, l2, chain) + STEP * blocks)
+    a_product = rows / 64 / (tile.num_warps // 4) * width / 2 * slices
+    waits = (products > 1) & (rate.product == "wgmma")
+    chain = np.where(waits, products * (a_product + DRAIN) * blocks / occupancy, 0)
+    loop = steps_a_block * (np.maximum.reduce(np.broadcast_arrays(tensor, shared, l2, chain)) + STEP * blocks)
 
-    stored = min(channels, p.c) * pixels * tile.rows * p.itemsize
+    stored = np.minimum(channels, p.c) * pixels * tile.rows * p.itemsize
     rest = START + stored / (STORE_BYTES * rate.memory)
     programs = cdiv(p.n, tile.box[0]) * cdiv(p.h, tile.box[1] * tile.rows) * cdiv(p.w, tile.box[2])
-    programs *= cdiv(p.c, channels) * p.planes
+    programs = programs * cdiv(p.c, channels) * p.planes
     turns = cdiv(programs, gpu.sms)
-    if tile.skips:
-        # programs of 9, 6 and 4 taps, longest first: as even as it gets, but for a last one
-        inner, edges = (p.h - 2) * (p.w - 2), 2 * (p.h - 2) + 2 * (p.w - 2)
-        taps = (9 * inner + 6 * edges + 4 * 4) / (9 * p.h * p.w)
-        loops = max(cdiv(programs * inner // (p.h * p.w), gpu.sms), programs * taps / gpu.sms + 4 / 9)
-    else:
-        loops = turns
+    # with `skips` programs of 9, 6 and 4 taps, longest first: as even as it gets, but for a last one
+    inner, edges = (p.h - 2) * (p.w - 2), 2 * (p.h - 2) + 2 * (p.w - 2)
+    share = (9 * inner + 6 * edges + 4 * 4) / (9 * p.h * p.w)
+    even = np.maximum(cdiv(programs * inner // (p.h * p.w), gpu.sms), programs * share / gpu.sms + 4 / 9)
+    loops = np.where(tile.skips, even, turns)
     # the ends of one program hide behind the loop of another on the same SM
-    return loops * loop + (rest if occupancy > 1 else turns * rest)
+    time = loops * loop + np.where(occupancy > 1, rest, turns * rest)
+    return np.where(tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes, np.inf, time)[()]
 
 
 def stage_bytes(tile: ConvConfig, problem: Problem) -> int:
@@ -127,13 +125,11 @@ def stage_bytes(tile: ConvConfig, problem: Problem) -> int:
 
 def _operands(tile, problem):
     """What a step of the loop loads: (boxes of x, their pixels, boxes of weights, their rows)."""
-    pixels = tile.box[0] * tile.box[1] * tile.box[2]
-    channels = tile.block_c * tile.groups
-    if tile.fold:
-        return 4, pixels // 4, 4, 4 * channels
-    if tile.rows > 1:
-        return tile.rows + problem.taps[0] - 1, pixels, problem.taps[0], channels
-    return 1, pixels, 1, channels
+    fold, by_row = 1 * tile.fold, 1 * (tile.rows > 1)  # one or none
+    pixels = tile.box[0] * tile.box[1] * tile.box[2] // (1 + 3 * fold)
+    boxes = 1 + 3 * fold + (tile.rows + problem.taps[0] - 2) * by_row
+    weights = 1 + 3 * fold + (problem.taps[0] - 1) * by_row
+    return boxes, pixels, weights, tile.block_c * tile.groups * (1 + 3 * fold)
 
 
 def accumulators(tile: ConvConfig) -> float:
@@ -145,9 +141,10 @@ def accumulators(tile: ConvConfig) -> float:
 def residents(tile: ConvConfig, problem: Problem, gpu: Gpu) -> int:
     """Programs that one SM holds at a time."""
     sums = accumulators(tile)
-    registers = 160 if sums <= 64 else 176 if sums <= 96 else 255  # as compiled, at most
+    registers = np.where(sums <= 64, 160, np.where(sums <= 96, 176, 255))  # as compiled, at most
     by_registers = 65536 // (32 * tile.num_warps * registers)
-    return max(1, min(by_registers, gpu.shared_bytes // (tile.num_stages * stage_bytes(tile, problem) + 1024)))
+    by_memory = gpu.shared_bytes // (tile.num_stages * stage_bytes(tile, problem) + 1024)
+    return np.maximum(1, np.minimum(by_registers, by_memory))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -256,7 +256,7 @@ def main_loop(ttgir: str) -> str:
 
 def _describe(constants) -> str:
     """The configuration in a few characters: tile, warps and stages."""
-    names = {"BOX": "", "WALK": "", "STEPS": "steps ", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
+    names = {"BOX": "", "WALK": "", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
              "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
     parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
     parts += [f"{name.lower()} {constants[name]}" for name in ("GROUPS", "ROWS") if constants.get(name, 1) > 1]

@@ -1,10 +1,9 @@
 """A tile of the convolution."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class ConvConfig:
+class ConvConfig(NamedTuple):
     """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
 
     A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that

@@ -3,11 +3,12 @@
     dW[co, i, j, ci] = sum over pixels p of  dz[p, co] * x[pixel p shifted by tap (i, j), ci]
 
 A `position` is one column of taps (all KERNEL_H of them share each tile of dz, and at stride 1 ROWS tiles of dz that
-stand below each other share their rows of x) and one block of channels. Its pixels are cut into units of STEPS tiles.
-The units of all positions stand in a row, a program takes SHARE neighbours of it, and so all programs end at about the
-same time however many positions there are. The middle column of the kernel comes first, with UNITS to a position; the
-others have EDGE_UNITS, fewer where SKIPS leaves out the column of pixels that would meet padding alone. Where the
-position changes the program writes its sums to [slot, C_out, taps, C_in]: slot 0 is the position's first program.
+stand below each other share their rows of x) and one block of channels. The tiles of all positions stand in a row, a
+program takes SHARE neighbours of it, and so all programs end at about the same time however many positions there are.
+The middle column of the kernel comes first, with TILES to a position; the others have EDGE_TILES, fewer where SKIPS
+leaves out the column of pixels that would meet padding alone. Where the position changes the program writes its sums to
+[slot, C_out, taps, C_in]: slot 0 is the position's first program. How many tiles there are is known at run time alone:
+one kernel serves every batch.
 `_sum_weight_grad_kernel` adds the slots in their order, so the result is bit-identical from run to run.
 
 Both operands are read from shared memory as the descriptors wrote them, for which the left one needs a box with leading
@@ -17,7 +18,7 @@ ones: WALK says how a tile of P pixels is a box [1, 1, P, channels].
     "images"  dz and x as [H, W, N, C]: one pixel of P images
     "row"     dz and x as [N, H, W, C]: P pixels of one row
 
-Tiles past the end read zeros. At stride 2 a column of taps meets one column plane of x and both row planes: see `conv`.
+At stride 2 a column of taps meets one column plane of x and both row planes: see `conv`.
 """
 
 import triton
@@ -40,18 +41,18 @@ def _load(
 
 
 @triton.jit
-def _first_unit(position, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
-    """Of all units, the first of a position; BLOCKS positions have UNITS."""
-    return position * EDGE_UNITS + tl.minimum(position, BLOCKS) * (UNITS - EDGE_UNITS)
+def _first_tile(position, TILES, EDGE_TILES, BLOCKS):
+    """Of all tiles, the first of a position; BLOCKS positions have TILES."""
+    return position * EDGE_TILES + tl.minimum(position, BLOCKS) * (TILES - EDGE_TILES)
 
 
 @triton.jit
-def _position_of(unit, UNITS, EDGE_UNITS, BLOCKS: tl.constexpr):
-    others = tl.maximum(unit - BLOCKS * UNITS, 0)
-    return tl.where(unit < BLOCKS * UNITS, unit // UNITS, BLOCKS + others // EDGE_UNITS)
+def _position_of(tile, TILES, EDGE_TILES, BLOCKS: tl.constexpr):
+    others = tl.maximum(tile - BLOCKS * TILES, 0)
+    return tl.where(tile < BLOCKS * TILES, tile // TILES, BLOCKS + others // EDGE_TILES)
 
 
-@triton.jit(do_not_specialize=["TILES_H", "TILES_W", "UNITS", "EDGE_UNITS", "SHARE"])
+@triton.jit(do_not_specialize=["TILES_H", "TILES_W", "TILES", "EDGE_TILES", "SHARE"])
 def _conv_bwd_weight_kernel(
     dz_desc,  # box [1, 1, P, BLOCK_CO]
     x00_desc,  # the parity planes of x, row before column; box of P pixels by BLOCK_CI. None where the stride has none
@@ -61,8 +62,8 @@ def _conv_bwd_weight_kernel(
     partial_ptr,  # [slots, C_out, taps, C_in] fp32
     TILES_H,  # of an image
     TILES_W,
-    UNITS,
-    EDGE_UNITS,
+    TILES,
+    EDGE_TILES,
     SHARE,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
@@ -73,7 +74,6 @@ def _conv_bwd_weight_kernel(
     BOX: tl.constexpr,  # pixels of a tile along N, H, W
     ROWS: tl.constexpr,
     SKIPS: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -88,9 +88,9 @@ def _conv_bwd_weight_kernel(
     BLOCKS: tl.constexpr = BLOCKS_CI * BLOCKS_CO
     pid = tl.program_id(0)
     first = pid * SHARE
-    end = tl.minimum(first + SHARE, _first_unit(BLOCKS * KERNEL[1], UNITS, EDGE_UNITS, BLOCKS))
-    last_position = _position_of(end - 1, UNITS, EDGE_UNITS, BLOCKS)
-    for position in tl.range(_position_of(first, UNITS, EDGE_UNITS, BLOCKS), last_position + 1):
+    end = tl.minimum(first + SHARE, _first_tile(BLOCKS * KERNEL[1], TILES, EDGE_TILES, BLOCKS))
+    last_position = _position_of(end - 1, TILES, EDGE_TILES, BLOCKS)
+    for position in tl.range(_position_of(first, TILES, EDGE_TILES, BLOCKS), last_position + 1):
         ci = position % BLOCKS_CI * BLOCK_CI
         co = position // BLOCKS_CI % BLOCKS_CO * BLOCK_CO
         j = (position // BLOCKS + KERNEL[1] // 2) % KERNEL[1]
@@ -110,32 +110,29 @@ def _conv_bwd_weight_kernel(
         accs = ()
         for _ in tl.static_range(TAPS):
             accs += (tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32),)
-        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
-        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
-        for unit in tl.range(tl.maximum(first, begin) - begin, tl.minimum(end, stop) - begin):
-            # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
-            for step in tl.range(STEPS):
-                tile = unit * STEPS + step
-                w = (first_w + tile % columns) * BOX[2]
-                h = tile // columns % TILES_H * (BOX[1] * ROWS)
-                n = tile // (columns * TILES_H) * BOX[0]
-                rows = ()
-                if STRIDE[0] == 1:
-                    for row in tl.static_range(ROWS + TAPS - 1):
-                        rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
+        begin = _first_tile(position, TILES, EDGE_TILES, BLOCKS)
+        stop = _first_tile(position + 1, TILES, EDGE_TILES, BLOCKS)
+        for tile in tl.range(tl.maximum(first, begin) - begin, tl.minimum(end, stop) - begin):
+            w = (first_w + tile % columns) * BOX[2]
+            h = tile // columns % TILES_H * (BOX[1] * ROWS)
+            n = tile // (columns * TILES_H) * BOX[0]
+            rows = ()
+            if STRIDE[0] == 1:
+                for row in tl.static_range(ROWS + TAPS - 1):
+                    rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
+            else:
+                for i in tl.static_range(TAPS):
+                    plane = even_desc if (i - PAD[0]) % 2 == 0 else odd_desc
+                    rows += (_load(plane, n, h + (i - PAD[0]) // 2, w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
+            for row in tl.static_range(ROWS):
+                if WALK == "rows":
+                    dz = _load(dz_desc, 0, 0, tile * P, co, WALK, PIXELS, BLOCK_CO, True, C_OUT)
                 else:
-                    for i in tl.static_range(TAPS):
-                        plane = even_desc if (i - PAD[0]) % 2 == 0 else odd_desc
-                        rows += (_load(plane, n, h + (i - PAD[0]) // 2, w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
-                for row in tl.static_range(ROWS):
-                    if WALK == "rows":
-                        dz = _load(dz_desc, 0, 0, tile * P, co, WALK, PIXELS, BLOCK_CO, True, C_OUT)
-                    else:
-                        dz = _load(dz_desc, n, h + row, w, co, WALK, BOX, BLOCK_CO, True, C_OUT)
-                    sums = ()
-                    for i in tl.static_range(TAPS):
-                        sums += (tl.dot(dz, rows[row + i], accs[i], input_precision=PRECISION),)
-                    accs = sums
+                    dz = _load(dz_desc, n, h + row, w, co, WALK, BOX, BLOCK_CO, True, C_OUT)
+                sums = ()
+                for i in tl.static_range(TAPS):
+                    sums += (tl.dot(dz, rows[row + i], accs[i], input_precision=PRECISION),)
+                accs = sums
 
         co_range = co + tl.arange(0, BLOCK_CO)
         ci_range = ci + tl.arange(0, BLOCK_CI)
@@ -148,14 +145,16 @@ def _conv_bwd_weight_kernel(
             tl.store(out + i * (KERNEL[1] * C_IN) + offset, accs[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=["UNITS", "EDGE_UNITS", "SHARE", "SLOTS", "scale"])
+@triton.jit(do_not_specialize=["TILES", "EDGE_TILES", "SHARE", "SLOTS", "BLOCK_CO", "BLOCK_CI", "scale"])
 def _sum_weight_grad_kernel(
     partial_ptr,  # [SLOTS, PACK * C_out, taps of the packed kernel, PACK * C_in] fp32
     out_ptr,  # [C_out, taps, C_in], any float type
-    UNITS,
-    EDGE_UNITS,
+    TILES,
+    EDGE_TILES,
     SHARE,
     SLOTS,
+    BLOCK_CO,  # the tile at run time: one kernel sums up what any of them has left
+    BLOCK_CI,
     scale,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
@@ -163,8 +162,6 @@ def _sum_weight_grad_kernel(
     PAD_W: tl.constexpr,
     PACK: tl.constexpr,
     PACKED_W: tl.constexpr,  # columns of the packed kernel
-    BLOCK_CO: tl.constexpr,
-    BLOCK_CI: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -178,8 +175,8 @@ def _sum_weight_grad_kernel(
     PACKED_PAD: tl.constexpr = (PAD_W + PACK - 1) // PACK
     ROW: tl.constexpr = PACK * C_IN
     VECTOR: tl.constexpr = 4 if C_IN % 4 == 0 else 1
-    BLOCKS_CI: tl.constexpr = (PACK * C_IN + BLOCK_CI - 1) // BLOCK_CI
-    BLOCKS: tl.constexpr = (PACK * C_OUT + BLOCK_CO - 1) // BLOCK_CO * BLOCKS_CI
+    BLOCKS_CI = (PACK * C_IN + BLOCK_CI - 1) // BLOCK_CI
+    BLOCKS = (PACK * C_OUT + BLOCK_CO - 1) // BLOCK_CO * BLOCKS_CI
     STRIDE: tl.constexpr = PACK * C_OUT * KERNEL[0] * PACKED_W * ROW
     SIZE: tl.constexpr = C_OUT * KERNEL[0] * KERNEL[1] * C_IN
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -196,8 +193,8 @@ def _sum_weight_grad_kernel(
         packed_ci = from_first % PACK * C_IN + ci
         position = (column + PACKED_W - PACKED_W // 2) % PACKED_W * BLOCKS
         position += packed_co // BLOCK_CO * BLOCKS_CI + packed_ci // BLOCK_CI
-        begin = _first_unit(position, UNITS, EDGE_UNITS, BLOCKS)
-        stop = _first_unit(position + 1, UNITS, EDGE_UNITS, BLOCKS)
+        begin = _first_tile(position, TILES, EDGE_TILES, BLOCKS)
+        stop = _first_tile(position + 1, TILES, EDGE_TILES, BLOCKS)
         # four channels in a row are one load, which the compiler does not find out
         slots = tl.max_constancy((stop - 1) // SHARE - begin // SHARE + 1, VECTOR)
         offset = ((packed_co * KERNEL[0] + i) * PACKED_W + column) * ROW + packed_ci

@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import functools
 from contextvars import ContextVar
-from math import prod
 
+import numpy as np
+
+from rir_kernels.triton.batches import BATCHES, rounded, serve, stacked
 from rir_kernels.triton.config import forced
 from rir_kernels.triton.cost import power_of_two_at_least
 from rir_kernels.triton.gpus import H200, Gpu
@@ -17,12 +19,8 @@ from rir_kernels.triton.measured import measured_wgrad_tile
 from rir_kernels.triton.wgrad_cost import (
     WgradProblem,
     WgradTile,
-    accumulators,
     can_skip,
-    launches_clocks,
-    shared_bytes,
-    step_clocks,
-    tiles,
+    clocks,
     walks,
 )
 
@@ -51,39 +49,41 @@ def _fitted(problem, tile):
     """The tile without what the problem does not have."""
     pack = tile.pack if problem.packs and problem.w % tile.pack == 0 else 1
     rows = tile.rows if problem.shares_rows else 1
-    return dataclasses.replace(tile, pack=pack, rows=rows, skips=tile.skips and can_skip(problem, tile.walk, pack))
+    return tile._replace(pack=pack, rows=rows, skips=tile.skips and can_skip(problem, tile.walk, pack))
 
 
 @functools.cache
 def _chosen(problem, gpu):
-    return measured_wgrad_tile(problem, gpu) or ranked_wgrad_tiles(problem, gpu)[0][1]
+    return measured_wgrad_tile(problem, gpu) or _by_batch(dataclasses.replace(problem, n=0), gpu)[rounded(problem.n)]
+
+
+@functools.cache
+def _by_batch(problem, gpu):
+    tiles, times = _timed(problem, BATCHES, gpu)
+    return serve(tiles, times)
 
 
 def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[float, WgradTile]]:
     """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
-    timed = (_in_best_steps(problem, tile, gpu) for tile in _candidates(problem, gpu))
-    return sorted(((time, tile) for time, tile in timed if shared_bytes(problem, tile) <= gpu.shared_bytes), key=_first)
+    tiles, (times,) = _timed(problem, (problem.n,), gpu)
+    return [(float(times[i]), tiles[i]) for i in np.argsort(times, kind="stable") if np.isfinite(times[i])]
 
 
-def _in_best_steps(problem, tile, gpu):
-    step = step_clocks(problem, tile, gpu)
-    same = (dataclasses.replace(tile, steps=steps) for steps in STEPS)
-    return min(((launches_clocks(problem, tile, gpu, *step), tile) for tile in same), key=_first)
+def _timed(problem, batches, gpu):
+    """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
+    largest = dataclasses.replace(problem, n=max(batches))
+    tiles = list(_candidates(largest, gpu))
+    of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
+    return tiles, clocks(of_batches, stacked(tiles), gpu)
 
 
-def _first(pair):
-    return pair[0]
-
-
-# of a unit: few, for each is a kernel of its own
-STEPS = tuple(steps << octave for octave in range(6) for steps in (4, 5, 6, 7))
 ROWS = (1, 2, 4, 7)
 
 
 def _candidates(problem, gpu):
-    """Tiles worth a thought, simple ones first; of as yet no steps."""
     if not problem.tensor_cores:
-        yield WgradTile(*_best_walk(problem, 1, 16, 1), 1, 0, block_co=32, block_ci=32, num_warps=8, num_stages=2)
+        for walk in walks(problem, 1, 16):
+            yield WgradTile(*walk, rows=1, block_co=32, block_ci=32, num_warps=8, num_stages=2)
         return
     limits = gpu.limits
     for pack in (1, 2, 4) if problem.packs else (1,):
@@ -93,14 +93,16 @@ def _candidates(problem, gpu):
             if rows > min(problem.h, limits.wgrad_rows) or (rows > MAX_ROWS and problem.itemsize == 4):
                 continue
             for pixels in (16, 32, 64, 128):
-                if walk := _best_walk(problem, pack, pixels, rows):
+                for walk, box in walks(problem, pack, pixels):
+                    if walk == "rows" and rows > 1:
+                        continue
+                    skips = can_skip(problem, walk, pack)
                     for block_co, block_ci, num_warps in _blocks(problem, pack, rows, limits):
+                        sums = problem.kernel[0] * block_co * block_ci // (32 * num_warps)
                         for num_stages in (4, 3, 2):
-                            tile = WgradTile(*walk, rows, 0, block_co, block_ci, num_warps, num_stages, pack)
-                            if num_stages <= MAX_STAGES or accumulators(problem, tile) <= limits.wgrad_sums // 2:
-                                yield tile
-                                if can_skip(problem, walk[0], pack):
-                                    yield dataclasses.replace(tile, skips=True)
+                            if num_stages <= MAX_STAGES or sums <= limits.wgrad_sums // 2:
+                                shape = rows, block_co, block_ci, num_warps, num_stages, pack, skips
+                                yield WgradTile(walk, box, *shape)
 
 
 def _blocks(problem, pack, rows, limits):
@@ -118,9 +120,3 @@ def _blocks(problem, pack, rows, limits):
         for block_ci in (16, 32, 64, 128):
             if block_ci <= widest and problem.kernel[0] * block_co * block_ci // (32 * num_warps) <= most:
                 yield block_co, block_ci, num_warps
-
-
-def _best_walk(problem, pack, pixels, rows):
-    """The way to cut dz into tiles that wastes the fewest pixels: (walk, box), None where all are too large."""
-    ways = [way for way in walks(problem, pack, pixels) if rows == 1 or way[0] != "rows"]
-    return min(ways, key=lambda way: prod(tiles(problem, WgradTile(*way, rows, 0, 0, 0, 0, 0, pack))), default=None)

@@ -7,12 +7,15 @@ Each is as fast as the slowest of
     L2, memory       what the tiles load, and the two tensors once
     its own chain    rows that share their input add to the same sums: the compiler waits for a product before the next
 
-lets it be. One program for each place on the GPU, all of equal length: what is uneven is the length of a unit. At the
-end every program writes its sums, and a second launch reads them all: that is the price of large tiles, and of many.
+lets it be. One program for each place on the GPU, all of equal length to a tile. At the end every program writes its
+sums, and a second launch reads them all: that is the price of large tiles, and of many.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from rir_kernels.triton.cost import (
     DRAIN,
@@ -25,11 +28,11 @@ from rir_kernels.triton.cost import (
     power_of_two_at_least,
     power_of_two_dividing,
 )
-from rir_kernels.triton.gpus import H200, Gpu
+from rir_kernels.triton.gpus import Gpu
 
 LAUNCH = 1600  # clocks until a further launch has begun
 LATENCY = 1000  # of a load
-RESTART = 800  # clocks until the pipeline of a further unit is full
+RESTART = 800  # clocks until the pipeline of a further position is full
 OTHER_REGISTERS = 72  # at most, beside the sums: as compiled
 OTHER_REGISTERS_OF_ROWS = 80  # where there are seven of them
 
@@ -57,14 +60,12 @@ class WgradProblem:
     packs: bool
 
 
-@dataclass(frozen=True)
-class WgradTile:
+class WgradTile(NamedTuple):
     """Tile of the weight-gradient kernel, in pixels of `pack` pixels; the rest is explained in `wgrad`."""
 
     walk: str
     box: tuple[int, int, int]
     rows: int
-    steps: int
     block_co: int
     block_ci: int
     num_warps: int
@@ -75,12 +76,12 @@ class WgradTile:
 
 @dataclass(frozen=True)
 class Split:
-    """How the units of all positions are dealt to the programs."""
+    """How the tiles of all positions are dealt to the programs."""
 
     positions: int
-    units: int  # of a position in the middle column of the kernel
-    edge_units: int  # of any other
-    total: int  # units
+    tiles: int  # of a position in the middle column of the kernel
+    edge_tiles: int  # of any other
+    total: int  # tiles
     share: int  # of a program
 
     @property
@@ -89,18 +90,18 @@ class Split:
 
     @property
     def is_even(self) -> bool:
-        """Whether no program has units of two positions."""
-        return self.units % self.share == 0 == self.edge_units % self.share
+        """Whether no program has tiles of two positions."""
+        return (self.tiles % self.share == 0) & (self.edge_tiles % self.share == 0)
 
     @property
     def slots(self) -> int:
         """Programs that a position has, at most."""
-        return self.units // self.share if self.is_even else cdiv(self.share - 1 + self.units, self.share)
+        return self.tiles // self.share if self.is_even else cdiv(self.share - 1 + self.tiles, self.share)
 
     @property
     def parts(self) -> int:
-        """Programs of every position, summed: a program counts twice where it has units of two."""
-        return self.programs if self.is_even else self.programs + self.positions - 1
+        """Programs of every position, summed: a program counts twice where it has tiles of two."""
+        return self.programs + (self.positions - 1) * (1 - self.is_even)
 
 
 def split(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> Split:
@@ -108,11 +109,10 @@ def split(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> Split:
     blocks = cdiv(problem.c_out * tile.pack, tile.block_co) * cdiv(problem.c_in * tile.pack, tile.block_ci)
     columns = packed_columns(problem, tile.pack)
     n, h, w = tiles(problem, tile)
-    units = cdiv(n * h * w, tile.steps)
-    edge_units = cdiv(n * h * (w - tile.skips), tile.steps)
-    total = blocks * (units + (columns - 1) * edge_units)
+    edge_tiles = n * h * (w - tile.skips)
+    total = blocks * (n * h * w + (columns - 1) * edge_tiles)
     places = gpu.sms * residents(problem, tile, gpu)
-    return Split(blocks * columns, units, edge_units, total, cdiv(total, places))
+    return Split(blocks * columns, n * h * w, edge_tiles, total, cdiv(total, places))
 
 
 def can_skip(problem: WgradProblem, walk: str, pack: int) -> bool:
@@ -152,12 +152,23 @@ def walks(problem: WgradProblem, pack: int, pixels: int) -> Iterator[tuple[str, 
 
 
 def clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> float:
-    """Both launches' time."""
-    return launches_clocks(problem, tile, gpu, *step_clocks(problem, tile, gpu))
+    """Both launches' time; as in `cost`, fields of the tile and the problem's n may be arrays."""
+    busy, alone = _step_clocks(problem, tile, gpu)
+    together, cut = residents(problem, tile, gpu), split(problem, tile, gpu)
+    ends = 1 + cdiv(cut.share, cut.tiles) * (1 - cut.is_even)  # positions that a program has
+    steps = np.maximum(together * cut.share * busy, cut.share * alone + (ends - 1) * RESTART)
+    tensors = problem.n * problem.h * problem.w * (problem.c_out + problem.c_in) * problem.itemsize
+    stored = STORE_BYTES * gpu.architecture.memory
+    loop = np.maximum(steps, tensors / (stored * gpu.sms))
+    c_out, c_in = _real_blocks(problem, tile)
+    sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
+    first = START + loop + together * ends * sums / stored
+    time = first + LAUNCH + START + cut.parts * sums / (stored * gpu.sms)
+    return np.where(shared_bytes(problem, tile) > gpu.shared_bytes, np.inf, time)[()]
 
 
-def step_clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu = H200) -> tuple[float, float]:
-    """Of a step of the loop, however many there are: (where several programs take turns, where one is alone)."""
+def _step_clocks(problem, tile, gpu):
+    """Of a step of the loop: (where several programs take turns, where one is alone)."""
     pixels = tile.box[0] * tile.box[1] * tile.box[2]
     boxes = _x_boxes(problem, tile)
     slices = pixels * problem.itemsize / SLICE
@@ -167,29 +178,14 @@ def step_clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu = H200) -> tupl
     shared = (halves * (16 + tile.block_ci / 4) + written * SLICE / 128) * slices
     c_out, c_in = _real_blocks(problem, tile)
     l2 = (tile.rows * c_out + boxes * c_in) * problem.itemsize * pixels / L2_BYTES
-    busy = max(tensor, shared, l2)
+    busy = np.maximum(np.maximum(tensor, shared), l2)
 
     waits = problem.kernel[0] * (tile.rows - 1) if gpu.architecture.product == "wgmma" else 0
-    alone = max(busy, tensor / (tile.num_warps // 4) + waits * DRAIN) + STEP
+    alone = np.maximum(busy, tensor / (tile.num_warps // 4) + waits * DRAIN) + STEP
     # a load is issued when all but the last row's products are done, and is needed num_stages - 1 steps later
     late = LATENCY + l2 - tensor / tile.rows
-    if tile.num_stages == 2:
-        return busy, alone + max(0, late)
-    return busy, max(alone, late / (tile.num_stages - 2))
-
-
-def launches_clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu, busy: float, alone: float) -> float:
-    """Both launches' time, with steps of that time."""
-    together, cut = residents(problem, tile, gpu), split(problem, tile, gpu)
-    unit = max(together * tile.steps * busy, tile.steps * alone + RESTART)
-    tensors = problem.n * problem.h * problem.w * (problem.c_out + problem.c_in) * problem.itemsize
-    stored = STORE_BYTES * gpu.architecture.memory
-    loop = max(cut.share * unit, tensors / (stored * gpu.sms))
-    c_out, c_in = _real_blocks(problem, tile)
-    sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
-    ends = 1 if cut.is_even else 1 + cdiv(cut.share, cut.units)
-    first = START + loop + together * ends * sums / stored
-    return first + LAUNCH + START + cut.parts * sums / (stored * gpu.sms)
+    ahead = np.maximum(tile.num_stages - 2, 1)
+    return busy, np.where(tile.num_stages == 2, alone + np.maximum(0, late), np.maximum(alone, late / ahead))
 
 
 def _real_blocks(problem, tile):
@@ -216,7 +212,7 @@ def shared_bytes(problem: WgradProblem, tile: WgradTile) -> int:
 
 def residents(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> int:
     """Programs that one SM holds at a time."""
-    other = OTHER_REGISTERS if tile.rows <= 4 else OTHER_REGISTERS_OF_ROWS
-    registers = min(255, accumulators(problem, tile) + other)
+    other = np.where(tile.rows <= 4, OTHER_REGISTERS, OTHER_REGISTERS_OF_ROWS)
+    registers = np.minimum(255, accumulators(problem, tile) + other)
     by_registers = 65536 // (32 * tile.num_warps * registers)
-    return max(1, min(by_registers, gpu.shared_bytes // shared_bytes(problem, tile)))
+    return np.maximum(1, np.minimum(by_registers, gpu.shared_bytes // shared_bytes(problem, tile)))

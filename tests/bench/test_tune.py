@@ -136,7 +136,7 @@ def written(folder, **changes):
 
 
 def wgrad_written(folder, problem=WGRAD_PROBLEM, **changes):
-    tile = {"walk": "images", "box": [16, 1, 1], "rows": 2, "steps": 5, "block_co": 64, "block_ci": 16,
+    tile = {"walk": "images", "box": [16, 1, 1], "rows": 2, "block_co": 64, "block_ci": 16,
             "num_warps": 4, "num_stages": 3, "pack": 1, "skips": True}  # fmt: skip
     entry = {"problem": dataclasses.asdict(problem), "tile": tile | changes}
     (folder / "made-up-gpu-9.json").write_text(json.dumps({"schema": 1, "wgrad_tiles": [entry]}))

@@ -1,6 +1,5 @@
 """The sums of the layer upstream, which the data gradient computes beside dx, against its own reduction and fp64."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -148,11 +147,11 @@ def test_where_they_are_not_computed(target):
     large = ConvConfig((4, 8, 8), 64, 32, num_warps=8, num_stages=2, groups=3)  # 192 sums: 16 bits leave room for z
     assert holds_upstream(large, 2) and not holds_upstream(large, 4)
     folded = ConvConfig((2, 16, 16), 32, 32, num_warps=8, num_stages=2, fold=True)
-    assert holds_upstream(folded, 2) and not holds_upstream(dataclasses.replace(folded, num_warps=4), 2)
+    assert holds_upstream(folded, 2) and not holds_upstream(folded._replace(num_warps=4), 2)
     spec = ConvBNActSpec(padding=(1, 1))
     z, weight = rand((1, 8, 4, 4), target, seed=1), rand((8, 8, 3, 3), target, seed=2)
     upstream = batchnorm.Upstream(z, *_channels(z, seed=4), relu=True)
-    with use_tile(dataclasses.replace(large, num_warps=4)):
+    with use_tile(large._replace(num_warps=4)):
         assert conv.conv_data_grad(z, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)[1] is None
 
 

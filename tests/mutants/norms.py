@@ -57,8 +57,8 @@ NORMS = [
     ),
     Mutant(
         "stats: tiles' moments in 16 bits", LAUNCH,
-        "torch.empty((2, tiles, channels), dtype=torch.float32",
-        "torch.empty((2, tiles, channels), dtype=torch.float16", STATISTICS,
+        "torch.empty((tiles, channels), dtype=torch.float32",
+        "torch.empty((tiles, channels), dtype=torch.float16", STATISTICS,
     ),
     Mutant(
         "merge: M2's correction dropped from Chan's update", POINTWISE,

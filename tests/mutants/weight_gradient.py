@@ -1,4 +1,4 @@
-"""Faults of the weight gradient: its units, its edges, and the sum over its slots."""
+"""Faults of the weight gradient: its tiles, its edges, and the sum over its slots."""
 
 from .mutant import Mutant
 
@@ -41,11 +41,11 @@ WEIGHT_GRADIENT = [
         BOUNDS,
     ),
     Mutant(
-        "wgrad: units of the program before computed again", WGRAD,
-        "tl.range(tl.maximum(first, begin) - begin,", "tl.range(0,", _split("images, a step a unit-four"),
+        "wgrad: tiles of the program before computed again", WGRAD,
+        "tl.range(tl.maximum(first, begin) - begin,", "tl.range(0,", _split("images, 32 channels-four"),
     ),
     Mutant(
-        "wgrad: last unit of a program skipped", WGRAD,
+        "wgrad: last tile of a program skipped", WGRAD,
         "tl.minimum(end, stop) - begin)", "tl.minimum(end - 1, stop) - begin)", _split("row-one"),
     ),
     Mutant(
@@ -61,7 +61,7 @@ WEIGHT_GRADIENT = [
     Mutant(
         "wgrad: a slot dropped where positions share programs", WGRAD,
         "(stop - 1) // SHARE - begin // SHARE + 1, VECTOR", "tl.maximum((stop - begin) // SHARE, 1), VECTOR",
-        _split("images, a step a unit-four", "row, four rows-four"),
+        _split("images, 32 channels-four", "row, four rows-four"),
     ),
     Mutant(
         "wgrad: a slot added that nobody wrote", WGRAD,
@@ -75,9 +75,8 @@ WEIGHT_GRADIENT = [
     ),
     Mutant(
         "wgrad: slots added in an order that varies", LAUNCH,
-        "    return block, min(ROWS_TILE // block, power_of_two_at_least(slots))",
-        "    _sum_block.calls = getattr(_sum_block, 'calls', 0) + 1\n"
-        "    return block, min(ROWS_TILE // block, power_of_two_at_least(slots)) if _sum_block.calls % 2 else 4",
+        "BLOCK_S=ROWS_TILE // block",
+        "BLOCK_S=(64, 4)[setattr(_launch, 'calls', getattr(_launch, 'calls', 0) + 1) or _launch.calls % 2]",
         ORDER,
     ),
     Mutant(

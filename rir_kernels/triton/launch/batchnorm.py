@@ -14,9 +14,13 @@ from rir_kernels.triton.batchnorm import (
     _bn_stats_fwd_kernel,
     _bn_sum_bwd_kernel,
 )
-from rir_kernels.triton.config import power_of_two_at_least, rows_config
+from rir_kernels.triton.config import rows_config
 from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.runtime import device_guard, launch
+
+# Few programs, which wait for memory: as many at a time as registers hold. However many there are, so that one kernel
+# serves every batch.
+FINALIZE_TILES, SUM_SPLITS = 1024, 512
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class TileMoments:
 
     @classmethod
     def empty(cls, tiles: int, channels: int, device) -> "TileMoments":
-        mean, m2 = torch.empty((2, tiles, channels), dtype=torch.float32, device=device)
+        # each a buffer, whose address is aligned however many tiles there are
+        mean, m2 = (torch.empty((tiles, channels), dtype=torch.float32, device=device) for _ in range(2))
         return cls(mean, m2, torch.empty(tiles, dtype=torch.float32, device=device))
 
 
@@ -80,14 +85,13 @@ def bn_finalize(
     tiles, c = moments.mean.shape
     # three buffers, not slices of one: they are outputs of an op, which must not alias
     mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=moments.mean.device) for _ in range(3))
-    # few programs, which wait for memory: as many tiles at a time as registers hold
-    block_t, block_c = min(2048, power_of_two_at_least(tiles)), 8
+    block_c = 8
     with device_guard(mean):
         launch(
             _bn_finalize_fwd_kernel, cdiv(c, block_c),
             moments.mean, moments.m2, moments.count, mean, var, invstd, running_mean, running_var, batches,
             tiles, float(eps), momentum,
-            C=c, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=8 if block_t >= 1024 else 4,
+            C=c, BLOCK_T=FINALIZE_TILES, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
     return Statistics(mean, var, invstd)
 
@@ -151,7 +155,7 @@ def bn_sum(partial, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     with device_guard(partial):
         launch(
             _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, splits, float(scale),
-            C=c, BLOCK_S=min(512, power_of_two_at_least(splits)), BLOCK_C=block_c,
+            C=c, BLOCK_S=SUM_SPLITS, BLOCK_C=block_c,
         )  # fmt: skip
     return dbeta, dgamma
 

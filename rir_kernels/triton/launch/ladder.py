@@ -5,7 +5,6 @@ raises OutOfResources before it launches: then the tile goes with fewer stages, 
 for the cheapest that needs as much less as was asked too much. Every process on such a GPU takes the same steps.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -50,9 +49,7 @@ def on_the_ladder(
 
 def _next_below(tile, error, needs, ranked):
     most = min(needs(tile) * error.limit // error.required, needs(tile) - 1)
-    fewer = [
-        dataclasses.replace(tile, num_stages=stages) for stages in range(tile.num_stages - 1, LEAST_STAGES - 1, -1)
-    ]
+    fewer = [tile._replace(num_stages=stages) for stages in range(tile.num_stages - 1, LEAST_STAGES - 1, -1)]
     return next((below for below in (*fewer, *(other for _, other in ranked)) if needs(below) <= most), None)
 
 

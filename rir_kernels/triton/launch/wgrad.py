@@ -1,5 +1,7 @@
 """Launches the weight-gradient kernel and the fixed-order sum over its splits."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
@@ -43,12 +45,12 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
 def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
     c_out, c_in = dz.shape[1], x.shape[1]
     cut = wgrad_cost.split(problem, tile, gpu)
+    cut = dataclasses.replace(cut, share=int(cut.share))  # NumPy's numbers are for the search
     columns = wgrad_cost.packed_columns(problem, tile.pack)
     packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
     partial = torch.empty(
         (cut.slots, packed["C_OUT"], kernel[0] * columns, packed["C_IN"]), dtype=torch.float32, device=x.device
     )
-    blocks = {"BLOCK_CO": tile.block_co, "BLOCK_CI": tile.block_ci}
     with device_guard(x):
         launch(
             _conv_bwd_weight_kernel,
@@ -58,8 +60,8 @@ def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
             partial,
             cdiv(problem.h, tile.box[1] * tile.rows),
             cdiv(problem.w // tile.pack, tile.box[2]),
-            cut.units,
-            cut.edge_units,
+            cut.tiles,
+            cut.edge_tiles,
             cut.share,
             **packed,
             KERNEL=(kernel[0], columns),
@@ -69,22 +71,24 @@ def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
             BOX=tile.box,
             ROWS=tile.rows,
             SKIPS=tile.skips,
-            STEPS=tile.steps,
+            BLOCK_CO=tile.block_co,
+            BLOCK_CI=tile.block_ci,
             PRECISION=dot_precision(x),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            **blocks,
         )
-        block, block_s = _sum_block(dw.numel(), cut.slots)
+        block = max(64, min(512, power_of_two_at_least(dw.numel() // REDUCTION_PROGRAMS)))  # programs for every SM
         launch(
             _sum_weight_grad_kernel,
             cdiv(dw.numel(), block),
             partial,
             dw,
-            cut.units,
-            cut.edge_units,
+            cut.tiles,
+            cut.edge_tiles,
             cut.share,
             cut.slots,
+            tile.block_co,
+            tile.block_ci,
             float(spec.conv_scale),
             C_OUT=c_out,
             C_IN=c_in,
@@ -92,9 +96,8 @@ def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
             PAD_W=problem.padding_w,
             PACK=tile.pack,
             PACKED_W=columns,
-            BLOCK_S=block_s,
+            BLOCK_S=ROWS_TILE // block,
             BLOCK=block,
-            **blocks,
         )
 
 
@@ -108,12 +111,6 @@ def weight_grad_problem(dz, x, kernel, spec) -> wgrad_cost.WgradProblem:
         has_border=packs and kernel[1] == 3 and spec.padding[1] == 1,
         packs=packs and has_aligned_rows(c_out, item) and has_aligned_rows(c_in, item),
     )  # fmt: skip
-
-
-def _sum_block(size, slots):
-    """Elements and slots that a program adds at a time: enough programs for every SM, and enough loads in flight."""
-    block = max(64, min(512, power_of_two_at_least(size // REDUCTION_PROGRAMS)))
-    return block, min(ROWS_TILE // block, power_of_two_at_least(slots))
 
 
 def _packed(x, pack):
