@@ -12,16 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import Parameter
 
-from . import calls, dispatch, fused, ops
-from .layout import as_channels_last, as_rows, is_channels_last
+from . import calls, fused, ops, plans
+from .layout import in_channels_last, is_channels_last
 from .preference import meant_by
 from .spec import ConvBNActSpec
-
-_PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
-_ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it
-_KEPT = 4096  # kinds of calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +41,13 @@ class Planned:
         """
         *norm, relu = upstream or (None,) * 6
         every = (*tensors, *(sums or (None, None)), *norm)
-        metadata = _kind(every)
+        metadata = plans.metadata(every)
         if metadata is None:
             return None
         kind = (*metadata, *needs, relu)
         if kind not in self._backward:
             backward = functools.partial(self._gradients, needs, upstream is not None, relu)
-            self._backward[kind] = _recorded(backward, every)
+            self._backward[kind] = plans.record(backward, every)
         plan = self._backward[kind]
         if plan is None:
             return None
@@ -86,25 +81,12 @@ def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format) -> t
     impl = meant_by(impl)
     # "auto" never means our kernels off the GPU: nothing to look up there
     may_launch = impl == "triton" or (impl == "auto" and getattr(tensors[0], "is_cuda", False))
-    metadata = _kind(tensors + buffers) if may_launch and type(momentum) is float else None
+    metadata = plans.metadata(tensors + buffers) if may_launch and type(momentum) is float else None
     # torch counts batches wherever the counter lies, a kernel on its own device alone
     if metadata is None or (buffers[2] is not None and buffers[2].device != tensors[0].device):
         return None
     save = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     return (*metadata, spec, training, torch_format, save, impl)
-
-
-def _kind(tensors) -> tuple | None:
-    """What of the tensors, and of torch's switches, a plan depends on; None where nothing may be planned."""
-    if tensors[0] is None or not {type(t) for t in tensors} <= _PLAIN or not dispatch.plainly_eager():
-        return None
-    try:
-        metadata = [
-            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % _ALIGNMENT) for t in tensors
-        ]
-    except RuntimeError:  # a sparse tensor has no strides
-        return None
-    return (*metadata, tensors[0].dtype == torch.float32 and dispatch.tf32_allowed())
 
 
 def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
@@ -118,7 +100,7 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     if planned.written and buffers[2] is not None:  # of the statistics torch leaves the version as it is
         torch.autograd.graph.increment_version([buffers[2]])
     if not planned.in_place:
-        tensors = _in_channels_last(tensors)
+        tensors = in_channels_last(tensors)
     # before the buffers are updated: where memory ends, nothing has changed
     copy = planned.copied and torch.empty(planned.copied, dtype=tensors[0].dtype, device=tensors[0].device)
     if planned.save:
@@ -137,7 +119,7 @@ def prepare(kind, tensors, buffers, spec, training, channels_last) -> None:
     """
     if kind in _planned:
         return
-    if len(_planned) >= _KEPT:
+    if len(_planned) >= plans.KEPT:
         _planned.clear()
     _planned[kind] = _plan(tensors, buffers, spec, training, channels_last, save=kind[-2])
 
@@ -156,28 +138,8 @@ def _plan(tensors, buffers, spec, training, channels_last, save):
         copied = None if channels_last or not is_channels_last(y) else y.shape
         return (y, z, mean, invstd) if save else (y,)
 
-    read = _in_channels_last(tensors)
-    plan = _recorded(forward, read + buffers)
+    read = in_channels_last(tensors)
+    plan = plans.record(forward, read + buffers)
     in_place = all(a is b for a, b in zip(tensors, read, strict=True))
     written = training and any(t is not None for t in buffers)
     return plan and Planned(plan, spec, training, save, copied, in_place, written)
-
-
-def _recorded(function, tensors):
-    """The plan of function(*tensors), None where it can have none."""
-    present = [t for t in tensors if t is not None]
-    # kernels are compiled for aligned addresses, and read the values of the channels one behind the other
-    if any(t.data_ptr() % _ALIGNMENT or (t.dim() == 1 and not t.is_contiguous()) for t in present):
-        return None
-    places = importlib.import_module("rir_kernels.triton.launch.places")
-    plan = importlib.import_module("rir_kernels.triton.launch.plan")
-    try:
-        return plan.record(function, tensors)
-    except places.Unplannable:
-        return None
-
-
-def _in_channels_last(tensors):
-    x, weight, *vectors = tensors[:5]
-    x = as_rows(x) if weight is None else as_channels_last(x)
-    return (x, weight, *vectors, *map(as_channels_last, tensors[5:]))

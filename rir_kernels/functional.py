@@ -162,10 +162,8 @@ def apply(
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     buffers = (running_mean, running_var, num_batches_tracked)
-    kind = None
-    if process_group is None:
-        kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
-    if kind is not None and (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
+    kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
+    if kind is not None and (y := _repeated(kind, process_group, tensors, buffers, momentum)) is not None:
         return y
     try:
         check_tensors(
@@ -181,7 +179,8 @@ def apply(
     residuals = tuple(residual for residual in residuals if residual.shape[1] > 0)
     asked, impl = impl, resolve(impl, x, weight, spec, training)
     channels_last = conv_format(x, weight) if torch_format else is_channels_last(x)
-    kernels = impl in ("hybrid", "triton") and x.shape[0] > 0
+    by_kernels = impl in ("hybrid", "triton")
+    kernels = by_kernels and x.shape[0] > 0
     if kernels and not channels_last:
         warn_of_copies(x)
     if impl == "triton" and weight is None and not spec.post_norm and (residuals or spec.branch_scale != 1.0):
@@ -190,7 +189,9 @@ def apply(
             running_var, num_batches_tracked, spec=dataclasses.replace(spec, branch_scale=1.0), training=training,
             momentum=momentum, impl=impl, process_group=process_group,
         )  # fmt: skip
-    if impl == "triton" and kind is not None and x.shape[0] > 0 and len(residuals) == len(tensors) - 5:
+    if impl != "triton" or x.shape[0] == 0 or len(residuals) != len(tensors) - 5:
+        kind = None
+    elif kind is not None and process_group is None:
         eager.prepare(kind, tensors, buffers, spec, training, channels_last)
         if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
@@ -199,13 +200,17 @@ def apply(
         calls.ran(x, weight, spec, training, asked=asked, meant=impl, impl=by)
     if kernels:
         x = as_rows(x) if weight is None else as_channels_last(x)
-        vectors = map(_dense, (bias, bn_weight, bn_bias))
+        vectors = [*map(_dense, (bias, bn_weight, bn_bias))]
+        if any(dense is not given for dense, given in zip(vectors, tensors[2:5], strict=True)):
+            kind = None
         tensors = (x, weight, *vectors, *map(as_channels_last, residuals))
     if process_group is not None:
         if not kernels:
             impl, tensors = "torch", (*tensors[:5], *residuals)
-        y = synchronized.conv_bn_act(process_group, tensors, buffers[:2], momentum, spec, impl, channels_last)
-    elif kernels:
+        return synchronized.conv_bn_act(
+            process_group, tensors, buffers, momentum, spec, impl, channels_last, by_kernels, kind
+        )
+    if kernels:
         statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
         y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
         y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
@@ -222,6 +227,12 @@ def apply(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
+
+
+def _repeated(kind, process_group, tensors, buffers, momentum):
+    if process_group is None:
+        return eager.repeat(kind, tensors, buffers, momentum)
+    return synchronized.repeat(kind, process_group, tensors, buffers, momentum)
 
 
 def _dense(vector):

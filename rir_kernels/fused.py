@@ -11,7 +11,7 @@ import torch
 from rir_kernels.spec import ConvBNActSpec
 
 
-def _kernels(impl: str, weight):
+def kernels(impl: str, weight):
     """(convolution, weight gradient, norm) launchers, imported late: triton is optional and its import is slow."""
     norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
     if weight is None:
@@ -25,25 +25,20 @@ def _kernels(impl: str, weight):
 
 def forward(
     x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
-    *, training, save, impl, momentum=0.0, batches=None, ranks=None,
+    *, training, save, impl, momentum=0.0, batches=None,
 ):  # fmt: skip
     """(y, z, mean, var, invstd); what is not computed is None, and so is z where x stands for it.
 
     training: batch statistics; z, mean, biased var and invstd are always there; running statistics and `batches`, their
     count, are updated where they are given. Otherwise the running statistics are used, and z, mean, invstd are
     kept only if `save`.
-
-    ranks (of `synchronized`): the batch is that of all of them; no running statistics are given then.
     """
-    conv, _, norm = _kernels(impl, weight)
+    conv, _, norm = kernels(impl, weight)
     if training:
         z, moments = conv.conv_train(x, weight, bias=bias, residuals=residuals, spec=spec)
         statistics = norm.bn_finalize(
             moments, spec.eps, running_mean=running_mean, running_var=running_var, batches=batches, momentum=momentum
         )
-        if ranks is not None:
-            pixels = z.numel() // z.shape[1]
-            statistics = norm.Statistics(*ranks.merge(statistics.mean, statistics.var, pixels, spec.eps))
         after = residuals if spec.post_norm else ()
         y = norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec)
         return y, None if weight is None else z, statistics.mean, statistics.var, statistics.invstd
@@ -59,7 +54,7 @@ def forward(
 
 def backward(
     dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec,
-    *, training, needs, impl, upstream=None, sums=None, ranks=None,
+    *, training, needs, impl, upstream=None, sums=None, means=None,
 ):  # fmt: skip
     """(dx, dweight, dbias, dgamma, dbeta, dresidual) as `needs` asks in that order, None elsewhere.
 
@@ -70,9 +65,9 @@ def backward(
     sum dy' * xhat of that layer, if they came with dx, or None. Times its `norm_scale` they are its `sums`, which
     spare it the reduction.
 
-    ranks: those of forward.
+    means: of dy' and dy' * xhat over all pixels that the statistics are of, where these are not the ones here alone.
     """
-    conv, wgrad, norm = _kernels(impl, weight)
+    conv, wgrad, norm = kernels(impl, weight)
     need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
     per_channel = {"mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta, "spec": spec}
     residual_is_dz = need_residual and not spec.post_norm
@@ -82,13 +77,10 @@ def backward(
     dx = dweight = dbias = dz = dresidual = upstream_sums = None
     if sums is None and (need_gamma or need_beta or need_bias or (training and need_dz)):
         sums = norm.bn_reduce(dy, z, y, **per_channel)
-    shares, count = sums, z.numel() // z.shape[1] if training else None
-    # by what requires a gradient before the norm, as on a rank that has no images and runs other operators
-    if ranks is not None and (need_dz or need_bias):
-        shares, count = ranks.means(sums), 1
     if need_dz or need_residual:
+        count = (1 if means else z.numel() // z.shape[1]) if training else None
         dz, dresidual = norm.bn_apply_grad(
-            dy, z, y, shares, count=count, **per_channel,
+            dy, z, y, means or sums, count=count, **per_channel,
             need_dz=need_dz, need_dres=need_residual and spec.post_norm,
         )  # fmt: skip
     if need_x:

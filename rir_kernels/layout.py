@@ -72,3 +72,10 @@ def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
 def empty_channels_last(shape, like: torch.Tensor) -> torch.Tensor:
     """Uninitialized, dense, with `like`'s dtype and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def in_channels_last(tensors) -> tuple:
+    """x, weight, bias, bn_weight, bn_bias and residuals, as the kernels read them."""
+    x, weight, *vectors = tensors[:5]
+    x = as_rows(x) if weight is None else as_channels_last(x)
+    return (x, weight, *vectors, *map(as_channels_last, tensors[5:]))

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 
-from . import fused, recomputing
+from . import fused, plans, recomputing
 from .chaining import Link
 from .joining import producer
 from .layout import empty_channels_last
@@ -169,17 +169,25 @@ def _spec(values) -> ConvBNActSpec:
     return ConvBNActSpec(tuple(stride), tuple(padding), tuple(dilation), *rest)
 
 
+def _hashable(options):
+    return tuple([tuple(option) if isinstance(option, list) else option for option in options])
+
+
 def _or_empty(tensors, like):
     return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
-def _forward(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *rest):
-    *spec, training, save, impl = rest
-    outputs = fused.forward(
+def _forward(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *options):
+    tensors = (x, weight, bias, bn_weight, bn_bias, running_mean, running_var, *residuals)
+    return _or_empty(plans.run(_launch_forward, _hashable(options), tensors), x)
+
+
+def _launch_forward(options, _, x, weight, bias, bn_weight, bn_bias, running_mean, running_var, *residuals):
+    *spec, training, save, impl = options
+    return fused.forward(
         x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, _spec(spec),
         training=training, save=save, impl=impl,
     )  # fmt: skip
-    return _or_empty(outputs, x)
 
 
 def _forward_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var, residuals, *rest):
@@ -193,12 +201,14 @@ def _forward_fake(x, weight, bias, bn_weight, bn_bias, running_mean, running_var
     return y, torch.empty_like(y) if keep and weight is not None else x.new_empty(0), *statistics
 
 
-def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):
-    *spec, training, needs, impl = rest
-    grads = fused.backward(
-        dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, _spec(spec), training=training, needs=needs, impl=impl
-    )
-    return _or_empty(grads, x)
+def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *options):
+    tensors = (dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias)
+    return _or_empty(plans.run(_launch_backward, _hashable(options), tensors), x)
+
+
+def _launch_backward(options, _, *tensors):
+    *spec, training, needs, impl = options
+    return fused.backward(*tensors, _spec(spec), training=training, needs=needs, impl=impl)
 
 
 def _backward_fake(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):

@@ -7,14 +7,14 @@ those of every other parameter do.
 """
 
 import functools
-import importlib
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from . import aten, fused, ops
-from .layout import to_format
+from . import aten, calls, halves, ops, plans
+from .layout import in_channels_last, to_format
+from .ranks import KernelRanks, Ranks
 
 
 def _untraced(function):
@@ -32,23 +32,66 @@ def _untraced(function):
     return call
 
 
-@_untraced
-def conv_bn_act(group, tensors, statistics, momentum, spec, impl, channels_last) -> torch.Tensor:
-    """y in that format, in training.
+_checked: dict[tuple, "_Kind"] = {}  # by `eager.kind_of`
 
-    tensors: x, weight, bias, bn_weight, bn_bias, residuals; statistics: the running ones, or Nones.
-    impl: "triton" and "hybrid", with tensors as the registered op has them and images in x; all others are ATen ops.
+
+def repeat(kind, group, tensors, buffers, momentum) -> torch.Tensor | None:
+    """y of a call like an earlier one, which was checked; None where there was none."""
+    checked = _checked.get(kind)
+    if checked is None:
+        return None
+    if calls.on():
+        impl = checked.impl
+        calls.ran(tensors[0], tensors[1], checked.spec, True, asked=impl, meant=impl, impl=impl)
+    return _by_kernels(group, in_channels_last(tensors), buffers, momentum, checked)
+
+
+@_untraced
+def conv_bn_act(group, tensors, buffers, momentum, spec, impl, channels_last, kernels, kind=None) -> torch.Tensor:
+    """y in that format, in training; the buffers are updated.
+
+    tensors: x, weight, bias, bn_weight, bn_bias, residuals; buffers: running_mean, running_var, num_batches_tracked, or
+    Nones. kernels: whether ranks that have images run kernels; impl: "triton" and "hybrid", with tensors as the
+    registered op has them and images in x; all others are ATen ops. kind: of calls that are like this one.
     """
-    ranks = _Ranks(group)
     if impl in ("hybrid", "triton"):
-        _, y = ops.ConvBNActFunction.apply(_FusedCall(ranks, spec, impl), (), 0.0, spec, True, impl, *tensors)
-    else:
-        x, weight, bias, bn_weight, bn_bias, *residuals = tensors
-        z = aten.before_norm(x, weight, bias, residuals, spec)
-        y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
+        checked = _Kind(spec, impl, channels_last, kind is not None)
+        if kind is not None:
+            if len(_checked) >= plans.KEPT:
+                _checked.clear()
+            checked = _checked.setdefault(kind, checked)
+        return _by_kernels(group, tensors, buffers, momentum, checked)
+    x, weight, bias, bn_weight, bn_bias, *residuals = tensors
+    z = aten.before_norm(x, weight, bias, residuals, spec)
+    ranks = KernelRanks(group, z.shape[1]) if kernels else Ranks(group)
+    y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
     y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
-    ranks.update_running(*statistics, momentum)
+    running_mean, running_var, batches = buffers
+    ranks.update_running(running_mean, running_var, momentum)
+    if batches is not None:
+        batches.add_(1)
     return y
+
+
+def _by_kernels(group, tensors, buffers, momentum, kind):
+    # memory for another format is taken before the buffers are updated: where it ends, nothing has changed
+    x, weight = tensors[:2]
+    copy = None if kind.channels_last else x.new_empty(kind.spec.output_shape(x, weight))
+    # a kernel reads the values of the channels one behind the other, and counts on its own device alone
+    *running, batches = buffers
+    dense = [buffer if buffer is None else buffer.contiguous() for buffer in running]
+    counted = batches is not None and batches.device == x.device
+    call = _FusedCall(Ranks(group), kind)
+    updated = (*dense, batches if counted else None)
+    _, y = ops.ConvBNActFunction.apply(call, updated, momentum, kind.spec, True, kind.impl, *tensors)
+    for buffer, values in zip(running, dense, strict=True):
+        if values is not buffer:
+            buffer.copy_(values)
+    if counted:  # of the statistics torch leaves the version as it is
+        torch.autograd.graph.increment_version([batches])
+    elif batches is not None:
+        batches.add_(1)
+    return y if copy is None else copy.copy_(y)
 
 
 def _norm(ranks, z, weight, bias, eps):
@@ -57,74 +100,64 @@ def _norm(ranks, z, weight, bias, eps):
     return _BatchNorm.apply(ranks, eps, z, weight, bias)
 
 
-class _Ranks:
-    """The ranks of a group, during one call and its backward."""
+class _Kind:
+    """What calls of one kind have in common: how they were checked, and the plans of their halves.
 
-    def __init__(self, group):
-        self._group = group
-        self.mean = self.var = self.count = None  # of all ranks; var is biased, count a tensor: reading it would wait
+    repeats: whether others like this one will come.
+    """
 
-    def merge(self, mean, var, count: int, eps: float):
-        """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""
-        channels = mean.numel()
-        gathered = self._gather(torch.cat([mean, var * count, mean.new_full((1,), count)]))
-        means, m2s, counts = gathered.split([channels, channels, 1], dim=1)
-        self.count = counts.sum()
-        # deviations from the mean of one rank that has any: sums of small numbers, where the means may be large
-        anchor = means.index_select(0, counts.argmax(0))
-        shifts = means - anchor
-        shift = (counts * shifts).sum(0) / self.count
-        self.mean = anchor[0] + shift
-        self.var = (m2s + counts * (shifts - shift).square()).sum(0) / self.count
-        return self.mean, self.var, (self.var + eps).rsqrt()
+    def __init__(self, spec, impl, channels_last, repeats):
+        self.spec, self.impl, self.channels_last, self.repeats = spec, impl, channels_last, repeats
+        self.moments = plans.Repeated(halves.moments, (spec, impl), repeats)
+        self.normalize = plans.Repeated(halves.normalize, spec, repeats)
+        self._backward = {}
 
-    def means(self, sums):
-        """Each sum over the pixels of this rank -> the mean over those of all."""
-        gathered = self._gather(torch.cat(sums))
-        return (gathered.sum(0) / self.count).chunk(len(sums))
-
-    def _gather(self, vector):
-        """[ranks, n]; sums over it have one order, where the one of an all-reduce is the backend's affair."""
-        gathered = vector.new_empty(torch.distributed.get_world_size(self._group), vector.numel())
-        torch.distributed.all_gather(list(gathered), vector, group=self._group)
-        return gathered
-
-    @torch.no_grad()
-    def update_running(self, running_mean, running_var, momentum) -> None:
-        """As torch.nn.functional.batch_norm does it, where there are any; nothing where no rank had a pixel."""
-        if running_mean is None:
-            return
-        unbiased = self.var * (self.count / (self.count - 1).clamp(min=1))  # torch's SyncBatchNorm: NaN for one pixel
-        moved = [
-            torch.where(self.count > 0, (1 - momentum) * buffer.to(batch.dtype) + momentum * batch, buffer)
-            for buffer, batch in ((running_mean, self.mean), (running_var, unbiased))
-        ]
-        running_mean.copy_(moved[0])  # once nothing more is allocated: both or none
-        running_var.copy_(moved[1])
+    def backward(self, tensors, needs, relu):
+        """Both halves, for tensors and needs like these."""
+        metadata = plans.metadata(tensors) if self.repeats else None
+        key = None if metadata is None else (metadata, needs, relu)
+        if key is None or key not in self._backward:
+            repeats = key is not None
+            self._backward[key] = (
+                plans.Repeated(halves.sums, self.spec, repeats),
+                plans.Repeated(halves.gradients, (self.spec, self.impl, needs, relu), repeats),
+            )
+        return self._backward[key]
 
 
 class _FusedCall:
     """What ops.ConvBNActFunction runs in place of a plan (eager.Planned)."""
 
-    def __init__(self, ranks, spec, impl):
-        self._ranks, self._spec, self._impl = ranks, spec, impl
+    def __init__(self, ranks, kind):
+        self._ranks, self._kind = ranks, kind
 
-    def plan(self, tensors, _momentum):
-        x, weight, bias, gamma, beta, *residuals = tensors
-        y, z, mean, _, invstd = fused.forward(
-            x, weight, bias, gamma, beta, None, None, residuals, self._spec,
-            training=True, save=True, impl=self._impl, ranks=self._ranks,
-        )  # fmt: skip
+    def plan(self, tensors, scalars):
+        x, weight, bias, gamma, beta, *residuals, running_mean, running_var, batches = tensors
+        before, after = ([], residuals) if self._kind.spec.post_norm else (residuals, [])
+        z, row = self._kind.moments((x, weight, bias, *before))
+        rows = self._ranks.gather(row)
+        norm = (x if z is None else z, rows, gamma, beta, running_mean, running_var, batches)
+        y, mean, invstd, self._ranks.count = self._kind.normalize((*norm, *after), scalars)
         return y, z, mean, invstd
 
     def gradients(self, tensors, needs, sums=None, upstream=None):
-        if upstream is not None:
-            upstream = importlib.import_module("rir_kernels.triton.launch.batchnorm").Upstream(*upstream)
-        gradients = fused.backward(
-            *tensors, self._spec, training=True, needs=needs, impl=self._impl,
-            upstream=upstream, sums=sums, ranks=self._ranks,
-        )  # fmt: skip
-        return gradients if upstream is None else (*gradients[:6], *(gradients[6] or (None, None)))
+        dy, _, _, z, y, *per_channel = tensors
+        *norm, relu = upstream or (None,)
+        sum_up, gradients = self._kind.backward((*tensors, *norm), tuple(needs), relu)
+        need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
+        # by what requires a gradient before the norm, as on a rank that has no images
+        exchanges = need_x or need_weight or need_bias or (need_residual and not self._kind.spec.post_norm)
+        rows = dgamma = dbeta = None
+        if exchanges or need_gamma or need_beta:
+            channels = z.shape[1]
+            if sums is None:
+                (row,) = sum_up((dy, z, y, *per_channel))
+            else:
+                row = F.pad(torch.stack(sums), (0, -channels % 4)).view(1, -1)
+            dbeta, dgamma = row.view(2, -1)[:, :channels]
+            rows = self._ranks.gather(row) if exchanges else None
+        found = gradients((dy, *tensors[1:], rows, self._ranks.count, *norm))
+        return (*found[:3], dgamma if need_gamma else None, dbeta if need_beta else None, *found[5:])
 
 
 class _BatchNorm(torch.autograd.Function):

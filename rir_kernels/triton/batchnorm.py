@@ -69,8 +69,9 @@ def _bn_finalize_fwd_kernel(
     tile_m2_ptr,
     tile_count_ptr,  # [tiles] fp32
     mean_ptr,  # [C] fp32
-    var_ptr,  # [C] fp32, biased
-    invstd_ptr,  # [C] fp32
+    var_ptr,  # [C] fp32, biased; M2 where invstd is not asked for
+    invstd_ptr,  # [C] fp32; or None
+    count_ptr,  # fp32; or None
     running_mean_ptr,  # [C], any float type, updated in place; or None
     running_var_ptr,  # [C], unbiased
     batches_ptr,  # int64, counted up; or None
@@ -78,6 +79,8 @@ def _bn_finalize_fwd_kernel(
     eps,
     momentum,
     C: tl.constexpr,
+    STRIDE: tl.constexpr,  # from tile to tile
+    COUNT_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -93,25 +96,32 @@ def _bn_finalize_fwd_kernel(
         tile = first + tl.arange(0, BLOCK_T)
         is_tile = tile < tiles
         mask = is_tile[:, None] & is_channel[None, :]
-        offset = tile[:, None] * C + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
-        weight = tl.load(tile_count_ptr + tile, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
+        offset = tile[:, None] * STRIDE + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
+        weight = tl.load(tile_count_ptr + tile * COUNT_STRIDE, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
         tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
         tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
         block_count = tl.sum(tl.sum(weight, 1), 0)
-        # deviations from the first tile's mean: sums of small numbers, where the means themselves may be large
-        anchor = tl.load(tile_mean_ptr + first * C + channel, mask=is_channel, other=0.0)
+        # deviations from the mean of a tile that is not empty: sums of small numbers, where the means may be large
+        fullest = first + tl.argmax(tl.sum(weight, 1), 0)
+        anchor = tl.load(tile_mean_ptr + fullest * STRIDE + channel, mask=is_channel, other=0.0)
         shift = tl.where(is_tile[:, None], tile_mean - anchor[None, :], 0.0)
-        block_shift = tl.sum(weight * shift, 0) / block_count
+        block_shift = tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)
         deviation = tl.where(is_tile[:, None], shift - block_shift[None, :], 0.0)
         block_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
         count, mean, m2 = merge_moments(count, mean, m2, block_count, anchor + block_shift, block_m2)
-    var = m2 / count
     tl.store(mean_ptr + channel, mean, mask=is_channel)
-    tl.store(var_ptr + channel, var, mask=is_channel)
-    tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=is_channel)
+    if invstd_ptr is None:
+        tl.store(var_ptr + channel, m2, mask=is_channel)
+    else:
+        var = m2 / count
+        tl.store(var_ptr + channel, var, mask=is_channel)
+        tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=is_channel)
+    if count_ptr is not None:
+        tl.store(count_ptr, count, mask=tl.program_id(0) == 0)
     if running_mean_ptr is not None:
+        momentum = tl.where(count > 0, momentum, 0.0)  # no pixel on any rank
         _update_running(running_mean_ptr + channel, mean, momentum, is_channel)
-        _update_running(running_var_ptr + channel, m2 / (count - 1.0), momentum, is_channel)
+        _update_running(running_var_ptr + channel, m2 / tl.maximum(count - 1.0, 1.0), momentum, is_channel)
     if batches_ptr is not None:
         tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
 
@@ -261,9 +271,11 @@ def _bn_sum_bwd_kernel(
     partial_ptr,  # [splits, 2, C] fp32
     dbeta_ptr,  # [C] fp32: s1
     dgamma_ptr,  # s2
+    count_ptr,  # fp32 that the sums are divided by; or None
     splits,
     scale,
     C: tl.constexpr,
+    STRIDE: tl.constexpr,  # from one sum to the other, and to the next split's
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -278,11 +290,14 @@ def _bn_sum_bwd_kernel(
     total = tl.zeros([BLOCK_C], dtype=tl.float32)
     for first in tl.range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
-        offset = (2 * split + which)[:, None] * C + channel[None, :]
+        offset = (2 * split + which)[:, None] * STRIDE + channel[None, :]
         mask = (split < splits)[:, None] & is_channel[None, :]
         total += tl.sum(tl.load(partial_ptr + offset, mask=mask, other=0.0), 0)
-    tl.store(dbeta_ptr + channel, total * scale, mask=is_channel & (which == 0))
-    tl.store(dgamma_ptr + channel, total * scale, mask=is_channel & (which == 1))
+    total *= scale
+    if count_ptr is not None:
+        total /= tl.load(count_ptr)
+    tl.store(dbeta_ptr + channel, total, mask=is_channel & (which == 0))
+    tl.store(dgamma_ptr + channel, total, mask=is_channel & (which == 1))
 
 
 @triton.jit(do_not_specialize=["M", "inv_count", "branch_scale"])

@@ -103,18 +103,18 @@ def assert_same(found, expected, **tolerance):
 @contextlib.contextmanager
 def counted_gathers():
     """[how often this rank gathered]"""
-    count, gather = [0], dist.all_gather
+    count, gather = [0], dist.all_gather_into_tensor
 
     @functools.wraps(gather)
     def counting(*args, **kwargs):
         count[0] += 1
         return gather(*args, **kwargs)
 
-    dist.all_gather = counting
+    dist.all_gather_into_tensor = counting
     try:
         yield count
     finally:
-        dist.all_gather = gather
+        dist.all_gather_into_tensor = gather
 
 
 def settled(model, dtype=torch.float64, device="cpu"):

@@ -50,7 +50,8 @@ def test_both_ways_agree(target, training, taken):
         state, expected = (layer.bn.state_dict() for layer in layers)
         torch.testing.assert_close(state, expected, rtol=4 * 2**-24, atol=0)
         assert state["num_batches_tracked"] == (seed + 1 if training else 0)
-    assert len(taken) == (6 if training else 3)  # gradients have plans of their own
+    # gradients have plans too, by either way: the op's backward runs where nothing watches any more
+    assert len(taken) == (9 if training else 3)
 
 
 @targets
@@ -110,6 +111,7 @@ class _Watch(TorchDispatchMode):
 
 @targets
 def test_who_watches_sees_the_op(target, taken):
+    """By a plan as well: what watches stands around the op, not within it."""
     layer = _layer(target)
     x = rand((2, 8, 4, 4), target, seed=1)
     layer(x)
@@ -119,7 +121,7 @@ def test_who_watches_sees_the_op(target, taken):
     torch.compile(layer, backend="eager", fullgraph=True)(x)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         layer(x)
-    assert len(taken) == 1
+    assert len(taken) == 3
 
 
 @targets
@@ -153,7 +155,7 @@ def test_unaligned_memory_goes_the_long_way(target, taken):
 
 @targets
 def test_what_cannot_be_planned_is_recorded_once(target, taken, monkeypatch):
-    """Later calls of the kind go the long way at once."""
+    """By the call and by the op within it: later calls of the kind go the long way at once."""
     recorded = []
     record = plan.record
     monkeypatch.setattr(plan, "record", lambda *args: recorded.append(1) or record(*args))
@@ -161,7 +163,7 @@ def test_what_cannot_be_planned_is_recorded_once(target, taken, monkeypatch):
     layer, x = _layer(target).eval(), rand((2, 8, 4, 4), target, seed=1)
     with torch.no_grad():
         results = [layer(x) for _ in range(3)]
-    assert len(recorded) == 1 and taken == []
+    assert len(recorded) == 2 and taken == []
     assert torch.equal(results[0], results[2])
 
 

@@ -16,7 +16,7 @@ from rir_kernels.triton.batchnorm import (
 )
 from rir_kernels.triton.config import rows_config
 from rir_kernels.triton.cost import cdiv
-from rir_kernels.triton.launch.runtime import device_guard, launch
+from rir_kernels.triton.launch.runtime import aligned_channels, device_guard, launch
 
 # Few programs, which wait for memory: as many at a time as registers hold. However many there are, so that one kernel
 # serves every batch.
@@ -36,6 +36,33 @@ class TileMoments:
         # each a buffer, whose address is aligned however many tiles there are
         mean, m2 = (torch.empty((tiles, channels), dtype=torch.float32, device=device) for _ in range(2))
         return cls(mean, m2, torch.empty(tiles, dtype=torch.float32, device=device))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the ranks of a group tell each other, as rows of `width` fp32 numbers: [mean | M2 | count], [sum | sum].
+
+    The parts of a row start at multiples of 16 bytes, as kernels are compiled for.
+    """
+
+    channels: int
+
+    @property
+    def pitch(self) -> int:
+        return aligned_channels(self.channels, 4)
+
+    @property
+    def width(self) -> int:
+        return 2 * self.pitch + aligned_channels(1, 4)
+
+    def moments(self, rows: torch.Tensor) -> TileMoments:
+        """Those of [ranks, width], as of so many tiles: views."""
+        means, m2s = (rows[:, first : first + self.channels] for first in (0, self.pitch))
+        return TileMoments(means, m2s, rows[:, 2 * self.pitch])
+
+    def sums(self, rows: torch.Tensor) -> torch.Tensor:
+        """Both sums of [ranks, 2 * pitch], as [ranks, 2, C]: a view."""
+        return rows.view(-1, 2, self.pitch)[..., : self.channels]
 
 
 @dataclass(frozen=True)
@@ -79,21 +106,41 @@ def bn_stats(z) -> TileMoments:
 
 
 def bn_finalize(
-    moments: TileMoments, eps: float, *, running_mean=None, running_var=None, batches=None, momentum: float = 0.0
+    moments: TileMoments, eps: float, *, running_mean=None, running_var=None, batches=None, momentum=0.0, count=None
 ) -> Statistics:
-    """Merges the tiles in their order; running statistics and the count of batches are updated where they are given."""
-    tiles, c = moments.mean.shape
+    """Merges the tiles in their order; running statistics and the count of batches are updated where they are given.
+
+    count: [1] fp32, where the number of pixels is left; or None.
+    """
+    c, device = moments.mean.shape[1], moments.mean.device
     # three buffers, not slices of one: they are outputs of an op, which must not alias
-    mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=moments.mean.device) for _ in range(3))
+    mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=device) for _ in range(3))
+    _finalize(moments, eps, mean, var, invstd, count, running_mean, running_var, batches, momentum)
+    return Statistics(mean, var, invstd)
+
+
+def bn_share(moments: TileMoments) -> torch.Tensor:
+    """The tiles merged in their order, as a row of `Shared`."""
+    shared = Shared(moments.mean.shape[1])
+    row = torch.empty((1, shared.width), dtype=torch.float32, device=moments.mean.device)
+    merged = shared.moments(row)
+    _finalize(moments, 0.0, merged.mean, merged.m2, None, merged.count)
+    return row
+
+
+def _finalize(
+    moments, eps, mean, var, invstd, count, running_mean=None, running_var=None, batches=None, momentum=0.0
+):  # fmt: skip
+    tiles, c = moments.mean.shape
     block_c = 8
     with device_guard(mean):
         launch(
             _bn_finalize_fwd_kernel, cdiv(c, block_c),
-            moments.mean, moments.m2, moments.count, mean, var, invstd, running_mean, running_var, batches,
+            moments.mean, moments.m2, moments.count, mean, var, invstd, count, running_mean, running_var, batches,
             tiles, float(eps), momentum,
-            C=c, BLOCK_T=FINALIZE_TILES, BLOCK_C=block_c, num_warps=8,
+            C=c, STRIDE=moments.mean.stride(0), COUNT_STRIDE=moments.count.stride(0),
+            BLOCK_T=FINALIZE_TILES, BLOCK_C=block_c, num_warps=8,
         )  # fmt: skip
-    return Statistics(mean, var, invstd)
 
 
 def bn_running(running_mean, running_var, eps: float) -> Statistics:
@@ -133,6 +180,19 @@ def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tenso
 
     dy has evenly spaced pixels (`evenly_spaced`); y gives the ReLU's mask, or None: z does.
     """
+    return bn_sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale)
+
+
+def bn_share_sums(dy, z, y, *, mean, invstd, gamma, beta, spec) -> torch.Tensor:
+    """Likewise, as a row of `Shared`."""
+    shared = Shared(z.shape[1])
+    row = torch.empty((1, 2 * shared.pitch), dtype=torch.float32, device=z.device)
+    _sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale, None, *shared.sums(row)[0])
+    return row
+
+
+def _reduced(dy, z, y, mean, invstd, gamma, beta, spec):
+    """[splits, 2, C]"""
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
@@ -144,20 +204,28 @@ def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tenso
             dy, z, y, mean, invstd, gamma, beta, partial, rows, config.steps, _pitch(dy),
             C=c, RELU=spec.relu, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
-    return bn_sum(partial, spec.norm_scale)
+    return partial
 
 
-def bn_sum(partial, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dbeta, dgamma), fp32: `scale` times the sums over partial [splits, 2, C], in a fixed order."""
-    splits, _, c = partial.shape
+def bn_sum(partial, scale: float, count=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dbeta, dgamma), fp32: `scale` times the sums over partial [splits, 2, C], in a fixed order.
+
+    count: [1] fp32 that they are divided by, or None.
+    """
+    c = partial.shape[2]
     dbeta, dgamma = (torch.empty(c, dtype=torch.float32, device=partial.device) for _ in range(2))
+    _sum(partial, scale, count, dbeta, dgamma)
+    return dbeta, dgamma
+
+
+def _sum(partial, scale, count, dbeta, dgamma):
+    splits, _, c = partial.shape
     block_c = 8
     with device_guard(partial):
         launch(
-            _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, splits, float(scale),
-            C=c, BLOCK_S=SUM_SPLITS, BLOCK_C=block_c,
+            _bn_sum_bwd_kernel, 2 * cdiv(c, block_c), partial, dbeta, dgamma, count, splits, float(scale),
+            C=c, STRIDE=partial.stride(1), BLOCK_S=SUM_SPLITS, BLOCK_C=block_c,
         )  # fmt: skip
-    return dbeta, dgamma
 
 
 def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, need_dz=True, need_dres=False):

@@ -1,0 +1,81 @@
+"""What the ranks of a process group make of their statistics together: one gather, and Chan's formula in their order.
+
+`Ranks` merges by torch's operators; `KernelRanks` by the kernels that the ranks with images run, to the same bits.
+"""
+
+import importlib
+
+import torch
+
+
+class Ranks:
+    """The ranks of a group, during one call and its backward."""
+
+    def __init__(self, group):
+        self._group = group
+        self.mean = self.var = self.count = None  # of all ranks; var is biased, count a tensor: reading it would wait
+
+    def merge(self, mean, var, count: int, eps: float):
+        """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""
+        channels = mean.numel()
+        rows = self.gather(torch.cat([mean, var * count, mean.new_full((1,), count)]))
+        means, m2s, counts = rows.split([channels, channels, 1], dim=1)
+        self.count = counts.sum()
+        # deviations from the mean of one rank that has any: sums of small numbers, where the means may be large
+        anchor = means.index_select(0, counts.argmax(0))
+        shifts = means - anchor
+        shift = (counts * shifts).sum(0) / self.count
+        self.mean = anchor[0] + shift
+        self.var = (m2s + counts * (shifts - shift).square()).sum(0) / self.count
+        return self.mean, self.var, (self.var + eps).rsqrt()
+
+    def means(self, sums):
+        """Each sum over the pixels of this rank -> the mean over those of all."""
+        return (self.gather(torch.cat(sums)).sum(0) / self.count).chunk(len(sums))
+
+    def gather(self, row):
+        """[ranks, n] of a row; sums over it have one order, where the one of an all-reduce is the backend's affair."""
+        rows = row.new_empty(torch.distributed.get_world_size(self._group) * row.numel())
+        torch.distributed.all_gather_into_tensor(rows, row.view(-1), group=self._group)
+        return rows.view(-1, row.numel())
+
+    @torch.no_grad()
+    def update_running(self, running_mean, running_var, momentum) -> None:
+        """As torch.nn.functional.batch_norm does it, where there are any; nothing where no rank had a pixel."""
+        if running_mean is None:
+            return
+        unbiased = self.var * (self.count / (self.count - 1).clamp(min=1))  # torch's SyncBatchNorm: NaN for one pixel
+        moved = [
+            torch.where(self.count > 0, (1 - momentum) * buffer.to(batch.dtype) + momentum * batch, buffer)
+            for buffer, batch in ((running_mean, self.mean), (running_var, unbiased))
+        ]
+        running_mean.copy_(moved[0])  # once nothing more is allocated: both or none
+        running_var.copy_(moved[1])
+
+
+class KernelRanks(Ranks):
+    """A rank without images among ranks that run kernels: it has their part in both exchanges."""
+
+    def __init__(self, group, channels):
+        super().__init__(group)
+        self._norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
+        self._shared = self._norm.Shared(channels)
+        self._rows = None
+
+    def merge(self, mean, var, count, eps):
+        """Statistics of no pixel: the others'."""
+        self._rows = self.gather(mean.new_zeros(self._shared.width))
+        self.count = mean.new_empty(1)
+        statistics = self._norm.bn_finalize(self._shared.moments(self._rows), eps, count=self.count)
+        return statistics.mean, statistics.var, statistics.invstd
+
+    def means(self, sums):
+        rows = self.gather(sums[0].new_zeros(2 * self._shared.pitch))
+        return self._norm.bn_sum(self._shared.sums(rows), 1.0, self.count)
+
+    def update_running(self, running_mean, running_var, momentum) -> None:
+        if running_mean is not None:
+            self._norm.bn_finalize(
+                self._shared.moments(self._rows), 0.0, running_mean=running_mean, running_var=running_var,
+                momentum=momentum,
+            )  # fmt: skip
