@@ -9,6 +9,7 @@
     with rir.record_calls(model) as calls: ...         every operation that ran, and in which implementation
     rir.compare(reference, candidate, inputs)          proof of equivalence
     rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
+    rir.precompile(model, images)                      its kernels compiled ahead of the first step, in parallel
     with rir.preserved_statistics(model): ...          what warms up a CUDA graph does not count as batches
     with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
 
@@ -21,6 +22,7 @@ from .env import env_report
 from .equivalence import EquivalenceReport, compare
 from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
+from .precompiling import PrecompileReport, precompile
 from .preference import use_impl
 from .recomputing import recompute
 from .surgery import (
@@ -42,6 +44,7 @@ __all__ = [
     "EquivalenceReport",
     "FusionReport",
     "FusionStatus",
+    "PrecompileReport",
     "RiRBlock",
     "RiRLayer",
     "SyncBatchNorm2d",
@@ -53,6 +56,7 @@ __all__ = [
     "fuse_",
     "fused_source",
     "fusion_status",
+    "precompile",
     "preserved_statistics",
     "recompute",
     "record_calls",

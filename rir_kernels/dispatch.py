@@ -29,6 +29,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class _PerThread(threading.local):
     watched = False  # whether each launch is to be looked at, or chosen
+    gpu: str | None = None  # the name of the one that meta tensors stand for tensors on
 
 
 _state = _PerThread()
@@ -43,6 +44,26 @@ def watched():
         yield
     finally:
         _state.watched = saved
+
+
+@contextlib.contextmanager
+def standing_for(gpu: str):
+    """Within it meta tensors of this thread count as tensors on a GPU that runs the kernels; "": of no known name."""
+    _state.gpu, saved = gpu, _state.gpu
+    try:
+        yield
+    finally:
+        _state.gpu = saved
+
+
+def device_kind(device: torch.device) -> str:
+    """The device's type; that of a GPU where meta tensors stand for tensors on one."""
+    return "cuda" if device.type == "meta" and _state.gpu is not None else device.type
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU, or stands for a tensor that is."""
+    return device_kind(x.device) == "cuda"
 
 
 def plainly_eager() -> bool:
@@ -108,13 +129,13 @@ def _choose(x, weight, spec, training):
     """What "auto" takes, and why that is not "triton"."""
     if x.device.type not in ("cuda", "cpu", "meta"):
         warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
-    if x.device.type != "cuda":
+    if not on_gpu(x):
         return "torch", "x is not on a CUDA device"
     if x.dtype not in KERNEL_DTYPES:
         return "torch", "the kernels take float16, bfloat16 and float32"
     if _transformed():
         return "torch", "the kernels have no rules for torch.func and forward-mode AD"
-    if missing := _missing_on(x.device.index):
+    if missing := triton_missing() if x.is_meta else _missing_on(x.device.index):
         warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch", missing
     if weight is None:
@@ -128,7 +149,7 @@ def _choose(x, weight, spec, training):
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    measured = measured_choice(_device_name(x.device.index), key)
+    measured = measured_choice(_state.gpu if x.is_meta else _device_name(x.device.index), key)
     return (measured, "measured to be faster here") if measured else ("triton", "")
 
 
@@ -146,6 +167,8 @@ def _require_kernels(impl, x):
     if x.device.type == "cuda":
         if missing := _missing_on(x.device.index):
             raise RuntimeError(f'impl="{impl}": {missing}')
+    elif on_gpu(x):
+        return
     elif x.device.type == "cpu" and interpreting():
         if x.dtype == torch.bfloat16:
             raise TypeError(

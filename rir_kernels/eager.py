@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import calls, fused, ops, plans
+from .dispatch import on_gpu
 from .layout import in_channels_last, is_channels_last
 from .preference import meant_by
 from .spec import ConvBNActSpec
@@ -69,7 +70,7 @@ class Planned:
         return (*gradients[:6], *(gradients[6] or (None, None))) if has_upstream else gradients
 
 
-_planned: dict[tuple, Planned | None] = {}
+_planned = plans.Kinds()  # kind: Planned, or None where there can be no plan
 
 
 def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format) -> tuple | None:
@@ -80,7 +81,7 @@ def kind_of(tensors, buffers, spec, training, momentum, impl, torch_format) -> t
     """
     impl = meant_by(impl)
     # "auto" never means our kernels off the GPU: nothing to look up there
-    may_launch = impl == "triton" or (impl == "auto" and getattr(tensors[0], "is_cuda", False))
+    may_launch = impl == "triton" or (impl == "auto" and isinstance(tensors[0], torch.Tensor) and on_gpu(tensors[0]))
     metadata = plans.metadata(tensors + buffers) if may_launch and type(momentum) is float else None
     # torch counts batches wherever the counter lies, a kernel on its own device alone
     if metadata is None or (buffers[2] is not None and buffers[2].device != tensors[0].device):
@@ -117,11 +118,8 @@ def prepare(kind, tensors, buffers, spec, training, channels_last) -> None:
 
     channels_last: the output's format, of which a kind has one.
     """
-    if kind in _planned:
-        return
-    if len(_planned) >= plans.KEPT:
-        _planned.clear()
-    _planned[kind] = _plan(tensors, buffers, spec, training, channels_last, save=kind[-2])
+    if kind not in _planned:
+        _planned.remember(kind, _plan(tensors, buffers, spec, training, channels_last, save=kind[-2]))
 
 
 def _plan(tensors, buffers, spec, training, channels_last, save):

@@ -3,9 +3,11 @@
 What such a call launches is known from the first one, which leaves a plan (`triton.launch.plan`).
 """
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch.nn import Parameter
@@ -14,9 +16,41 @@ from . import dispatch
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
 _ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it
-KEPT = 4096  # kinds of calls
 _NOT_YET = object()
-_repeated: dict[tuple, "Repeated"] = {}
+_KEPT = 4096  # kinds of calls
+
+
+class Kinds(dict):
+    """What is known of calls, by their kind; as many as fit, and apart from all others within `apart`."""
+
+    _all: ClassVar[list["Kinds"]] = []
+
+    def __init__(self):
+        super().__init__()
+        self._all.append(self)
+
+    def remember(self, kind, value):
+        """The value, or what was remembered already."""
+        if len(self) >= _KEPT:
+            self.clear()
+        return self.setdefault(kind, value)
+
+    @classmethod
+    @contextlib.contextmanager
+    def apart(cls) -> Iterator[None]:
+        """Within it nothing is known, and nothing of what is learnt there is known after it."""
+        saved = [(kinds, kinds.copy()) for kinds in cls._all]
+        try:
+            for kinds, _ in saved:
+                kinds.clear()
+            yield
+        finally:
+            for kinds, known in saved:
+                kinds.clear()
+                kinds.update(known)
+
+
+_repeated = Kinds()
 
 
 def run(function: Callable, options: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple:
@@ -25,11 +59,8 @@ def run(function: Callable, options: Hashable, tensors: Sequence[torch.Tensor | 
     if kind is None:
         return function(options, (), *tensors)
     key = (function, options, kind)
-    if key not in _repeated:
-        if len(_repeated) >= KEPT:
-            _repeated.clear()
-        _repeated[key] = Repeated(function, options)
-    return _repeated[key](tensors)
+    repeated = _repeated.get(key) or _repeated.remember(key, Repeated(function, options))
+    return repeated(tensors)
 
 
 class Repeated:

@@ -32,7 +32,7 @@ def _untraced(function):
     return call
 
 
-_checked: dict[tuple, "_Kind"] = {}  # by `eager.kind_of`
+_checked = plans.Kinds()  # by `eager.kind_of`
 
 
 def repeat(kind, group, tensors, buffers, momentum) -> torch.Tensor | None:
@@ -57,9 +57,7 @@ def conv_bn_act(group, tensors, buffers, momentum, spec, impl, channels_last, ke
     if impl in ("hybrid", "triton"):
         checked = _Kind(spec, impl, channels_last, kind is not None)
         if kind is not None:
-            if len(_checked) >= plans.KEPT:
-                _checked.clear()
-            checked = _checked.setdefault(kind, checked)
+            checked = _checked.remember(kind, checked)
         return _by_kernels(group, tensors, buffers, momentum, checked)
     x, weight, bias, bn_weight, bn_bias, *residuals = tensors
     z = aten.before_norm(x, weight, bias, residuals, spec)

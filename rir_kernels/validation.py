@@ -18,6 +18,7 @@ from .arguments import (
     check_positive_int,
 )
 from .compiling import not_traced
+from .dispatch import device_kind
 from .spec import ConvBNActSpec
 from .streams import check_image
 
@@ -126,9 +127,10 @@ def as_residuals(residual) -> tuple:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast gives to convolutions on this device now, None outside autocast."""
+    kind = device_kind(device)
     # asked first, since "meta" and others have no autocast, and raise
-    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 

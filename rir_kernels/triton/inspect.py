@@ -62,7 +62,7 @@ class Row:
         return not self.faults
 
 
-class _CompileOnlyDriver:
+class CompileOnlyDriver:
     """What JITFunction asks of a driver when it compiles without launching."""
 
     def __init__(self, arch: str):
@@ -93,7 +93,7 @@ def compiling(arch: str) -> Iterator[list]:
 
     from rir_kernels.triton.launch import runtime
 
-    driver.set_active(_CompileOnlyDriver(arch))
+    driver.set_active(CompileOnlyDriver(arch))
     compiled = []
 
     def record(kernel, _programs, *args, **options):

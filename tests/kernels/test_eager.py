@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager
+from rir_kernels import dispatch, eager, plans
 from rir_kernels.triton.launch import plan
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
@@ -18,7 +18,7 @@ targets = pytest.mark.parametrize("target", TARGETS)
 @pytest.fixture
 def taken(monkeypatch):
     """A list that grows by one with each call that takes the short way; nothing is known at the start."""
-    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(eager, "_planned", plans.Kinds())
     calls = []
     run = plan.Plan.__call__
     monkeypatch.setattr(plan.Plan, "__call__", lambda *args: calls.append(1) or run(*args))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, layout, ops
+from rir_kernels import dispatch, eager, layout, ops, plans
 from rir_kernels.layout import is_channels_last
 
 from .targets import ieee_fp32  # noqa: F401 (an autouse fixture)
@@ -22,7 +22,7 @@ PAIRS = list(itertools.product((NCHW, NHWC), repeat=2))  # of images and weights
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """No plans from earlier calls, and nothing has been warned of."""
-    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(eager, "_planned", plans.Kinds())
     monkeypatch.setattr(dispatch, "_warned", set())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, fused, norm_state, ops, reference
+from rir_kernels import dispatch, eager, fused, norm_state, ops, plans, reference
 from rir_kernels.functional import norm_act
 from rir_kernels.layout import is_channels_last
 from rir_kernels.spec import ConvBNActSpec
@@ -269,7 +269,7 @@ def test_compiles_without_a_graph_break(target, at):
 @pytest.fixture
 def taken(monkeypatch):
     """A list that grows by one with each call that takes the short way; nothing is known at the start."""
-    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(eager, "_planned", plans.Kinds())
     calls = []
     repeat = Plan.__call__
     monkeypatch.setattr(Plan, "__call__", lambda *args: calls.append(1) or repeat(*args))

@@ -1,6 +1,5 @@
 """The sums of the layer upstream, which the data gradient computes beside dx, against its own reduction and fp64."""
 
-
 import pytest
 import torch
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, fused
+from rir_kernels import dispatch, eager, fused, plans
 from tests.helpers import conv_formula, make_call, module_results, output_gradient, run, scrambled
 from tests.kernels.targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 from tests.negative.forms import by, by_every_form, check_call, forms, launches, make_pair, modes, moved, norms, ways  # noqa: F401
@@ -413,7 +413,7 @@ def test_row_30_the_kernels_are_not_asked_to_save(monkeypatch, device):
         with dispatch.watched(), mode():
             conv_bn_act(**leaves, **others)
     assert asked == [False, False, True]
-    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(eager, "_planned", plans.Kinds())
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             conv_bn_act(**leaves, **others)

@@ -1,39 +1,39 @@
-"""Which kernels a training step still has to compile after its units were compiled ahead: their names, as JSON.
+"""rir.precompile, and what a training step and an inference still compile after it, as JSON.
 
     python tests/simulated/precompiled.py FOLDER
 
-TRITON_CACHE_DIR is FOLDER's own, and empty at the start.
+TRITON_CACHE_DIR is FOLDER's own, and empty at the start. Both reports, of the first call and of a second one, and the
+names of kernels that were compiled by the steps.
 """
 
-import copy
+import dataclasses
 import json
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 import rir_kernels as rir
-from bench.first import units
-from bench.modules import prepared
-from bench.networks import BasicBlock, Bottleneck
-from rir_kernels.triton.inspect import compile_for_real
 
-SHAPE = 2, 16, 8, 8
+SHAPE = 2, 8, 8, 8
 
 
 def main():
     folder = Path(sys.argv[1])
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-    model = torch.nn.Sequential(BasicBlock(16, 16), Bottleneck(16, 16, stride=2))
-    for layer in model.modules():
-        if isinstance(layer, rir.ConvBNAct):
-            layer.impl = "triton"
-    found = units.of_network(copy.deepcopy(model), SHAPE, torch.bfloat16)
-    with ProcessPoolExecutor(2, get_context("spawn"), initializer=compile_for_real) as pool:
-        counts = list(pool.map(units.compile_unit, found, [torch.bfloat16] * len(found), ["sm_90"] * len(found)))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 1),
+    )
+    rir.fuse_(model, impl="triton")
+    model.to(torch.bfloat16, memory_format=torch.channels_last)
+    images = torch.zeros(SHAPE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reports = [rir.precompile(model, images, training=mode, workers=2, arch="sm_90") for mode in (True, False, True)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
     import driver
     from triton import knobs
@@ -44,12 +44,12 @@ def main():
     dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
     missed = []
     knobs.compilation.listener = lambda **seen: seen["cache_hit"] or missed.append(seen["src"].name)
-    model = prepared(model, torch.bfloat16, torch.device("cpu")).train()
-    images = torch.zeros(SHAPE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     for _ in range(2):
-        y = model(images)
+        y = model.train()(images)
         y.backward(torch.ones_like(y))
-    json.dump({"units": len(found), "compiled": sum(counts), "missed": missed}, sys.stdout)
+    with torch.no_grad():
+        model.eval()(images)
+    json.dump({"reports": [dataclasses.asdict(report) for report in reports], "missed": missed}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rir_kernels.dispatch import interpreting
 from rir_kernels.triton.launch.compiled import CompiledLaunch, compile_for, tensor_of
 from rir_kernels.triton.launch.places import Place, Slot, Unplannable
-from rir_kernels.triton.launch.runtime import device_guard, intercepted, observers, report
+from rir_kernels.triton.launch.runtime import device_guard, foreseeing, intercepted, observers, report
 
 _ALLOCATIONS = frozenset({"aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _IN_PLACE = frozenset({"aten::copy_", "aten::zero_"})
@@ -39,7 +39,7 @@ class Plan:
         self._outputs = outputs  # per output of the function the index of its buffer, or None
         self._fresh = fresh  # (size, stride, dtype) of each buffer that is handed out
         self._workspace = workspace  # fp32 numbers: all other memory that is needed
-        self._interpreted = interpreting()
+        self._runs_steps = interpreting() or device.type == "meta"
         self._ready = {}  # compiled launches depend on addresses alone, and are kept for those that come again
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], scalars: tuple[float, ...] = ()) -> tuple:
@@ -52,12 +52,12 @@ class Plan:
             buffers.append(torch.empty(self._workspace, dtype=torch.float32, device=device))
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else _HERE:
-            for step in self._steps if self._interpreted else self._at(buffers, scalars):
+            for step in self._steps if self._runs_steps else self._at(buffers, scalars):
                 if type(step) is functools.partial:
                     step()
                 else:
                     step(buffers, scalars)
-        if observers:
+        if observers and device.type != "meta":
             for launch in self._launches:
                 report(*launch)
         return tuple([None if index is None else buffers[index] for index in self._outputs])
@@ -103,6 +103,8 @@ class _Recorder(TorchDispatchMode):
         self._steps = []
         self._launches = []
         self._launch_step = _InterpretedLaunch if interpreting() else CompiledLaunch
+        if foreseeing():
+            self._launch_step = _ForeseenLaunch
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -164,6 +166,16 @@ class _OperatorStep:
     def __call__(self, buffers, scalars):
         with torch.no_grad():
             self._operator(*[where.view(buffers) for where in self._places], *self._others)
+
+
+class _ForeseenLaunch:
+    """A launch that is noted when it is planned, and never made."""
+
+    def __init__(self, _place, kernel, _programs, args, options):
+        foreseeing()(kernel, args, options)
+
+    def __call__(self, buffers, scalars):
+        pass
 
 
 class _InterpretedLaunch:

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch import interpreting, overlap_asked, tf32_allowed, watched
+from rir_kernels.dispatch import interpreting, overlap_asked, standing_for, tf32_allowed, watched
 from rir_kernels.triton import cache
 from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
 
@@ -23,6 +23,7 @@ ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 
 # (function, device) where launches are looked at instead of made
 _intercept: ContextVar[tuple[Callable, torch.device | None] | None] = ContextVar("intercept", default=None)
+_foreseen: ContextVar[tuple[Callable, Gpu] | None] = ContextVar("foreseen", default=None)
 observers: list[Callable] = []  # of the whole process, see `observed`
 
 
@@ -34,6 +35,8 @@ def launch(kernel, programs: int, *args, **options) -> None:
         options["launch_pdl"] = True
     if (intercept := _intercept.get()) is not None:
         intercept[0](kernel, programs, *args, **options)
+    elif (note := foreseeing()) is not None:
+        note(kernel, args, options)
     else:
         kernel[(programs,)](*args, **options)
         if observers:
@@ -45,7 +48,31 @@ def overlaps() -> bool:
 
     A kernel waits by itself before it touches memory (`pointwise.wait_ahead`), so results are the same.
     """
-    return overlap_asked() and not interpreting() and driver.active.get_current_target().arch >= 90
+    if not overlap_asked() or interpreting():
+        return False
+    foreseen = _foreseen.get()
+    return (driver.active.get_current_target().arch if foreseen is None else foreseen[1].arch) >= 90
+
+
+@contextlib.contextmanager
+def foreseen(note: Callable, gpu: Gpu):
+    """Within it meta tensors stand for tensors on that GPU, and for each of their launches note(kernel, args, options)
+    is called instead.
+
+    Calls go the ways they would go there, plans among them. Of this thread alone.
+    """
+    token = _foreseen.set((note, gpu))
+    try:
+        with standing_for(gpu.name):
+            yield
+    finally:
+        _foreseen.reset(token)
+
+
+def foreseeing() -> Callable | None:
+    """What is to be told of launches that are not made."""
+    foreseen = _foreseen.get()
+    return None if foreseen is None else foreseen[0]
 
 
 @contextlib.contextmanager
@@ -98,12 +125,15 @@ def gpu_of(tensor: torch.Tensor) -> Gpu:
     """What tiles are chosen for; the default where no GPU will run them."""
     device = device_of(tensor)
     if device.type == "cuda":
-        return _gpu_of(device)
+        return gpu_at(device)
+    if (foreseen := _foreseen.get()) is not None:
+        return foreseen[1]
     return H200 if interpreting() else typical_gpu(driver.active.get_current_target().arch)
 
 
 @functools.cache
-def _gpu_of(device):
+def gpu_at(device: torch.device) -> Gpu:
+    """That GPU of this machine."""
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         properties.multi_processor_count,

@@ -1,0 +1,234 @@
+"""precompile: the kernels of a model compiled ahead of its first step, in parallel, with or without the GPU.
+
+The model runs on meta tensors that stand for tensors on the GPU: what would be launched is noted, compiled by processes
+of their own into Triton's cache, and found there when training starts.
+"""
+
+import contextlib
+import copy
+import importlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import dispatch
+from .arguments import check_positive_int
+from .plans import Kinds
+
+
+@dataclass(frozen=True)
+class PrecompileReport:
+    """kernels: how many different ones the model launches; compiled: how many of them were not in Triton's cache yet;
+    seconds: how long that took."""
+
+    kernels: int
+    compiled: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kernels} kernels, {self.compiled} of them compiled in {self.seconds:.0f} s"
+
+
+def precompile(
+    model: nn.Module,
+    *example_inputs,
+    batch_sizes: Iterable[int] | None = None,
+    training: bool = True,
+    workers: int | None = None,
+    arch: str | None = None,
+) -> PrecompileReport:
+    """Compiles every kernel that the fused model will launch into Triton's cache, in parallel, with a progress bar.
+
+        rir.fuse_(model)
+        rir.precompile(model, images)                                          # a training step at this batch
+        rir.precompile(model, images, batch_sizes=[256, 100], training=False)  # inference, at two others
+        rir.precompile(model, images, arch="sm_90")                            # for a GPU that is not here
+
+    The kernels are those of the GPU that is current, or of a typical one of `arch`. Within torch.autocast("cuda") they
+    are those of its dtype. The model is not changed, and its forward runs on meta tensors, which have no values: one
+    that reads them cannot be precompiled. A model under torch.compile is given as the module that was compiled.
+
+    Args:
+        model: with fused units or modules of ours; on any device, in the dtype and memory format that it will have.
+        example_inputs: what forward is called with. Tensors are (N, ...) with the batch in front; of these only shape,
+            strides, dtype and requires_grad matter.
+        batch_sizes: batches in place of the examples' own.
+        training: the kernels of a training step, forward and backward; False: those of inference, without gradients.
+        workers: processes; None: one for each core.
+        arch: as "sm_90", from "sm_80" on; None: that of the current GPU.
+
+    TypeError for a model that is no nn.Module; ValueError for an `arch` that is none, or missing where there is no GPU,
+    and for batch sizes or workers that are not positive; ImportError without Triton; RuntimeError in Triton's
+    interpreter, where the forward reads values, or where a kernel cannot be compiled.
+    """
+    began = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    batches = [None] if batch_sizes is None else list(batch_sizes)
+    for batch in () if batch_sizes is None else batches:
+        check_positive_int("batch_sizes", batch)
+    if workers is not None:
+        check_positive_int("workers", workers)
+    if missing := dispatch.triton_missing():
+        raise ImportError(f"precompile needs {missing}")
+    if dispatch.interpreting():
+        raise RuntimeError("under TRITON_INTERPRET=1 nothing is compiled: unset it before Python starts")
+    arch, gpu = _target(arch)
+    jobs = dict.fromkeys(job for batch in batches for job in launches(model, example_inputs, batch, training, gpu))
+    compiled = _compile(list(jobs), arch, workers or os.cpu_count() or 1)
+    return PrecompileReport(len(jobs), compiled, time.perf_counter() - began)
+
+
+def _target(arch):
+    """(architecture, GPU) that kernels are compiled for."""
+    gpus = importlib.import_module("rir_kernels.triton.gpus")
+    if arch is None:
+        if not torch.cuda.is_available():
+            raise ValueError('there is no GPU here: name the one that will be, as arch="sm_90"')
+        runtime = importlib.import_module("rir_kernels.triton.launch.runtime")
+        gpu = runtime.gpu_at(torch.device("cuda", torch.cuda.current_device()))
+        return f"sm_{gpu.arch}", gpu
+    if not isinstance(arch, str) or not re.fullmatch(r"sm_\d{2,3}", arch) or int(arch[3:]) < min(gpus.ARCHITECTURES):
+        raise ValueError(f'arch must be as "sm_90", from "sm_{min(gpus.ARCHITECTURES)}" on, got {arch!r}')
+    return arch, gpus.typical_gpu(int(arch[3:]))
+
+
+def launches(model, example_inputs, batch, training, gpu):
+    """The jobs of a step."""
+    runtime = importlib.import_module("rir_kernels.triton.launch.runtime")
+    job_of = importlib.import_module("rir_kernels.triton.jobs").Job.of
+    jobs = []
+    model = _on_meta(model).train(training)
+    inputs = tree_map(lambda value: _like(value, batch) if isinstance(value, torch.Tensor) else value, example_inputs)
+    foreseen = runtime.foreseen(lambda *launch: jobs.append(job_of(*launch)), gpu)
+    with Kinds.apart(), foreseen, _AutocastOfGpu(), _readable():
+        with torch.set_grad_enabled(training):
+            outputs = [
+                out for out in tree_leaves(model(*inputs)) if isinstance(out, torch.Tensor) and out.requires_grad
+            ]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+    return jobs
+
+
+def _on_meta(model):
+    """A copy whose tensors have no memory."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        copied = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(model, memo)
+
+
+def _like(tensor, batch):
+    shape = tensor.shape if batch is None or tensor.dim() == 0 else (batch, *tensor.shape[1:])
+    copied = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return copied.requires_grad_(tensor.requires_grad)
+
+
+class _AutocastOfGpu(TorchFunctionMode):
+    """torch's convolutions and products under torch.autocast("cuda"), which leaves meta tensors as they are."""
+
+    _CAST = frozenset({
+        nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
+        nn.functional.conv_transpose2d, nn.functional.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul,
+        torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.addmm, torch.mm, torch.Tensor.mm, torch.baddbmm,
+        torch.einsum,
+    })  # fmt: skip
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self._CAST and torch.is_autocast_enabled("cuda"):
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _cast(value):
+        is_wide = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(torch.get_autocast_dtype("cuda")) if is_wide else value
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What a forward that reads values raises, in words that say so."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise RuntimeError(
+            f"the forward reads values, which tensors on the meta device do not have: precompile the parts of the "
+            f"model that do not ({error})"
+        ) from error
+
+
+def _compile(jobs, arch, workers) -> int:
+    """How many jobs had to be compiled; they are done in their order by so many processes."""
+    if not jobs:
+        return 0
+    workers = min(workers, len(jobs))
+    idle: SimpleQueue = SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for _ in range(workers):
+            idle.put(stack.enter_context(_worker(arch)))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+
+        def run(job):
+            ask = idle.get()
+            try:
+                return job, *ask(job)
+            finally:
+                idle.put(ask)
+
+        done = _shown(as_completed([pool.submit(run, job) for job in jobs]), len(jobs))
+        answers = [future.result() for future in done]
+    if failed := [f"{job.kernel}: {error}" for job, _, error in answers if error]:
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} kernels cannot be compiled for {arch}: {failed[0]}")
+    return sum(compiled for _, compiled, _ in answers)
+
+
+@contextlib.contextmanager
+def _worker(arch) -> Iterator[Callable]:
+    """A process that answers jobs. Not one of multiprocessing: that would run the user's script again."""
+    paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rir_kernels.triton.compile_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )  # fmt: skip
+
+    def send(value):
+        pickle.dump(value, process.stdin)
+        process.stdin.flush()
+
+    def ask(job):
+        try:
+            send(job)
+            return pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError):
+            return False, f"its process ended with exit code {process.wait()}"
+
+    with process:
+        try:
+            send(arch)
+            yield ask
+        finally:
+            process.stdin.close()
+
+
+def _shown(futures, total):
+    """The futures as they are done, with a progress bar."""
+    console, progress = importlib.import_module("rich.console"), importlib.import_module("rich.progress")
+    return progress.track(futures, "compiling kernels", total, console=console.Console(stderr=True))

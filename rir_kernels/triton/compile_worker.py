@@ -1,0 +1,44 @@
+"""python -m rir_kernels.triton.compile_worker: a process that compiles kernels into Triton's cache, and launches none.
+
+It reads pickles from its standard input: first the architecture, as "sm_90", then jobs. To each job it answers on its
+standard output, with a pickled (whether it had to be compiled, None) or (False, what went wrong).
+"""
+
+import os
+import pickle
+import sys
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed
+    os.environ.pop("TRITON_INTERPRET", None)
+    arch = pickle.load(sys.stdin.buffer)
+
+    import torch
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    from rir_kernels.triton.inspect import CompileOnlyDriver
+
+    torch.set_num_threads(1)
+    driver.set_active(CompileOnlyDriver(arch))
+    missed = []
+    knobs.compilation.listener = lambda **seen: seen["cache_hit"] or missed.append(seen)
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        missed.clear()
+        try:
+            job.compile()
+            answer = bool(missed), None
+        except Exception as error:  # the parent raises it
+            answer = False, f"{type(error).__name__}: {error}"
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
