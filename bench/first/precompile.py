@@ -8,36 +8,36 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import torch
+from torch import nn
+
+import rir_kernels as rir
+from bench.modules import prepared
 from rir_kernels.triton.inspect import compile_for_real, compile_ops
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 
-from . import units
 from .exactness import SHAPES
 from .networks import NETWORKS
 
 
 def run(journal, machine, _seconds):
     journal.take("Triton's cache", _cache)
-    jobs = _jobs(machine)
+    shapes = () if machine.dry else dict.fromkeys((*SHAPE_TABLE, *TRANSITIONS, *SHAPES))
+    networks = ("a norm",) if machine.dry else tuple(network.name for network in NETWORKS)
+    _all(
+        journal, {f"{shape.name} x{shape.batch}": (_compile_shape, shape, machine) for shape in shapes}, os.cpu_count()
+    )
+    # each of them on all cores
+    _all(journal, {f"{network} x{machine.batch}": (_compile_network, network, machine) for network in networks}, 1)
+
+
+def _all(journal, jobs, workers):
+    """{name: (function, *arguments)}, in processes that do not interpret kernels."""
     todo = {name: job for name, job in jobs.items() if name not in journal.items}
-    workers = min(len(todo), os.cpu_count() or 1)
-    with ProcessPoolExecutor(max(1, workers), get_context("spawn"), initializer=compile_for_real) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=compile_for_real) as pool:
         futures = {name: pool.submit(function, *arguments) for name, (function, *arguments) in todo.items()}
         for name, future in futures.items():
             journal.take(name, future.result)
-
-
-def _jobs(machine):
-    """{name: (function, *arguments)}, the ones that take longest first."""
-    if machine.dry:
-        return {"a norm": (_compile_unit, units.NORM, machine.dtype, machine.arch)}
-    shapes = dict.fromkeys((*SHAPE_TABLE, *TRANSITIONS, *SHAPES))
-    jobs = {f"{s.name} x{s.batch}": (_compile_shape, s, machine.dtype, machine.arch) for s in shapes}
-    for network in NETWORKS:
-        if (module := network.fused(machine)) is not None:
-            found = units.of_network(module, (machine.batch, 3, network.size, network.size), machine.dtype)
-            jobs |= {f"{network.name} {unit}": (_compile_unit, unit, machine.dtype, machine.arch) for unit in found}
-    return jobs
 
 
 def _cache():
@@ -48,9 +48,21 @@ def _cache():
     return {"key": hashlib.sha256(triton_key().encode()).hexdigest(), "ptxas": knobs.nvidia.ptxas.version}
 
 
-def _compile_shape(shape, dtype, arch):
-    return {"kernels": len({compiled.hash for *_, compiled in compile_ops(shape, dtype, arch)})}
+def _compile_shape(shape, machine):
+    return {"kernels": len({compiled.hash for *_, compiled in compile_ops(shape, machine.dtype, machine.arch)})}
 
 
-def _compile_unit(unit, dtype, arch):
-    return {"kernels": units.compile_unit(unit, dtype, arch)}
+def _compile_network(name, machine):
+    """A training step's kernels; none where the network's library is not installed."""
+    if machine.dry:
+        module, size = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), 8
+        rir.fuse_(module, impl="triton")
+    else:
+        network = next(network for network in NETWORKS if network.name == name)
+        module, size = network.fused(machine), network.size
+    if module is None:
+        return {"kernels": 0}
+    module = prepared(module, machine.dtype, torch.device("meta"))
+    images = torch.empty(machine.batch, 3, size, size, dtype=machine.dtype, device="meta")
+    images = images.contiguous(memory_format=torch.channels_last)
+    return {"kernels": rir.precompile(module, images, arch=machine.arch).kernels}

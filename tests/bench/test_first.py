@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import cli
-from bench.first import STEPS, units
+from bench.first import STEPS
 from bench.first.journal import LOST, Journal
 from bench.first.machine import Machine
 from bench.first.steps import StepPiece, file_of
@@ -20,7 +20,6 @@ from bench.timing import DeviceLost
 from rir_kernels.triton.shapes import SHAPE_TABLE
 from tests.bench.helpers import results
 from tests.mutants.table import MUTANTS
-from tests.simulated_helpers import needs_compiler, simulated
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -190,30 +189,6 @@ def test_a_step_that_crashes_at_its_import_is_not_forgotten(tmp_path):
 # what is compiled ahead
 
 
-def test_the_units_of_a_network():
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = torch.nn.Conv2d(16, 16, 3, padding=1, bias=False)
-            self.bn1 = torch.nn.BatchNorm2d(16)
-            self.conv2 = torch.nn.Conv2d(16, 16, 3, padding=1, bias=False)
-            self.bn2 = torch.nn.BatchNorm2d(16)
-
-        def forward(self, x):
-            return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x)
-
-    import rir_kernels as rir
-
-    model = torch.nn.Sequential(Block(), Block())
-    rir.fuse_(model)
-    found = units.of_network(model, (4, 16, 8, 8), torch.bfloat16)
-    # images get no gradient, neither as x nor as a residual; in each block the second convolution follows a norm
-    assert [(unit.needs_x, unit.needs_residual, unit.after, len(unit.residuals)) for unit in found] == [
-        (False, False, None, 0), (True, False, True, 1), (True, False, None, 0), (True, True, True, 1),
-    ]  # fmt: skip
-    assert all(unit.x == (4, 16, 8, 8) and unit.weight == (16, 16, 3, 3) for unit in found)
-
-
 def test_sizes_of_the_stand_in_keep_what_sets_shapes_apart():
     machine = Machine(dry=True)
     for shape in SHAPE_TABLE:
@@ -221,10 +196,3 @@ def test_sizes_of_the_stand_in_keep_what_sets_shapes_apart():
         assert (small.c_in == small.c_out, small.size % 2) == (shape.c_in == shape.c_out, shape.size % 2)
         assert small.c_in * small.size**2 <= 16 * 25
     assert Machine().sized(SHAPE_TABLE[0]) == SHAPE_TABLE[0]
-
-
-@pytest.mark.long  # it compiles sixty kernels
-@needs_compiler
-def test_a_training_step_finds_every_kernel_compiled(tmp_path):
-    found = simulated("precompiled.py", tmp_path)
-    assert found == {"units": 6, "compiled": 57, "missed": []}
