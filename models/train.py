@@ -18,7 +18,7 @@ import torch
 from models.data import load
 from models.training import checkpoint, settings
 from models.training.command import carry_out
-from models.training.console import say
+from models.training.console import say, waiting
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined, leave
 from models.training.run import CHECKPOINT, Run, left_in
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with joined(args.device) as (ranks, device):
-            run = _set_up(args, ranks, device)
+            with waiting("images and network") if ranks.first else contextlib.nullcontext():
+                run = _set_up(args, ranks, device)
             stopped = carry_out(run, save_every=args.checkpoint_every, minutes=args.minutes)
             return 130 if stopped else 0
     except COMMAND_ERRORS as error:
