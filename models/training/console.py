@@ -26,7 +26,7 @@ def waiting(text: str) -> Iterator[None]:
 
 
 class TrainingProgress:
-    """Bars over the epoch's steps and over all, with loss, accuracy, images/s, the time left; a line for every epoch."""
+    """Bars over the epoch's steps and over all, with loss, accuracy, images/s, time left; a line for every epoch."""
 
     def __init__(self, run):
         # 80 characters have to hold them

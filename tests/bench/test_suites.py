@@ -125,13 +125,9 @@ def test_a_case_says_how_far_it_is(clock):
     clock(1.0, 2.0, 6.0)
     reached = []
     list(Runner(CPU, ONCE, CEILINGS, ("merged", "torch")).run(layer_case(), lambda *step: reached.append(step)))
-    assert reached == [
-        (index / 7, what)
-        for index, what in enumerate(
-            ["checking merged", "checking torch", "timing eval"]
-            + ["checking merged", "checking torch", "timing train_fwd", "timing step"]
-        )
-    ]
+    checks = ["checking merged", "checking torch"]
+    steps = [*checks, "timing eval", *checks, "timing train_fwd", "timing step"]
+    assert reached == [(index / 7, what) for index, what in enumerate(steps)]
 
 
 def test_a_backward_pass_below_the_noise_has_no_time(clock):
