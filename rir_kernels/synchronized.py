@@ -19,7 +19,7 @@ from .layout import to_format
 
 def _untraced(function):
     """torch.compile calls it and looks no further: collectives are in it, and launches that no op stands around."""
-    untraced = []
+    untraced: list = []
 
     @functools.wraps(function)
     def call(*args):
@@ -47,7 +47,7 @@ def conv_bn_act(group, tensors, statistics, momentum, spec, impl, channels_last)
         z = aten.before_norm(x, weight, bias, residuals, spec)
         y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
     y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
-    ranks.update_running(*statistics, momentum)
+    ranks.update_running(statistics[0], statistics[1], momentum)
     return y
 
 
@@ -60,9 +60,13 @@ def _norm(ranks, z, weight, bias, eps):
 class _Ranks:
     """The ranks of a group, during one call and its backward."""
 
+    # of all ranks, by `merge`; var is biased, count a tensor: reading it would wait
+    mean: torch.Tensor
+    var: torch.Tensor
+    count: torch.Tensor
+
     def __init__(self, group):
         self._group = group
-        self.mean = self.var = self.count = None  # of all ranks; var is biased, count a tensor: reading it would wait
 
     def merge(self, mean, var, count: int, eps: float):
         """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""
@@ -120,7 +124,7 @@ class _FusedCall:
     def gradients(self, tensors, needs, sums=None, upstream=None):
         if upstream is not None:
             upstream = importlib.import_module("rir_kernels.triton.launch.batchnorm").Upstream(*upstream)
-        gradients = fused.backward(
+        gradients = fused.backward(  # type: ignore[misc] # mypy takes a star for all that may follow
             *tensors, self._spec, training=True, needs=needs, impl=self._impl,
             upstream=upstream, sums=sums, ranks=self._ranks,
         )  # fmt: skip

@@ -83,7 +83,8 @@ ROWS = (1, 2, 4, 7)
 def _candidates(problem, gpu):
     """Tiles worth a thought, simple ones first; of as yet no steps."""
     if not problem.tensor_cores:
-        yield WgradTile(*_best_walk(problem, 1, 16, 1), 1, 0, block_co=32, block_ci=32, num_warps=8, num_stages=2)
+        walk, box = _best_walk(problem, 1, 16, 1)
+        yield WgradTile(walk, box, 1, 0, block_co=32, block_ci=32, num_warps=8, num_stages=2)
         return
     limits = gpu.limits
     for pack in (1, 2, 4) if problem.packs else (1,):
@@ -96,7 +97,7 @@ def _candidates(problem, gpu):
                 if walk := _best_walk(problem, pack, pixels, rows):
                     for block_co, block_ci, num_warps in _blocks(problem, pack, rows, limits):
                         for num_stages in (4, 3, 2):
-                            tile = WgradTile(*walk, rows, 0, block_co, block_ci, num_warps, num_stages, pack)
+                            tile = WgradTile(walk[0], walk[1], rows, 0, block_co, block_ci, num_warps, num_stages, pack)
                             if num_stages <= MAX_STAGES or accumulators(problem, tile) <= limits.wgrad_sums // 2:
                                 yield tile
                                 if can_skip(problem, walk[0], pack):
@@ -123,4 +124,6 @@ def _blocks(problem, pack, rows, limits):
 def _best_walk(problem, pack, pixels, rows):
     """The way to cut dz into tiles that wastes the fewest pixels: (walk, box), None where all are too large."""
     ways = [way for way in walks(problem, pack, pixels) if rows == 1 or way[0] != "rows"]
-    return min(ways, key=lambda way: prod(tiles(problem, WgradTile(*way, rows, 0, 0, 0, 0, 0, pack))), default=None)
+    return min(
+        ways, key=lambda way: prod(tiles(problem, WgradTile(way[0], way[1], rows, 0, 0, 0, 0, 0, pack))), default=None
+    )
