@@ -18,6 +18,15 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A bar that pulses, for what cannot be counted."""
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
+@contextmanager
 def progress(title: str, total: int) -> Iterator:
     """A bar; yields reach(done, text): of `total` so many are done, parts included, and text says what comes next."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]

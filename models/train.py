@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from bench.console import waiting
 from models.data import load
 from models.training import checkpoint, settings
 from models.training.command import carry_out
-from models.training.console import say, waiting
+from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined, leave
 from models.training.run import CHECKPOINT, Run, left_in

@@ -1,12 +1,10 @@
 """What is printed while a network is trained."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
 _EVERY = 0.5  # seconds between two looks at the loss: each waits for the device
@@ -14,15 +12,6 @@ _EVERY = 0.5  # seconds between two looks at the loss: each waits for the device
 
 def say(text: str) -> None:
     console.print(escape(text), soft_wrap=True)
-
-
-@contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """A bar that pulses, for what cannot be counted."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True) as bar:
-        bar.add_task(text, total=None)
-        yield
 
 
 class TrainingProgress:
