@@ -17,12 +17,9 @@ def files_of(builder):
 
 
 def sources(*folders):
-    return {
-        path.relative_to(ROOT).as_posix()
-        for folder in folders
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+    """Files, but for caches and what an editor leaves."""
+    paths = (path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts)}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else():
