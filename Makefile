@@ -71,9 +71,10 @@ sanitize: $(READY) ## on a GPU: the kernels' tests under compute-sanitizer, logs
 audit: $(READY) ## known vulnerabilities of the installed packages; needs the network
 	scripts/audit.sh $(PY) $(ARGS)
 
-lint: $(READY) ## ruff: rules and formatting
+lint: $(READY) ## ruff: rules and formatting; mypy: types of rir_kernels
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(READY) ## ruff: mend what can be mended, and format
 	$(PY) -m ruff check --fix .
@@ -83,7 +84,7 @@ inspect: $(READY) ## the compile gate: every kernel compiled for a GPU that need
 	$(PY) -m rir_kernels.triton.inspect --arch sm_90 $(ARGS)
 
 clean: ## remove build outputs, reports and caches; keeps .venv
-	rm -rf out dist build .audit .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf out dist build .audit .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path ./.venv -prune -o -type d -name __pycache__ -print | xargs rm -rf
 
 .venv/.ready-%: pyproject.toml requirements/%.txt scripts/setup-venv.sh Makefile

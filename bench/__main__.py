@@ -2,7 +2,9 @@
 
 import sys
 
-from .cli import main
+from .console import waiting
 
 if __name__ == "__main__":
+    with waiting("PyTorch"):  # whose import takes seconds
+        from .cli import main
     sys.exit(main(sys.argv[1:]))

@@ -18,17 +18,23 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A bar that pulses, for what cannot be counted."""
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(text, total=None)
+        yield
+
+
+@contextmanager
 def progress(title: str, total: int) -> Iterator:
-    """A bar; yields advance(text), where text says what comes next."""
+    """A bar; yields reach(done, text): of `total` so many are done, parts included, and text says what comes next."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total, text="")
 
-        def advance(text="", step=1):
-            bar.update(task, advance=step, text=escape(text))
-
-        yield advance
+        yield lambda done, text: bar.update(task, completed=done, text=escape(text))
 
 
 def show(title: str, rows: list[Row]) -> None:

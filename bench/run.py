@@ -51,8 +51,8 @@ def run_suite(
     console.say(f"{suite}: {len(cases)} cases on {results.device['name']}")
     for impl, reason in absent.items():
         console.say(f"  {impl} is left out: {reason}")
-    with console.progress(suite, len(cases)) as advance:
-        advance("ceilings", step=0)
+    with console.progress(suite, len(cases)) as reach:
+        reach(0, "ceilings")
         if cases and not results.ceilings:
             results.ceilings = measure_ceilings(device, selection.chosen_dtypes(), settings)
         runner = Runner(device, settings, results.ceilings, tuple(impl for impl in wanted if impl not in absent))
@@ -62,12 +62,16 @@ def run_suite(
             results.unreached = [str(case) for case in cases[index:]]
             if minutes is not None and begun - started + longest > 60 * minutes:
                 break
-            advance(str(case), step=0)
+            reach(index, str(case))
             before = len(results.rows)
+
+            def within(part, what, index=index, case=case):
+                reach(index + part, f"{case}: {what}")
+
             results.begun = str(case)
             results.save(path)
             try:
-                for row in runner.run(case):
+                for row in runner.run(case, within):
                     results.rows.append(row)
             except timing.DeviceLost as error:
                 results.device["lost"] = str(error)
@@ -77,7 +81,6 @@ def run_suite(
             results.begun, results.unreached = None, results.unreached[1:]
             results.save(path)
             longest = max(longest, time.monotonic() - begun)
-            advance()
     results.device["after"] = provenance.driver_state(device)
     results.settings["seconds"] = round(time.monotonic() - started, 1)
     results.save(path)

@@ -1,8 +1,9 @@
 """Runs cases: sets up, judges, times, and makes rows of it."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -20,9 +21,13 @@ class Runner:
     def __init__(self, device: torch.device, settings: timing.Settings, ceilings: dict, impls: tuple[str, ...]):
         self.device, self.settings, self.ceilings, self.impls = device, settings, ceilings, impls
 
-    def run(self, case: Case) -> Iterator[Row]:
-        """The rows of the case, as they come; raises timing.DeviceLost where no more can come."""
+    def run(self, case: Case, reach: Callable = lambda part, what: None) -> Iterator[Row]:
+        """The rows of the case, as they come; raises timing.DeviceLost where no more can come.
+
+        reach(part, what) is called before each step: `part` of the case, from 0 to 1, is done, `what` comes next.
+        """
         impls = [impl for impl in case.impls if impl in self.impls]
+        done, steps = itertools.count(), sum(len(impls) + len(modes) for modes in case.modes.values())
         try:
             build = case.set_up(self.device)
         except Exception as error:  # the reference itself does not fit, say: nothing can be judged
@@ -34,6 +39,7 @@ class Runner:
             compiled.forget()
             judged = {}
             for impl in impls:
+                reach(next(done) / steps, f"checking {impl}")
                 try:
                     variant, verdict = self._judge(build, impl, training)
                 except Exception as error:
@@ -46,6 +52,7 @@ class Runner:
                     yield from _refused(case, impl, modes, verdict.error, budget_used=verdict.budget_used)
             rows = []
             for mode in modes:
+                reach(next(done) / steps, f"timing {mode}")
                 for row in self._time(case, mode, judged):
                     rows.append(row)
                     yield row

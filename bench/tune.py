@@ -112,20 +112,19 @@ def tune(
         if all(earlier.get(name) == found[name] for name in ("schema", "device", "versions", "sources_hash")):
             found = earlier
     jobs = [(kernel, shape, dtype) for dtype in dtypes for shape in shapes for kernel in KERNELS]
-    with console.progress("tune", len(jobs)) as advance:
+    with console.progress("tune", len(jobs)) as reach:
         for index, (kernel, shape, dtype) in enumerate(jobs):
             found["unreached"] = [f"{shape.name} {dtype}, {kernel.name}" for kernel, shape, dtype in jobs[index:]]
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 console.say(f"no time left for {found['unreached'][0]}, and what follows")
                 break
-            advance(found["unreached"][0], step=0)
+            reach(index, found["unreached"][0])
             problem = jsonable(dataclasses.asdict(kernel.problem(shape, getattr(torch, DTYPES[dtype]), device)))
             known = any(jsonable(entry["problem"]) == problem for entry in found[kernel.field])
             if not known and (entry := _tune(kernel, shape, dtype, device, gpu, candidates, settings)):
                 found[kernel.field].append(entry)
             found["unreached"] = found["unreached"][1:]
             save_json(path, found)
-            advance()
     return path
 
 

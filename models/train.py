@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.console import waiting
 from models.data import load
 from models.training import checkpoint, settings
 from models.training.command import carry_out
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with joined(args.device) as (ranks, device):
-            run = _set_up(args, ranks, device)
+            with waiting("images and network") if ranks.first else contextlib.nullcontext():
+                run = _set_up(args, ranks, device)
             stopped = carry_out(run, save_every=args.checkpoint_every, minutes=args.minutes)
             return 130 if stopped else 0
     except COMMAND_ERRORS as error:

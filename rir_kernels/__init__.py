@@ -38,7 +38,7 @@ from .surgery import (
 )
 from .sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "ConvBNAct",
     "EquivalenceReport",
@@ -67,3 +67,8 @@ __all__ = [
     "unregister_pattern",
     "use_impl",
 ]
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the public names, not the modules that make them."""
+    return sorted(name for name in globals() if name in __all__ or name.startswith("__"))

@@ -31,7 +31,7 @@ def looked_up_once(function: Callable) -> Callable:
         with lock:
             return cached(*args)
 
-    look_up.cache_clear = cached.cache_clear
+    look_up.cache_clear = cached.cache_clear  # type: ignore[attr-defined] # as functools.cache has it
     return look_up
 
 

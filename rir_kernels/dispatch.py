@@ -33,7 +33,7 @@ class _PerThread(threading.local):
 
 
 _state = _PerThread()
-_warned = set()
+_warned: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ def _choose(x, weight, spec, training):
 
 def tf32_allowed() -> bool:
     """torch's own switch for fp32 convolutions."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined] # torch's types lack it
 
 
 def _require_kernels(impl, x):

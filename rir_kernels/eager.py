@@ -63,7 +63,7 @@ class Planned:
         given = sums[0] is not None
         if given:
             needs = [*needs[:3], False, False, needs[5]]
-        gradients = fused.backward(
+        gradients = fused.backward(  # type: ignore[misc] # mypy takes a star for all that may follow
             *tensors[:9], self.spec, training=self.training, needs=needs, impl="triton",
             upstream=upstream, sums=sums if given else None,
         )  # fmt: skip
@@ -103,7 +103,9 @@ def repeat(kind, tensors, buffers, momentum) -> torch.Tensor | None:
     if not planned.in_place:
         tensors = in_channels_last(tensors)
     # before the buffers are updated: where memory ends, nothing has changed
-    copy = planned.copied and torch.empty(planned.copied, dtype=tensors[0].dtype, device=tensors[0].device)
+    copy = None
+    if planned.copied:
+        copy = torch.empty(planned.copied, dtype=tensors[0].dtype, device=tensors[0].device)
     if planned.save:
         _, y = ops.ConvBNActFunction.apply(
             planned, buffers, momentum, planned.spec, planned.training, "triton", *tensors

@@ -18,6 +18,9 @@ class FoldedNorm(nn.Module):
     momentum = 0.0
     eps = 1e-30  # 1 + eps is 1
 
+    weight: torch.Tensor  # or None, and bias then as well
+    bias: torch.Tensor
+
     def __init__(self, channels: int, weight=None, bias=None, *, relu: bool, like: torch.Tensor):
         super().__init__()
         self.num_features = channels

@@ -212,7 +212,9 @@ def apply(
         )
     if kernels:
         statistics = (None, None) if training else (_dense(running_mean), _dense(running_var))
-        y, mean, var = ops.conv_bn_act(*tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl)
+        y, mean, var = ops.conv_bn_act(  # type: ignore[misc] # mypy takes a star for all that may follow
+            *tensors[:5], *statistics, tensors[5:], spec, training=training, impl=impl
+        )
         y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
         if training and running_mean is not None:
             count = y.shape[0] * y.shape[2] * y.shape[3]
@@ -248,7 +250,7 @@ def _plain(run, x, weight, bn_weight, bn_bias, running_mean, running_var, *, cha
     bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (bn_weight, bn_bias))
     mean, var = (None if buffer is None else buffer.to(wide, copy=True) for buffer in (running_mean, running_var))
     y = to_format(run(x, weight, bn_weight, bn_bias, mean, var, training=training, **options), channels_last)
-    if training and mean is not None:
+    if training and mean is not None and var is not None:
         _values(running_mean).copy_(mean.detach())
         _values(running_var).copy_(var.detach())
     return y

@@ -4,6 +4,8 @@ Slices would do for the values. Their gradients, though, are copied one by one i
 those are added up: seven passes over an activation for two streams, and its memory format is lost for all that follows.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -34,17 +36,18 @@ def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, :channels], x[:, channels:]
 
 
-def producer(x: torch.Tensor) -> tuple[torch.autograd.graph.Node | None, bool]:
+def producer(x: torch.Tensor) -> tuple[Any, bool]:
     """The node of the graph that x comes from, looked for behind `join` and `split`; whether x is all of its output."""
-    node, whole = x.grad_fn, True
+    node: Any = x.grad_fn
+    whole = True
     if isinstance(node, _Join._backward_cls):
-        (of_r, r), (of_t, t) = node.next_functions
+        (of_r, r), (of_t, t) = node.next_functions  # type: ignore[attr-defined] # mypy knows no class of nodes
         if of_r is of_t and (r, t) == (0, 1):
             node = of_r
     elif isinstance(node, _Split._backward_cls):
         whole = False
     if isinstance(node, _Split._backward_cls):
-        node = node.next_functions[0][0]
+        node = node.next_functions[0][0]  # type: ignore[attr-defined] # mypy knows no class of nodes
     return node, whole
 
 

@@ -4,6 +4,8 @@ Constructors, forward signatures and meaning are those of `rir_kernels.reference
 and `bn` within hold parameters and buffers and are never called: hooks on them do not run, those on the module do.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -167,12 +169,14 @@ class RiRBlock(nn.Module):
         self.stride = stride
         self.outer_shortcut = outer_shortcut
         self.outer_streams = outer_streams
-        self.layers = nn.ModuleList([RiRLayer(in_channels, out_channels, stride=stride, **layer_options)])
-        self.layers.extend(RiRLayer(out_channels, out_channels, **layer_options) for _ in range(num_layers - 1))
-        self.in_residual, self.out_residual = self.layers[0].in_residual, self.layers[-1].out_residual
+        layers = [RiRLayer(in_channels, out_channels, stride=stride, **layer_options)]
+        layers += [RiRLayer(out_channels, out_channels, **layer_options) for _ in range(num_layers - 1)]
+        self.layers = nn.ModuleList(layers)
+        self.in_residual, self.out_residual = layers[0].in_residual, layers[-1].out_residual
+        factory: dict[str, Any] = {name: layer_options.get(name) for name in ("device", "dtype")}
         self.projection, self.projection_t = (
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False, **{k: layer_options.get(k) for k in ("device", "dtype")})
-            if outer_shortcut != "none" and needs_projection(self.layers[0].shortcut, c_in, c_out, stride)
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False, **factory)
+            if outer_shortcut != "none" and needs_projection(layers[0].shortcut, c_in, c_out, stride)
             else None
             for c_in, c_out in self._outer_channels()
         )
@@ -192,7 +196,7 @@ class RiRBlock(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x)
         y = self.layers[-1](x, outer=outer if self.outer_shortcut == "pre_norm" else None)
-        if self.outer_shortcut == "post_act" and outer.shape[1] > 0:
+        if self.outer_shortcut == "post_act" and outer is not None and outer.shape[1] > 0:
             y = add_to_first_channels(y, outer)
         return y if packed else split(y, self.out_residual)
 
@@ -225,9 +229,8 @@ class RiRBlock(nn.Module):
     @classmethod
     def from_reference(cls, ref: "reference.RiRBlock", *, impl: str = "auto") -> "RiRBlock":
         """The reverse of `to_reference`, as RiRLayer.from_reference."""
-        return conversion.block_from_reference(
-            cls, ref, [RiRLayer.from_reference(layer, impl=impl) for layer in ref.layers]
-        )
+        layers: Any = ref.layers  # a ModuleList does not say what it holds
+        return conversion.block_from_reference(cls, ref, [RiRLayer.from_reference(one, impl=impl) for one in layers])
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, outer_shortcut={self.outer_shortcut!r}, outer_streams={self.outer_streams!r}"
@@ -285,7 +288,8 @@ class ConvBNAct(nn.Module):
         )
         check_impl(impl)
         if padding is None:
-            padding = tuple(k // 2 for k in kernel_size) if isinstance(kernel_size, (tuple, list)) else kernel_size // 2
+            k = kernel_size
+            padding = (k[0] // 2, k[1] // 2) if isinstance(k, (tuple, list)) else k // 2
         factory = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias, **factory

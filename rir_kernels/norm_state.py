@@ -48,11 +48,11 @@ def _tracked(bn):
     uses_buffers = not bn.training or bn.track_running_stats
     batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     momentum = bn.momentum
-    if momentum is None and batches is None:
+    if momentum is None:  # cumulative average
         momentum = 0.0
-    elif momentum is None:  # cumulative average
-        check_host_may_read("momentum=None")
-        momentum = 1.0 / float(batches + 1)
+        if batches is not None:
+            check_host_may_read("momentum=None")
+            momentum = 1.0 / float(batches + 1)
     return bn.running_mean if uses_buffers else None, bn.running_var if uses_buffers else None, batches, momentum
 
 

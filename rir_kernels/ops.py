@@ -70,7 +70,7 @@ class ConvBNActFunction(torch.autograd.Function):
         else:
             y, z, mean, invstd = planned.plan(tensors + buffers, (momentum,))
         if weight is None:
-            x, z = None, x.detach()
+            z, x = x.detach(), None
         # after the norm the ReLU's mask is that of the sum: z alone does not tell it, nor what a factor has turned
         told_by_z = not (spec.post_norm and (len(residuals) > 0 or spec.norm_scale <= 0))
         if told_by_z:
@@ -128,7 +128,9 @@ def _links(tensors):
     ahead = None
     for index, tensor in enumerate(tensors):
         node, whole = producer(tensor)
-        link = node.link if isinstance(node, ConvBNActFunction._backward_cls) else None
+        link = None
+        if isinstance(node, ConvBNActFunction._backward_cls):
+            link = node.link  # type: ignore[attr-defined] # mypy knows no class of nodes
         if link is not None:
             link.consumers += 1
             ahead = link if index == 0 and whole else ahead

@@ -35,7 +35,9 @@ class _Scope:
     def __init__(self, auto: str = "auto"):
         self.auto = auto
         self._before = auto  # the first change
-        self._changes = deque(maxlen=_KEPT)  # (number of the first node that it concerns, name), ascending
+        self._changes: deque[tuple[int, str]] = deque(
+            maxlen=_KEPT
+        )  # (number of the first node that it concerns, name), ascending
 
     def change(self, name: str) -> None:
         self.auto = name
@@ -101,7 +103,7 @@ def _forget(nodes, around, backward):
 
 
 _lock = threading.Lock()
-_recording = weakref.WeakSet()  # the base scopes of Python's threads
+_recording: weakref.WeakSet[_Scope] = weakref.WeakSet()  # the base scopes of Python's threads
 _thread = _Thread()
 _used = False  # whether any thread has entered use_impl: until then the look-up costs every eager call less
 

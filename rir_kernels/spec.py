@@ -1,6 +1,7 @@
 """The static description of one fused operation: everything that is not a tensor."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,8 @@ class ConvBNActSpec:
     def output_shape(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[int, int, int, int]:
         """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw); x's own without one."""
         if weight is None:
-            return tuple(x.shape)
+            n, c, h, w = x.shape
+            return n, c, h, w
         h, w = (
             (size + 2 * pad - dilation * (k - 1) - 1) // stride + 1
             for size, pad, dilation, k, stride in zip(
@@ -60,10 +62,11 @@ class ConvBNActSpec:
 
 def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, eps) -> ConvBNActSpec:
     """The spec of a Conv2d (zero padding by numbers) followed by a norm with that eps."""
+    geometry: Any = conv  # pairs, of which torch's types do not tell
     return ConvBNActSpec(
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
         groups=conv.groups,
         post_norm=residual_at == "post_norm",
         branch_scale=branch_scale,

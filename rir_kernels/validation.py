@@ -228,7 +228,8 @@ def _check_statistics(running_mean, running_var, training, momentum):
 
 
 def _pair(value) -> tuple[int, int]:
-    return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value), int(value))
+    h, w = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(h), int(w)
 
 
 def _shape(tensor):

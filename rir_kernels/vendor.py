@@ -6,6 +6,7 @@ kernels stay ours.
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 
 from rir_kernels.layout import dense_channels_last
 from rir_kernels.triton.launch.batchnorm import TileMoments, bn_apply, bn_running, bn_stats

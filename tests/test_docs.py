@@ -29,3 +29,11 @@ def test_code_blocks_run(page):
 def test_relative_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_code_that_pip_does_not_install_is_said_to_need_a_checkout(page):
+    needs = any(
+        re.search(r"^(import|from) (models|bench|demo|tests)\b", block, re.MULTILINE) for block in blocks_of(page)
+    )
+    assert not needs or "checkout" in page.read_text()

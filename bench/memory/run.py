@@ -1,6 +1,7 @@
 """From the networks' names to the file."""
 
 import importlib.metadata
+import itertools
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,21 +22,20 @@ def run(names: Iterable[str], batch: int, folder: Path, *, command: Sequence[str
     """
     networks = {name: NETWORKS[name] for name in dict.fromkeys(names)} or NETWORKS
     found = _new(batch, command)
-    with console.progress("memory", len(networks) * len(FORMS)) as advance:
-        for name, network in networks.items():
-            for form in FORMS:
-                advance(f"{network.title}, {FORMS[form]}", step=0)
-                if reason := absent(network, form):
-                    console.say(f"{network.title}, {FORMS[form]}: {reason}")
-                else:
-                    counted = count(network, form, batch)
-                    found["rows"].append(
-                        {
-                            "network": name, "title": network.title, "size": network.size, "form": form,
-                            "per_image": counted.per_image, "fixed": counted.fixed, "bytes": counted.at(batch),
-                        }
-                    )  # fmt: skip
-                advance()
+    with console.progress("memory", len(networks) * len(FORMS)) as reach:
+        for index, (name, form) in enumerate(itertools.product(networks, FORMS)):
+            network = networks[name]
+            reach(index, f"{network.title}, {FORMS[form]}")
+            if reason := absent(network, form):
+                console.say(f"{network.title}, {FORMS[form]}: {reason}")
+                continue
+            counted = count(network, form, batch)
+            found["rows"].append(
+                {
+                    "network": name, "title": network.title, "size": network.size, "form": form,
+                    "per_image": counted.per_image, "fixed": counted.fixed, "bytes": counted.at(batch),
+                }
+            )  # fmt: skip
     if not found["rows"]:
         return None
     title = f"Kept for backward with {batch} images: GB, and MB for each (counted)"

@@ -4,7 +4,7 @@ import time
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False)
 _EVERY = 0.5  # seconds between two looks at the loss: each waits for the device
@@ -15,14 +15,16 @@ def say(text: str) -> None:
 
 
 class TrainingProgress:
-    """A bar over all steps with loss, accuracy, images/s and the time left; and a line for every epoch."""
+    """Bars over the epoch's steps and over all, with loss, accuracy, images/s, time left; a line for every epoch."""
 
     def __init__(self, run):
-        columns = [TextColumn("epoch {task.fields[epoch]}"), BarColumn(), TextColumn("{task.fields[text]}")]
-        columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        # 80 characters have to hold them
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
+        columns += [TextColumn("left"), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=console, transient=True)
+        self._epoch = self._bar.add_task(_number(run), total=run.steps_per_epoch, completed=run.step, text="")
         total, done = run.recipe.epochs * run.steps_per_epoch, run.epoch * run.steps_per_epoch + run.step
-        self._task = self._bar.add_task("", total=total, completed=done, epoch="", text="")
+        self._all = self._bar.add_task("all", total=total, completed=done, text="")
         self._looked, self._since = 0.0, 0
 
     def __enter__(self):
@@ -35,7 +37,8 @@ class TrainingProgress:
 
     def step(self, run) -> None:
         self._since += run.recipe.batch_size
-        self._bar.advance(self._task)
+        self._bar.advance(self._epoch)
+        self._bar.advance(self._all)
         now = time.monotonic()
         if now - self._looked < _EVERY:
             return
@@ -43,8 +46,8 @@ class TrainingProgress:
         seen = run.step * (run.part[1] - run.part[0])
         loss, right = (run.counted[name].item() / seen for name in ("loss", "right"))
         now = time.monotonic()
-        text = f"loss {loss:.3f}  accuracy {100 * right:5.1f} %  {self._since / (now - self._looked):,.0f} images/s"
-        self._bar.update(self._task, epoch=f"{run.epoch + 1}/{run.recipe.epochs}", text=text)
+        self._bar.update(self._epoch, text=f"loss {loss:.3f}  accuracy {100 * right:5.1f} %")
+        self._bar.update(self._all, text=f"{self._since / (now - self._looked):,.0f} images/s")
         self._looked, self._since = now, 0
 
     def epoch(self, run, record: dict) -> None:
@@ -53,4 +56,9 @@ class TrainingProgress:
             f"{record['train_accuracy']:5.1f} %  test {record['test_loss']:.3f} {record['test_accuracy']:6.2f} %  "
             f"{record['seconds']:,.0f} s"
         )
+        self._bar.reset(self._epoch, description=_number(run))
         self._looked, self._since = time.monotonic(), 0
+
+
+def _number(run):
+    return f"epoch {min(run.epoch + 1, run.recipe.epochs)}/{run.recipe.epochs}"

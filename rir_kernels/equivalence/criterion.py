@@ -90,11 +90,11 @@ def _unlike(key, expected, got) -> str:
     return "" if expected.dtype == got.dtype else f"expected {expected.dtype}, got {got.dtype}"
 
 
-def _not_judged(key, value, note):
+def _not_judged(key: tuple[str, str], value, note):
     return EquivalenceRow(*key, *_shape_and_dtype(value), None, None, None, None, None, False, note)
 
 
-def _judge_equal(key, expected, got):
+def _judge_equal(key: tuple[str, str], expected, got):
     """Integers, booleans and what is not a tensor."""
     if not isinstance(expected, torch.Tensor):
         equal, note = expected == got, f"expected {expected!r}, got {got!r}"
@@ -109,7 +109,7 @@ def _judge_equal(key, expected, got):
     )  # fmt: skip
 
 
-def judge(key, got, golden, runs, scale, roundings=2, note="") -> EquivalenceRow:
+def judge(key: tuple[str, str], got, golden, runs, scale, roundings=2, note="") -> EquivalenceRow:
     """The row of one floating tensor; runs: the reference's own results, scale: what rounding is relative to."""
     errors = _errors(got, golden)
     error = _largest(errors)
@@ -172,7 +172,7 @@ def _worst_channel(kind, errors):
     return errors.transpose(0, dim).flatten(1).amax(1).argmax().item() if errors.dim() > 1 else errors.argmax().item()
 
 
-def _shape_and_dtype(value):
+def _shape_and_dtype(value) -> tuple[tuple[int, ...] | None, str]:
     if not isinstance(value, torch.Tensor):
         return None, type(value).__name__
     return tuple(value.shape), str(value.dtype).removeprefix("torch.")

@@ -30,7 +30,7 @@ class Yardstick:
         self._golden = _golden(reference)
         self._widened = tuple(x.double() if is_floating(x) else x for x in inputs)
         self._exact = self._run_golden(self._golden, self._widened)
-        self._moved = None
+        self._moved: list[Run] | None = None
 
     def judge(self, result: Run) -> list[EquivalenceRow]:
         """A row for every tensor; `criterion` says how."""
@@ -69,7 +69,7 @@ def _run_in_other_format(module, inputs, train, gradients):
     other = torch.channels_last if all(x.is_contiguous() for x in images) else torch.contiguous_format
     for weight in weights:
         weight.data = weight.data.contiguous(memory_format=other)
-    inputs = [x.contiguous(memory_format=other) if is_floating(x) and x.dim() == 4 else x for x in inputs]
+    inputs = tuple(x.contiguous(memory_format=other) if is_floating(x) and x.dim() == 4 else x for x in inputs)
     try:
         with _no_onednn():
             return [run(module, inputs, train, gradients=gradients)]

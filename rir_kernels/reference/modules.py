@@ -200,7 +200,7 @@ class RiRBlock(nn.Module):
             joins_here = self.outer_shortcut == "pre_norm" and layer is self.layers[-1]
             r, t = layer(r, t, outer=outer if joins_here else None)
 
-        if self.outer_shortcut == "post_act":
+        if outer is not None and self.outer_shortcut == "post_act":
             r = add_to_first_channels(r, outer[:, : self.out_residual])
             t = add_to_first_channels(t, outer[:, self.out_residual :])
         return join_streams(r, t) if packed else (r, t)

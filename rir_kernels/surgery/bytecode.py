@@ -13,7 +13,9 @@ _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 @functools.lru_cache(maxsize=4096)
 def reads(code):
     """(where, names) of what is read: a name, and the attributes that are taken from it."""
-    found, names, where = [], (), ""
+    found: list[tuple[str, tuple]] = []
+    names: tuple = ()
+    where = ""
     for instruction in dis.get_instructions(code):
         if names and instruction.opname in _BETWEEN:
             continue

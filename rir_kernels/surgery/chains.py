@@ -9,6 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +59,12 @@ class Chain:
 
     @property
     def input(self) -> fx.Node:
-        return (self.conv or self.norm).args[0]
+        return cast(fx.Node, (self.conv or self.norm).args[0])
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Paths of the children that are bypassed."""
-        return tuple(dict.fromkeys(node.target for node in self.nodes if node.op == "call_module"))
+        return tuple(dict.fromkeys(str(node.target) for node in self.nodes if node.op == "call_module"))
 
     @property
     def home(self) -> Path:
@@ -98,7 +99,7 @@ class _Finder:
         chains = []
         # of two that are added, the one with more behind it takes the other for its residual
         norms = [node for node in reversed(self.nodes) if isinstance(self.child(node), NORMS)]
-        for norm in sorted(norms, key=self.depth.get, reverse=True):
+        for norm in sorted(norms, key=self.depth.__getitem__, reverse=True):
             chain = self.grow(norm)
             if chain is not None:
                 chain.nodes.sort(key=self.place.get)
@@ -128,6 +129,7 @@ class _Finder:
             return (node, [], 1.0, [node]) if residuals or not scaled else None
         if scaled:
             return None
+        steps: list[tuple[Any, list, float]]
         if self.is_identity(node):
             steps = [(node.args[0], [], 1.0)]
         elif (factor := _factor(node)) is not None and residuals:

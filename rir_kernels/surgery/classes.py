@@ -8,6 +8,7 @@ import abc
 import dis
 import functools
 import types
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,19 @@ from torch import nn
 
 from ..compiling import not_traced
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 # where it is found, its name, what it was, and its code, which a tool that reloads sources replaces
 Method = tuple[type | types.ModuleType, str, object, types.CodeType | None]
 
 
-def _of_torch(kind: type) -> type:
+def _of_torch(kind: type[Kind]) -> type[Kind]:
     """The class that torch defined, where its name may have been rebound to a subclass of it."""
-    return next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules."))
+    return cast(type[Kind], next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")))
 
 
-Conv2d, BatchNorm2d, ReLU, Identity = map(_of_torch, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity))
+Conv2d, BatchNorm2d = _of_torch(nn.Conv2d), _of_torch(nn.BatchNorm2d)
+ReLU, Identity = _of_torch(nn.ReLU), _of_torch(nn.Identity)
 _BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's modules run, as far as they have it
 
 

@@ -49,7 +49,7 @@ class Memory:
         self.of: dict[fx.Node, frozenset] = {}
         for node in nodes:
             if node.op == "call_module":
-                self.effects[node] = _of_module(module.get_submodule(node.target))
+                self.effects[node] = _of_module(module.get_submodule(str(node.target)))
             self.of[node] = self._result(node)
 
     def given(self, nodes: Iterable[fx.Node]) -> set:
@@ -65,7 +65,7 @@ class Memory:
 
     def used(self, node: fx.Node) -> set:
         """What it may read or write to."""
-        child = self.module.get_submodule(node.target) if node in self.effects else None
+        child = self.module.get_submodule(str(node.target)) if node in self.effects else None
         return self.given(node.all_input_nodes) | (set() if child is None else tensors_of(child))
 
     def _result(self, node):

@@ -70,7 +70,8 @@ class _Fold(NamedTuple):
 
 def _folds(model, report):
     """What is to be folded, each norm once; everything is written into the report."""
-    found, untraced = {}, {}  # by norm; by module
+    found: dict[nn.Module, tuple] = {}  # by norm
+    untraced: dict[nn.Module, str] = {}
 
     def visit(module, family, names):
         for one in family.folds(module):

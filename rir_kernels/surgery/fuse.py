@@ -195,8 +195,8 @@ def _sorted_out(found, enabled):
     return matches, refusals
 
 
-def _unit_obstacle(module, family):
-    if reason := family.obstacle(type(module)) or subclass_obstacle(type(module)):
+def _unit_obstacle(module: nn.Module, family):
+    if reason := family.obstacle(type(module)) or subclass_obstacle(type(module)):  # type: ignore[arg-type] # a class is hashable
         return reason
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"

@@ -73,6 +73,8 @@ def _asked(module, reads) -> Iterator[Path]:
     """What forward has looked at: children, parameters and buffers."""
     for path, name, _ in reads:
         owner = child(module, path)
+        if owner is None:
+            continue
         if name == "_modules":
             yield from ((*path, key) for key, value in owner._modules.items() if value is not None)
         elif any(table.get(name) is not None for table in (owner._modules, owner._parameters, owner._buffers)):

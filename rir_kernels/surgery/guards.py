@@ -135,9 +135,10 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
         return 0, 0
     if conv.padding != "same":
         return pair(conv.padding)
-    if pair(conv.stride) != (1, 1):
+    dilation = pair(conv.dilation)
+    if dilation is None or pair(conv.stride) != (1, 1):
         return None
-    total = [d * (k - 1) for d, k in zip(pair(conv.dilation), conv.weight.shape[2:], strict=True)]
+    total = [d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:], strict=True)]
     return None if any(size % 2 for size in total) else (total[0] // 2, total[1] // 2)
 
 

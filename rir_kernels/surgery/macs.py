@@ -5,6 +5,7 @@ import copy
 import random
 import warnings
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
         for hooks in _HOOKS:
             getattr(module, hooks).clear()
     for module in ledger.own:
-        twin.get_submodule(ledger.names[module][0]).impl = "reference"  # the operations of the others count as nothing
+        layer: Any = twin.get_submodule(ledger.names[module][0])
+        layer.impl = "reference"  # the operations of the others count as nothing
     # a projection within a layer is not the layer's; torch.jit allows no hooks, and what it compiled is not fused
     measured = {m for m in (*ledger.convolutions(), *ledger.own) if not isinstance(m, torch.jit.ScriptModule)}
     spent = {module: twin.get_submodule(ledger.names[module][0]) for module in measured}
@@ -43,7 +45,8 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
 
 def _watched(modules, counter):
     """A count by module, of what each spends itself: its hooks keep fused modules from running around it."""
-    counts, around = Counter(), []
+    counts: Counter[nn.Module] = Counter()
+    around: list[list[int]] = []
 
     def before(module, inputs):
         around.append([counter.get_total_flops(), 0])

@@ -27,7 +27,8 @@ _CALLABLES = (
     type, types.ModuleType, types.FunctionType, types.WrapperDescriptorType, types.MethodDescriptorType,
     types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, np.ufunc,
 )  # fmt: skip
-_WATCHED = (random.random.__self__, np.random.rand.__self__)  # the generators behind the functions of these modules
+_DRAW: tuple[Any, ...] = (random.random, np.random.rand)  # methods, which the stubs take for functions
+_WATCHED = tuple(draw.__self__ for draw in _DRAW)  # the generators behind the functions of these modules
 
 
 class _Missing(enum.Enum):
@@ -126,8 +127,8 @@ def _again(base, *rest):
 
 def namespace(names: dict) -> types.ModuleType | dict:
     """The globals of a function as a base: their module, if it is one that is imported."""
-    module = sys.modules.get(names.get("__name__"))
-    return module if getattr(module, "__dict__", None) is names else names
+    module = sys.modules.get(names.get("__name__", ""))
+    return module if module is not None and getattr(module, "__dict__", None) is names else names
 
 
 def walk(value, steps: Iterable):

@@ -48,7 +48,7 @@ class Operation(NamedTuple):
         """Why it would run one by one now, as the generated forward asks it; or an empty string."""
         activation = self.activation
         acts = isinstance(activation, tuple)
-        act = child(module, activation) if acts else activation
+        act = child(module, activation) if isinstance(activation, tuple) else activation
         convs = () if self.conv is None else (child(module, self.conv),)
         return units.obstacle(child(module, self.norm), act, *convs, acts=acts)
 
@@ -98,7 +98,7 @@ class Program:
         called |= {(read.path, read.name) for read in self.reads if is_of_the_class(read) and read.path in kinds}
         return tuple(method for path, name in sorted(called) for method in methods_of(kinds[path], name))
 
-    def forward(self, original: type):
+    def forward(self, original: type[nn.Module]):
         """The forward of a fused class."""
         fused, inputs = _compiled(self.source).forward, self.inputs
 
@@ -122,7 +122,8 @@ class Program:
 
 def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str]) -> Program:
     """The program for these chains of the trace; the trace itself is left as it is."""
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     root = graph.placeholder("self")
     graph.output(graph.graph_copy(trace.graph, copies))
     helpers = {f"{_ONE_BY_ONE}{i}": _one_by_one(chain) for i, chain in enumerate(chains)}
@@ -136,7 +137,7 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
         for node in function.nodes:
             node.target = node.name if node.op == "placeholder" else in_place.FUNCTIONS.get(node.target, node.target)
         _look_up(function, module)
-    names = inlined | {node.target for chain in chains for node in chain.identities}
+    names = inlined | {str(node.target) for chain in chains for node in chain.identities}
     untouched = tuple((path_of(name), type(module.get_submodule(name))) for name in sorted(names))
     taken, operations = granted(module, trace, inlined), tuple(map(_operation, chains))
     return Program(_source(functions), trace.inputs, untouched, trace.reads, trace.outside, taken, operations)
@@ -213,7 +214,8 @@ def _look_up(graph, module):
 
 def _source(graphs):
     """The functions of these names, with the imports they need."""
-    used, functions = {}, []
+    used: dict[str, object] = {}
+    functions = []
     for function, graph in graphs.items():
         code = graph.python_code("self")
         functions.append(code.src.strip().replace("def forward(", f"def {function}(", 1))

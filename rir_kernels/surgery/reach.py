@@ -7,7 +7,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def held_within(objects: Iterable, known: Container[nn.Module]) -> list:
     """Modules and tensors that these objects are or refer to: through containers, functions, instances, and modules
     that are not known.
     """
-    found, queue, seen = [], list(objects), set()
+    found, queue, seen = [], list(objects), set[int]()
     while queue and len(seen) < _MOST:
         one = queue.pop()
         # a weak proxy may be dead, and raises then whatever it is asked; code that uses one names what it loads from it
@@ -77,9 +77,9 @@ def name_that_reaches(found: Iterable[Load | None], within, parts: set[nn.Module
             reaches = not parts.isdisjoint(owner._modules.values())
         else:
             value = owner._modules.get(name)
-            items = value is not None and not load.to_call and hasattr(type(value), "__getitem__")
             reaches = value in parts or (name in _TRAVERSE and within(owner))
-            reaches |= items and not parts.isdisjoint(value._modules.values())
+            if value is not None and not load.to_call and hasattr(type(value), "__getitem__"):
+                reaches |= not parts.isdisjoint(value._modules.values())
         if reaches:
             return f"names {name!r}"
     return ""
@@ -90,18 +90,19 @@ def asks_types(found: Iterable[Load | None]) -> bool:
     return any(load is not None and load.name in _TYPES for load in found)
 
 
-def loads(code: Callable | type, module: nn.Module) -> Iterator[Load | None]:
+def loads(code: Callable | type[nn.Module], module: nn.Module) -> Iterator[Load | None]:
     """What is loaded by name in a hook or the forward of a class, and in what these call; None: it is not in Python."""
     known = module  # by the first argument
     if isinstance(code, type):
-        code = code.forward
+        code = cast(type[nn.Module], code).forward
     while isinstance(code, functools.partial):
         code = code.func
     if isinstance(code, types.MethodType):
         code, known = code.__func__, None
     elif not isinstance(code, types.FunctionType):
         code, known = type(code).__call__, None
-    queue, seen = [(code, known)], set()
+    queue: list[tuple[Any, nn.Module | None]] = [(code, known)]
+    seen = set()
     while queue:
         function, known = queue.pop()
         if not isinstance(function, types.FunctionType):
@@ -128,7 +129,7 @@ def _loads(code, me, known):
             last = value[-1] if isinstance(value, tuple) else value
             owner = known if last in me else None
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            to_call = bool(instruction.arg & 1) if _LOADS_METHODS else instruction.opname == "LOAD_METHOD"
+            to_call = bool((instruction.arg or 0) & 1) if _LOADS_METHODS else instruction.opname == "LOAD_METHOD"
             yield Load(value, owner, to_call)
             owner = owner and owner._modules.get(value)
         elif instruction.opname == "LOAD_GLOBAL":

@@ -53,7 +53,10 @@ def is_never_called(kind: type) -> bool:
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:
     """The activation and what must be nothing, of a norm of such a kind; None for all others."""
     names = _norm_acts.get(full_name(type(norm)))
-    return names and tuple(norm._modules.get(name) for name in names)
+    if names is None:
+        return None
+    activation, nothing = names
+    return norm._modules.get(activation), norm._modules.get(nothing)
 
 
 def full_name(kind: type) -> str:

@@ -152,7 +152,10 @@ class FusionReport:
         around them gives, since a reader should meet it once; and of that one, how many of which kind they are.
         """
         names = {name or THE_MODEL for name, _ in self.model.named_modules()}
-        cause, around, told, parts = {}, {}, set(), {}
+        cause: dict[int, str] = {}
+        around: dict[tuple, Skipped] = {}
+        told: set[int] = set()
+        parts: dict[int, Counter[str]] = {}
         for item in self.skipped:
             about, _, rest = item.reason.partition(": ")
             cause[id(item)] = rest if item.within is not None and about in names else item.reason
@@ -166,7 +169,7 @@ class FusionReport:
 
 
 def _grouped(items, title):
-    groups = {}
+    groups: dict[str, list] = {}
     for item in items:
         groups.setdefault(title(item), []).append(item)
     return dict(sorted(groups.items()))
@@ -174,7 +177,7 @@ def _grouped(items, title):
 
 def _names(items):
     """The names, a container with several operations once, and only the first few of many."""
-    names = {}
+    names: dict[str, int] = {}
     for item in items:
         label = item.name or f"({THE_MODEL})"
         if item.also:
@@ -187,7 +190,7 @@ def _names(items):
 
 def _with(items, parts):
     """How many of what kind have no separate entry."""
-    kinds = sum((parts.get(id(item), Counter()) for item in items), Counter())
+    kinds: Counter[str] = sum((parts.get(id(item), Counter()) for item in items), Counter())
     return f", with {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
 
 

@@ -9,7 +9,6 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,20 +25,20 @@ _KEEP_NOTHING = (
 )  # fmt: skip
 
 
-class _Same(NamedTuple):
-    """Equal only to itself."""
+class _Same:
+    """Equal where it is of the same object."""
 
-    one: Any
+    def __init__(self, one):
+        self.one = one
 
     def __eq__(self, other):
         return type(other) is _Same and self.one is other.one
 
-    __hash__ = None
-
 
 def likeness(module: nn.Module) -> tuple:
     """How a module is built: the class of all that is within, the names, and what is the same object."""
-    numbers, queue, found, kept = {id(module): 0}, [module], [], []
+    numbers, queue, kept = {id(module): 0}, [module], []
+    found: list = []
     for one in queue:  # which grows
         found.append(type(one))
         for table in (one._modules, one._parameters, one._buffers):

@@ -6,8 +6,11 @@ original's), `super().forward` is the original one, and swapping back leaves not
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from torch import nn
 
 from .classes import Method, methods_of, replaced, subclass_of
 from .fallback import note
@@ -17,12 +20,13 @@ from .fallback import note
 class Recipe:
     """All that tells a fused class from others: enough to make it again in another process."""
 
-    original: type  # the class that was swapped
-    mixin: type  # a Fused, with the forward
+    original: type[nn.Module]  # the class that was swapped
+    mixin: "type[Fused]"  # with the forward
     impl: str
     patterns: tuple[str, ...]  # those that forward may use, sorted
-    program: Hashable = None  # of a forward that is generated
-    methods: tuple[Method, ...] = None  # those that forward stands for; None takes them as they are now
+    program: Any = None  # of a forward that is generated, hashable
+    # those that forward stands for; None takes them as they are now
+    methods: tuple[Method, ...] = None  # type: ignore[assignment] # it is never None once __post_init__ has run
 
     def __post_init__(self):
         if self.methods is None:
@@ -40,7 +44,11 @@ class Recipe:
         return Recipe, (self.original, self.mixin, self.impl, self.patterns, self.program, methods)
 
 
-class Fused:
+# mixins stand before a class that only `fused_class` knows, and use its attributes
+_Original: Any = object
+
+
+class Fused(_Original):
     """Base of the mixins, which bring `forward`: class FusedX(mixin, X)."""
 
     _rir_fusion: Recipe
@@ -53,8 +61,8 @@ class Fused:
     def __init__(self, *args, **kwargs):
         # only ever called where an instance asks for another of its class, as a slice of a Sequential does; nobody
         # has matched that one, so it is of the original class
-        self.__class__ = self._rir_fusion.original
-        self.__init__(*args, **kwargs)
+        self.__class__ = self._rir_fusion.original  # type: ignore[assignment] # it leaves this class
+        self.__init__(*args, **kwargs)  # type: ignore[misc] # of the class that it has now
 
     def __init_subclass__(cls, **kwargs):
         # a fused class is not for the original's to see: it may write down, or refuse, what it takes for a user's
@@ -92,12 +100,12 @@ def _set_class(module, cls):
     del attributes["_rir_swapped"]
 
 
-def is_fused(module) -> bool:
+def is_fused(module) -> TypeGuard[Fused]:
     """Whether forward is ours; a class that something else swapped on top may override it."""
     return isinstance(module, Fused)
 
 
-def class_of(module) -> type:
+def class_of(module) -> type[nn.Module]:
     """The module's class, of a fused one that which was swapped."""
     return module._rir_fusion.original if is_fused(module) else type(module)
 
@@ -128,7 +136,7 @@ def fused_class(recipe: Recipe) -> type:
         return fused(module, *args, **kwargs)
 
     # torch.compile counts recompilations by code object: those of other classes are none of this one's
-    forward.__code__ = forward.__code__.replace()
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined] # functools.wraps hides the function
     # not the original's __module__: torch.compile leaves out guards for what calls itself a part of torch.nn
     namespace = {"__module__": recipe.mixin.__module__, "__doc__": original.__doc__, "_rir_fusion": recipe}
     return subclass_of(original, recipe.mixin, namespace | helpers | {"forward": forward, "_rir_forward": forward})

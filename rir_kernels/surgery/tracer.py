@@ -15,7 +15,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from . import in_place
-from .reads import Found, Read, found, found_in_dicts, path_of
+from .reads import Found, Path, Read, found, found_in_dicts, path_of
 from .recording import recording, refuse
 from .swap import class_of
 from .watch import CALLS_A_MODULE, Watch, is_library
@@ -28,7 +28,7 @@ class Tracer(fx.Tracer):
     """reads: the attributes that forward has read; inputs: the names of its arguments without a default."""
 
     def __init__(self, module: nn.Module, inlined: frozenset[str], options: bool):
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type] # fx's type is of one module, and means any number
         self.root, self.inlined = module, inlined
         self.graph = fx.Graph(tracer_cls=type(self))
         self.tensor_attrs = {}  # fx would take tensors that are plain attributes for constants
@@ -37,7 +37,7 @@ class Tracer(fx.Tracer):
         self.traced = {(), *map(path_of, inlined)}
         self.tensors = {id(p): name for name, p in (*module.named_buffers(), *module.named_parameters())}
         self.taken: dict[str, fx.Proxy] = {}  # parameters and buffers
-        self.inside = [()]
+        self.inside: list[Path] = [()]
         self.reads: list[Read] = []
         self.refusals: list[str] = []
         self.asks_mode = False
@@ -59,7 +59,7 @@ class Tracer(fx.Tracer):
             self.watch = Watch(modules, self.paths, lambda: len(self.graph.nodes), refuse, originals)
             inputs = [self.create_proxy("placeholder", name, (), {}) for name in self.inputs]
             options = {p.name: self.given(p) for p in self.options}
-            with recording(self, self.submodule_paths), self.watch:
+            with recording(self, self.submodule_paths or ()), self.watch:
                 self.create_node("output", "output", (self.create_arg(forward(self.root, *inputs, **options)),), {})
         if self.refusals:
             refuse(self.refusals[0])
@@ -197,7 +197,7 @@ class _Value(fx.Proxy):
             refuse(f"its forward asks an input for {name!r}, which no tensor has")
         return super().__getattr__(name)
 
-    @property
+    @property  # type: ignore[misc] # an object's __class__ can be set, and this one cannot
     def __class__(self):  # where isinstance looks second
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__)):
             return _Value

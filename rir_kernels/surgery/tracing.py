@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import random
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, opt
 
     options: with the arguments that have a default given as well, the reverse of a bool.
     """
-    traces = []
+    traces: list[Trace] = []
     for training, gradients in itertools.product((True, False), repeat=2):
         if not training and not any(trace.asks_mode for trace in traces):
             break  # evaluation can make no difference
@@ -107,8 +108,9 @@ def _trace_anew(module, inlined, options):
             refuse(tracer.watch.doubts[0])
         reads, outside = tuple(dict.fromkeys(tracer.reads)), tracer.watch.found
         # such as whether torch.fx traces
-        for name in (read.name for read in reads if not holds(child(module, read.path), read)):
-            refuse(f"its forward reads {name!r}, which is another while it is traced")
+        for read in reads:
+            if (owner := child(module, read.path)) is None or not holds(owner, read):
+                refuse(f"its forward reads {read.name!r}, which is another while it is traced")
         for name in (one.name for one in outside if not one.holds()):
             refuse(f"its forward asks for {name!r}, which is another while it is traced")
     except (Untraceable, KeyboardInterrupt):
@@ -121,11 +123,12 @@ def _trace_anew(module, inlined, options):
 @contextlib.contextmanager
 def _without_random_numbers():
     """Drawn ones would be constants of the graph; what is drawn next is what it would have been."""
-    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    numpys: Callable[[], Any] = np.random.get_state  # it may return a dict, when asked for one
+    python, numpy, torchs = random.getstate(), numpys(), torch.get_rng_state()
     try:
         yield
         drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), torchs)
-        drawn |= np.random.get_state()[2:] != numpy[2:]  # each draw moves the position
+        drawn |= numpys()[2:] != numpy[2:]  # each draw moves the position
     finally:
         random.setstate(python)
         np.random.set_state(numpy)

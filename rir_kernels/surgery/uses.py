@@ -52,7 +52,7 @@ class Seen(NamedTuple):
     """What a forward does with the modules within reach: how often it calls each, and which attributes it reads."""
 
     called: Counter[nn.Module]
-    asked: dict[nn.Module, set[str]]
+    asked: dict[nn.Module | None, set[str]]
 
 
 class Users:
@@ -202,7 +202,8 @@ def _asks_for(norms, module) -> bool:
 
 
 def _seen(module, traces):
-    called, asked = Counter(), defaultdict(set)
+    called: Counter[nn.Module] = Counter()
+    asked = defaultdict(set)
     for trace in traces:
         calls = [node.target for node in trace.graph.nodes if node.op == "call_module"]
         called |= Counter(map(module.get_submodule, calls))  # the most of any trace

@@ -148,7 +148,7 @@ class Watch:
                 self._read(base, (), path, frame.f_globals)
             elif kind == "stored":
                 self._note(frame.f_globals, path)
-            elif kind == "free" and path[0] in free and not nested:
+            elif route is not None and kind == "free" and path[0] in free and not nested:
                 cell = ("__closure__", code.co_freevars.index(path[0]))
                 self._read(route[0], (*route[1], *cell), ("cell_contents", *path[1:]))
         if route is not None:

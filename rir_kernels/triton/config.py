@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
 
     Among equals the one with the longest rows, then the most rows: neighbouring pixels share the taps' input.
     """
-    best = None
+    best: Any = None
     box_w = min(pixels, power_of_two_at_least(w))
     while box_w:
         box_h = min(pixels // box_w, power_of_two_at_least(h))

@@ -119,7 +119,7 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
     channels = torch.empty(shape.c_out, device="meta")
     batches = torch.empty((), dtype=torch.int64, device="meta")
     norm = {"mean": channels, "gamma": channels, "beta": channels}
-    ops = []
+    ops: list[tuple] = []
     with compiling(arch) as compiled:
 
         def launched(op):
@@ -133,7 +133,8 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
         launched("forward, inference")
         conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
         launched("data gradient")
-        upstream = batchnorm.Upstream(x, *[torch.empty(shape.c_in, device="meta")] * 4, relu=True)
+        inputs = torch.empty(shape.c_in, device="meta")
+        upstream = batchnorm.Upstream(x, inputs, inputs, inputs, inputs, relu=True)
         _, partial = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
         if partial is None:  # there are none: it was the kernel of before
             del compiled[len(ops) :]
@@ -162,7 +163,8 @@ def _meta(shape, dtype):
 def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> list[Row]:
     """The rows of one layer, one for each distinct kernel; .ptx and .ttgir go to the folder `save`."""
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    rows, seen = [], set()
+    rows: list[Row] = []
+    seen = set()
     for op, kernel, constants, compiled in compile_ops(shape, DTYPES[dtype], arch):
         if (op, compiled.hash) in seen:
             continue

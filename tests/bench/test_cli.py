@@ -93,8 +93,8 @@ def test_time_runs_out(capsys, tmp_path):
 
 def test_a_lost_device_keeps_what_was_measured(monkeypatch, tmp_path):
     class Lost(run.Runner):
-        def run(self, case):
-            rows = super().run(case)
+        def run(self, case, reach):
+            rows = super().run(case, reach)
             yield next(rows)
             raise run.timing.DeviceLost("gone")
 

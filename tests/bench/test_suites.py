@@ -121,6 +121,15 @@ def test_rows_of_a_case(clock):
         assert ("derived" in row.config) == (row.mode == "bwd")
 
 
+def test_a_case_says_how_far_it_is(clock):
+    clock(1.0, 2.0, 6.0)
+    reached = []
+    list(Runner(CPU, ONCE, CEILINGS, ("merged", "torch")).run(layer_case(), lambda *step: reached.append(step)))
+    checks = ["checking merged", "checking torch"]
+    steps = [*checks, "timing eval", *checks, "timing train_fwd", "timing step"]
+    assert reached == [(index / 7, what) for index, what in enumerate(steps)]
+
+
 def test_a_backward_pass_below_the_noise_has_no_time(clock):
     clock(1.0, 2.0, 1.9)
     (row,) = (row for row in run(layer_case(), ("torch",)) if row.mode == "bwd")

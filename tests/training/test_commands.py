@@ -4,13 +4,16 @@ import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from models import evaluate, train
 from models.training import run, settings
+from models.training.console import TrainingProgress
 from models.training.errors import SettingsError
 
 SMALL = ["--data", "digits", "--option", "depth=[1,1,1]", "--epochs", "2", "--batch-size", "256"]
@@ -42,6 +45,28 @@ def test_train_and_evaluate(tmp_path, capsys):
     status, text = call(evaluate.main, tmp_path, capsys=capsys)
     assert f"rir18_thin: test accuracy {accuracy:.2f} %" in text
     assert "360 images" in text
+
+
+def test_the_bars_move_within_an_epoch():
+    counted = {"loss": torch.tensor(0.0), "right": torch.tensor(0.0)}
+    state = SimpleNamespace(
+        recipe=SimpleNamespace(epochs=3, batch_size=8), steps_per_epoch=4, epoch=1, step=2, part=(0, 8), counted=counted
+    )
+    record = dict.fromkeys(("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"), 0.0)
+
+    def shown():
+        return [(task.description, task.completed, task.total) for task in bars._bar.tasks]
+
+    with TrainingProgress(state) as bars:  # a run that goes on in the middle of an epoch
+        assert shown() == [("epoch 2/3", 2, 4), ("all", 6, 12)]
+        state.step = 3
+        bars.step(state)
+        assert shown() == [("epoch 2/3", 3, 4), ("all", 7, 12)]
+        state.step = 4
+        bars.step(state)
+        state.epoch, state.step = 2, 0
+        bars.epoch(state, {"epoch": 2, **record})
+        assert shown() == [("epoch 3/3", 0, 4), ("all", 8, 12)]
 
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path, capsys):

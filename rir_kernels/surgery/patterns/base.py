@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..swap import Fused
+
 PATTERNS = ("P1", "P2", "P3", "P4", "P5", "P6")
 
 
@@ -43,8 +45,8 @@ def no_program(module, matches) -> None:
     """The program of families whose mixin knows what to do."""
 
 
-def no_folds(module) -> list[Fold | Refusal]:
-    """Of families that know of none; so for `runs`."""
+def no_folds(module) -> list[Any]:
+    """Of families that know of none; so for `find` and `runs`."""
     return []
 
 
@@ -64,7 +66,7 @@ class Family:
     knows: Callable[[type], bool]
     obstacle: Callable[[type], str]
     find: Callable[..., list[Match | Refusal]]
-    mixin: type
+    mixin: type[Fused]
     program: Callable[..., Any] = no_program
     folds: Callable[..., list[Fold | Refusal]] = no_folds
     runs: Callable[..., list[Match]] = no_folds
@@ -78,7 +80,7 @@ def exactly(target: Callable[[], type | None]) -> dict:
         return known is not None and issubclass(kind, known)
 
     def obstacle(kind):
-        known = target()
+        known: Any = target()  # a class: `knows` has been asked
         same = kind is known
         return "" if same else f"{kind.__name__} is a subclass of {known.__name__}: only the exact class is known"
 

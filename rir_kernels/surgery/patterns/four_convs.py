@@ -4,7 +4,7 @@ Weights and affine parameters are joined by differentiable copies, so every para
 running statistics are joined into temporaries, which are copied back when the operation has succeeded.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ def _counts_agree(layer):
 def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0, impl):
     """x = [r | t] -> [r' | t'], for a layer without obstacles."""
     norms = [norm for norm in layer.norms.values() if norm is not None]
-    norm = norms[0] if len(norms) == 1 else _JoinedNorm(*norms)
+    norm: Any = norms[0] if len(norms) == 1 else _JoinedNorm(*norms)
     spec = ConvBNActSpec(
         stride=layer.stride,
         padding=(layer.kernel_size // 2, layer.kernel_size // 2),
@@ -82,7 +82,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
     )
     weight = pack_weight(*(None if conv is None else conv.weight for conv in layer.convs.values()))
     y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl, torch_format=True)
-    if len(norms) == 2:
+    if isinstance(norm, _JoinedNorm):
         norm.write_back()
     return y
 
@@ -108,7 +108,7 @@ class _JoinedNorm:
         r, t = self.norms
         if not (self.training and self.track_running_stats):
             return
-        if self.running_mean is not None:
+        if r.running_mean is not None:
             split = r.running_mean.shape[0]
             for name in ("running_mean", "running_var"):
                 joined = getattr(self, name)

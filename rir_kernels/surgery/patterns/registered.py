@@ -115,7 +115,7 @@ class _Written:
     def helpers(self) -> dict[str, Callable]:
         return {}
 
-    def forward(self, original: type):
+    def forward(self, original: type[nn.Module]):
         @functools.wraps(original.forward)
         def forward(module, *args, **kwargs):
             given = (*args, *kwargs.values())

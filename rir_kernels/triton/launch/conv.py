@@ -4,6 +4,7 @@ Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arg
 """
 
 from math import prod
+from typing import cast
 
 import torch
 
@@ -73,7 +74,8 @@ def conv_data_grad(
         return dx, None
     if upstream is not None and not is_describable(upstream.z):
         upstream = None
-    return dx, _launch_tiles([dz, None, None, None], packed, dx, gradient=True, upstream=upstream, **gradient)
+    sums = _launch_tiles([dz, None, None, None], packed, dx, gradient=True, upstream=upstream, **gradient)
+    return dx, cast(torch.Tensor | None, sums)
 
 
 def _launch(x, weight, out, *, residuals, spec, **epilogue):
@@ -192,9 +194,9 @@ def _launch_tiles_of(
             stored(z_out),
             bias,
             *norm,
-            moments.mean if statistics else None,
-            moments.m2 if statistics else None,
-            moments.count if statistics else None,
+            None if moments is None else moments.mean,
+            None if moments is None else moments.m2,
+            None if moments is None else moments.count,
             *upstream_args,
             partial,
             n,
@@ -300,7 +302,8 @@ def _described_weight(packed_weight, config, weight_t):
 def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
     """How many taps meet a parity plane along each axis: none of a 1x1 the odd ones."""
     first = [(p + pad) % stride for p, pad, stride in zip(plane, spec.padding, spec.stride, strict=True)]
-    return tuple(cdiv(size - f, stride) for size, f, stride in zip(kernel, first, spec.stride, strict=True))
+    h, w = (cdiv(size - f, stride) for size, f, stride in zip(kernel, first, spec.stride, strict=True))
+    return h, w
 
 
 def _padding(kernel, spec, gradient) -> tuple[int, int]:

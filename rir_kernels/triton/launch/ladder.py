@@ -7,14 +7,14 @@ for the cheapest that needs as much less as was asked too much. Every process on
 
 import warnings
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from triton.runtime.errors import OutOfResources
 
 Result = TypeVar("Result")
 LEAST_STAGES = 2
 
-_kept = {}  # launch: the tile that it came down to
+_kept: dict[Hashable, Any] = {}  # launch: the tile that it came down to
 _warned = False
 
 

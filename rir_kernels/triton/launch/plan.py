@@ -12,6 +12,7 @@ be recorded.
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,9 +85,10 @@ def record(function: Callable, tensors: Sequence[torch.Tensor | None]) -> Plan:
 
     The first tensor is there. Unplannable where the function does more than allocate, copy and launch.
     """
-    device = tensors[0].device
+    first = cast(torch.Tensor, tensors[0])
+    device = first.device
     recorder = _Recorder(tensors)
-    with torch.no_grad(), device_guard(tensors[0]):
+    with torch.no_grad(), device_guard(first):
         with intercepted(recorder.launch, device), recorder:
             outputs = function(*recorder.inputs)
         return recorder.plan(outputs, device)

@@ -137,7 +137,7 @@ def gpu_at(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined] # torch's types lack it
         properties.name,
         10 * properties.major + properties.minor,
     )
