@@ -149,7 +149,7 @@ def _choose(x, weight, spec, training):
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    measured = measured_choice(_state.gpu if x.is_meta else _device_name(x.device.index), key)
+    measured = measured_choice(_state.gpu or "" if x.is_meta else _device_name(x.device.index), key)
     return (measured, "measured to be faster here") if measured else ("triton", "")
 
 

@@ -41,21 +41,19 @@ def sums(spec, _, dy, z, y, mean, invstd, gamma, beta):
     return (norm.bn_share_sums(norm.evenly_spaced(dy), z, y, spec=spec, **per_channel),)
 
 
-def gradients(options, _, *tensors):
+def gradients(options, _, dy, x, weight, z, y, mean, invstd, gamma, beta, rows, count, *norm):
     """Those of `fused.backward`, by the rows of all ranks; None for rows where no mean is needed.
 
-    options: spec, impl, needs, relu of the layer upstream. tensors: nine of `fused.backward`, the rows, the number of
-    pixels, and five of the norm upstream or none.
+    options: spec, impl, needs, relu of the layer upstream. norm: that layer's z, mean, invstd, gamma and beta, or none.
     """
     spec, impl, needs, relu = options
-    rows, count = tensors[9:11]
-    norm = _norm()
-    upstream = norm.Upstream(*tensors[11:], relu) if len(tensors) > 11 else None
-    shared = norm.Shared(tensors[5].numel())
-    means = None if rows is None else norm.bn_sum(shared.sums(rows), 1.0, count)
+    launchers = _norm()
+    upstream = launchers.Upstream(*norm, relu) if norm else None
+    means = None if rows is None else launchers.bn_sum(launchers.Shared(mean.numel()).sums(rows), 1.0, count)
     # the norm's own gradients are the rank's sums, known already
     needs = (*needs[:3], False, False, needs[5])
     found = fused.backward(
-        *tensors[:9], spec, training=True, needs=needs, impl=impl, upstream=upstream, sums=means, means=means
-    )
+        dy, x, weight, z, y, mean, invstd, gamma, beta, spec,
+        training=True, needs=needs, impl=impl, upstream=upstream, sums=means, means=means,
+    )  # fmt: skip
     return found if upstream is None else (*found[:6], *(found[6] or (None, None)))

@@ -208,9 +208,11 @@ def _backward(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *options):
     return _or_empty(plans.run(_launch_backward, _hashable(options), tensors), x)
 
 
-def _launch_backward(options, _, *tensors):
+def _launch_backward(options, _, dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias):
     *spec, training, needs, impl = options
-    return fused.backward(*tensors, _spec(spec), training=training, needs=needs, impl=impl)
+    return fused.backward(
+        dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, _spec(spec), training=training, needs=needs, impl=impl
+    )
 
 
 def _backward_fake(dy, x, weight, z, y, mean, invstd, bn_weight, bn_bias, *rest):

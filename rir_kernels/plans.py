@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import Parameter
@@ -72,7 +72,7 @@ class Repeated:
 
     def __init__(self, function: Callable, options: Hashable, repeats: bool = True):
         self._run = functools.partial(function, options)
-        self._plan = _NOT_YET if repeats else None
+        self._plan: Any = _NOT_YET if repeats else None
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], scalars: tuple[float, ...] = ()) -> tuple:
         if self._plan is _NOT_YET:

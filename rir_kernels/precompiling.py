@@ -204,19 +204,20 @@ def _compile(jobs, arch, workers) -> int:
 def _worker(arch) -> Iterator[Callable]:
     """A process that answers jobs. Not one of multiprocessing: that would run the user's script again."""
     paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rir_kernels.triton.compile_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "rir_kernels.triton.compile_worker"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stdin is not None and process.stdout is not None
+    jobs, answers = process.stdin, process.stdout
 
     def send(value):
-        pickle.dump(value, process.stdin)
-        process.stdin.flush()
+        pickle.dump(value, jobs)
+        jobs.flush()
 
     def ask(job):
         try:
             send(job)
-            return pickle.load(process.stdout)
+            return pickle.load(answers)
         except (EOFError, BrokenPipeError):
             return False, f"its process ended with exit code {process.wait()}"
 
@@ -225,7 +226,7 @@ def _worker(arch) -> Iterator[Callable]:
             send(arch)
             yield ask
         finally:
-            process.stdin.close()
+            jobs.close()
 
 
 def _shown(futures, total):

@@ -13,7 +13,10 @@ class Ranks:
 
     def __init__(self, group):
         self._group = group
-        self.mean = self.var = self.count = None  # of all ranks; var is biased, count a tensor: reading it would wait
+        # of all ranks; var is biased, count a tensor: reading it would wait
+        self.mean: torch.Tensor
+        self.var: torch.Tensor
+        self.count: torch.Tensor
 
     def merge(self, mean, var, count: int, eps: float):
         """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""

@@ -8,6 +8,7 @@ those of every other parameter do.
 
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from .ranks import KernelRanks, Ranks
 
 def _untraced(function):
     """torch.compile calls it and looks no further: collectives are in it, and launches that no op stands around."""
-    untraced = []
+    untraced: list[Callable] = []
 
     @functools.wraps(function)
     def call(*args):

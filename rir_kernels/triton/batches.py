@@ -32,7 +32,8 @@ def serve(tiles: list[Tile], clocks: np.ndarray) -> dict[int, Tile]:
     """{batch: tile}, from `clocks` [BATCHES, tiles]: the fewest tiles of which none is slower than SLACK allows."""
     relative = clocks / clocks.min(1, keepdims=True)
     good = relative <= np.array(SLACK)[:, None]
-    serving, first = {}, 0
+    serving: dict[int, Tile] = {}
+    first = 0
     while first < len(BATCHES):
         lasting = np.cumprod(good[first:], axis=0).sum(0)
         end = first + lasting.max()

@@ -17,6 +17,7 @@ Other GPUs than Hopper's take the same rule, with what `gpus` says of their tens
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -114,7 +115,8 @@ def clocks(problem: Problem, tile: ConvConfig, gpu: Gpu) -> float:
     loops = np.where(tile.skips, even, turns)
     # the ends of one program hide behind the loop of another on the same SM
     time = loops * loop + np.where(occupancy > 1, rest, turns * rest)
-    return np.where(tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes, np.inf, time)[()]
+    fitting: Any = np.where(tile.num_stages * stage_bytes(tile, p) > gpu.shared_bytes, np.inf, time)
+    return fitting[()]  # a number where all were
 
 
 def stage_bytes(tile: ConvConfig, problem: Problem) -> int:

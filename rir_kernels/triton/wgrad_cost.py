@@ -13,7 +13,7 @@ sums, and a second launch reads them all: that is the price of large tiles, and 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -164,7 +164,8 @@ def clocks(problem: WgradProblem, tile: WgradTile, gpu: Gpu) -> float:
     sums = problem.kernel[0] * c_out * c_in * 4  # bytes that a program writes where a position ends
     first = START + loop + together * ends * sums / stored
     time = first + LAUNCH + START + cut.parts * sums / (stored * gpu.sms)
-    return np.where(shared_bytes(problem, tile) > gpu.shared_bytes, np.inf, time)[()]
+    fitting: Any = np.where(shared_bytes(problem, tile) > gpu.shared_bytes, np.inf, time)
+    return fitting[()]  # a number where all were
 
 
 def _step_clocks(problem, tile, gpu):

@@ -104,9 +104,9 @@ class _Recorder(TorchDispatchMode):
         self._allocated = []
         self._steps = []
         self._launches = []
-        self._launch_step = _InterpretedLaunch if interpreting() else CompiledLaunch
-        if foreseeing():
-            self._launch_step = _ForeseenLaunch
+        self._launch_step: Callable = _InterpretedLaunch if interpreting() else CompiledLaunch
+        if (note := foreseeing()) is not None:
+            self._launch_step = functools.partial(_ForeseenLaunch, note)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -173,8 +173,8 @@ class _OperatorStep:
 class _ForeseenLaunch:
     """A launch that is noted when it is planned, and never made."""
 
-    def __init__(self, _place, kernel, _programs, args, options):
-        foreseeing()(kernel, args, options)
+    def __init__(self, note, _place, kernel, _programs, args, options):
+        note(kernel, args, options)
 
     def __call__(self, buffers, scalars):
         pass
