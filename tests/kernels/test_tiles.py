@@ -174,6 +174,22 @@ def test_a_choice_fits_the_gpu(gpu, itemsize, batch):
             assert clocks(chosen_for, tile, gpu) <= 1.3 * ranked_tiles(chosen_for, gpu)[0][0]
 
 
+def test_few_tiles_serve_the_batches():
+    """By hand: a tile for as many batches in a row as it is fast enough for, and of those that last as long the best."""
+    slow = {
+        "many": [1.0] * 5 + [1.31] * 6,
+        "again for one": [1.0] * 5 + [1.31] * 5 + [1.0],
+        "few": [1.1] * 5 + [1.0, 1.0, 1.2, 1.2, 1.2, 1.2],
+        "few, faster": [1.1] * 5 + [1.0, 1.0, 1.1, 1.1, 1.1, 1.1],
+        "best of two": [2.0] * 7 + [1.0] * 4,
+    }
+    clocks = 1000 * torch.tensor([*slow.values()], dtype=torch.float64).T.numpy()
+    serving = batches.serve([*slow], clocks)
+    assert [*serving] == [1 << power for power in range(10, -1, -1)]
+    assert [*serving.values()] == ["many"] * 5 + ["few, faster"] * 6
+    assert [batches.rounded(n) for n in (1, 3, 64, 65, 1024, 5000)] == [1, 4, 64, 128, 1024, 1024]
+
+
 def test_the_cheapest_tile_is_taken():
     problem = _problem(SHAPE_TABLE[0])
     best = conv_config(problem, True)

@@ -21,6 +21,8 @@ REFUSED = (
     "tests/kernels/test_layer.py::test_what_the_kernels_do_not_do_is_refused_by_name_and_done_by_hybrid[dilation]",
 )
 BIAS = ("tests/kernels/test_layer.py::test_within_the_budget[train-triton-cpu-float32-scaled before the norm, bias]",)
+OP = ("tests/kernels/test_plans.py::test_the_op_repeats_its_plans[cpu-float32]",)
+OF_A_BATCH = ("tests/kernels/test_tiles.py::test_few_tiles_serve_the_batches",)
 STREAMS, JOINING = "tests/test_streams.py", "tests/test_joining.py"
 
 CALLS = [
@@ -37,10 +39,10 @@ CALLS = [
         "told_by_z and spec.norm_scale == 1 and", "told_by_z and", SCALED_CHAIN,
     ),
     Mutant(
-        "plan: repeated for other strides", "rir_kernels/eager.py", "(t.shape, t.stride(), ", "(t.shape, ", KINDS,
+        "plan: repeated for other strides", "rir_kernels/plans.py", "(t.shape, t.stride(), ", "(t.shape, ", KINDS,
     ),
     Mutant(
-        "plan: repeated for unaligned memory", "rir_kernels/eager.py",
+        "plan: repeated for unaligned memory", "rir_kernels/plans.py",
         ", t.data_ptr() % _ALIGNMENT) for t", ") for t", UNALIGNED,
     ),
     Mutant(
@@ -51,6 +53,22 @@ CALLS = [
     Mutant(
         "plan: repeated for another rule of memory format", "rir_kernels/eager.py",
         "training, torch_format, save, impl)", "training, save, impl)", FORMATS,
+    ),
+    Mutant(
+        "plan: the op's repeated for other options", "rir_kernels/plans.py",
+        "key = (function, options, kind)", "key = (function, kind)", OP,
+    ),
+    Mutant(
+        "plan: of the op for other tensors", "rir_kernels/plans.py",
+        "key = (function, options, kind)", "key = (function, options)", OP,
+    ),
+    Mutant(
+        "batches: a tile too slow for one of them", "rir_kernels/triton/batches.py",
+        "np.cumprod(good[first:], axis=0).sum(0)", "good[first:].sum(0)", OF_A_BATCH,
+    ),
+    Mutant(
+        "batches: the first tile that lasts, not the fastest", "rir_kernels/triton/batches.py",
+        "relative[first:end].sum(0), np.inf)", "1, np.inf)", OF_A_BATCH,
     ),
     Mutant(
         "plan: another tensor's offset forgotten", "rir_kernels/triton/launch/places.py",

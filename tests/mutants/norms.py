@@ -70,7 +70,7 @@ NORMS = [
     ),
     Mutant(
         "merge: tiles' means not weighted by their counts", NORM,
-        "tl.sum(weight * shift, 0) / block_count", "tl.sum(shift, 0) / tl.sum(is_tile.to(tl.float32), 0)", MERGE,
+        "tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)", "tl.sum(shift, 0) / tl.sum(is_tile.to(tl.float32), 0)", MERGE,
     ),
     Mutant(
         "merge: deviations not weighted by the counts", NORM,
@@ -91,7 +91,7 @@ NORMS = [
     ),
     # running statistics
     Mutant(
-        "running variance: n for n - 1", NORM, "m2 / (count - 1.0)", "m2 / count", STATE[:1],
+        "running variance: n for n - 1", NORM, "m2 / tl.maximum(count - 1.0, 1.0)", "m2 / count", STATE[:1],
     ),
     Mutant(
         "running variance: n for n - 1, the long way", "rir_kernels/functional.py",
