@@ -50,11 +50,12 @@ def _bn_stats_fwd_kernel(
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
     for step in tl.range(steps):
-        row = (tile.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = (tile.to(tl.int64) * steps + step) * BLOCK_M
+        row = first + tl.arange(0, BLOCK_M)
         is_row = row < M
         mask = is_row[:, None] & is_channel[None, :]
         z = tl.load(z_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        rows = tl.sum(is_row.to(tl.float32), 0)
+        rows = tl.maximum(tl.minimum(M - first, BLOCK_M), 0).to(tl.float32)
         block_mean, block_m2 = tile_moments(z, is_row[:, None], rows, 0)
         count, mean, m2 = merge_moments(count, mean, m2, rows, block_mean, block_m2)
     out = tile.to(tl.int64) * C + channel
