@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ from rir_kernels.triton import inspect
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 
 OPS = {"forward, training", "forward, no identity", "forward, inference", "data gradient", "weight gradient"}
+
+# the last wait for wgmma, and the barriers up to the next write to shared memory
+WAIT_AND_BARRIER = re.compile(r"(wgmma\.wait_group\.sync\.aligned\s+\d+;)((?!\.shared|wgmma).)*?bar\.sync\s+0;", re.S)
 
 
 def _python(*arguments, **environment):
@@ -45,6 +49,11 @@ def test_every_row_of_the_shape_table_compiles_clean_for_hopper(tmp_path, dtype)
                 continue
             assert row["products"] > 0 and row["conversions"] == 0 and row["local_loads"] == 0, row
     assert len(list(saved.glob("*.ptx"))) == len(list(saved.glob("*.ttgir"))) == len(rows)
+    for ptx in [path.read_text() for path in saved.glob("*_conv_*.ptx")]:
+        faulty = re.sub(WAIT_AND_BARRIER, r"\1", ptx)
+        if ".reqntid 256" in ptx:
+            assert faulty != ptx and inspect.unguarded_writes(faulty)
+        assert not inspect.unguarded_writes(faulty.replace(".reqntid 256", ".reqntid 128"))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +117,31 @@ for shape, tile in (
     assert done.stdout.split() == ["5", "5", "5", "4", "5"], done.stdout + done.stderr
 
 
+def test_kernels_are_assembled_as_triton_does_it(tmp_path):
+    """With the same ptxas and the same options: which ones that are depends on Triton's version and on the GPU."""
+    done = _python("-c", """
+import subprocess
+import torch
+from rir_kernels.triton import inspect
+from rir_kernels.triton.launch import batchnorm
+commands, run = [], subprocess.run
+def recorded(command, **options):
+    if "-v" in command:  # and not to ask for its version; the rest but for the temporary files' names
+        commands.append([word for word in command if ".ptx" not in word])
+    return run(command, **options)
+subprocess.run = recorded
+with inspect.compiling("sm_90") as compiled:
+    batchnorm.bn_running(torch.empty(16, device="meta"), torch.empty(16, device="meta"), 1e-5)
+registers, spills, warnings = inspect.assemble(compiled[0][-1])
+triton, ours = commands
+print(triton == ours and "ptxas" in ours[0], 0 < registers < 256, spills, warnings)
+""", TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
+    assert done.stdout == "True True 0 ()\n", done.stdout + done.stderr
+
+
 FOUND = {
     "registers": 90, "spills": 0, "shared_kb": 128.0, "products": 4, "waits": True, "traps": False,
-    "conversions": 0, "local_loads": 0, "warnings": (),
+    "conversions": 0, "local_loads": 0, "unguarded": 0, "warnings": (),
 }  # fmt: skip
 
 
@@ -124,6 +155,7 @@ FOUND = {
         ({"traps": True}, "traps"),
         ({"conversions": 2}, "2 conversions in the main loop"),
         ({"local_loads": 1}, "1 local_loads in the main loop"),
+        ({"unguarded": 3}, "3 writes to shared memory with no barrier after the wait for wgmma"),
         ({"waits": False}, "touches memory before it waits for the launch ahead"),
     ],
 )
