@@ -95,15 +95,16 @@ def _bn_finalize_fwd_kernel(
         is_tile = tile < tiles
         mask = is_tile[:, None] & is_channel[None, :]
         offset = tile[:, None] * C + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
-        weight = tl.load(tile_count_ptr + tile, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
-        tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
-        tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
-        block_count = tl.sum(tl.sum(weight, 1), 0)
         # deviations from the first tile's mean: sums of small numbers, where the means themselves may be large
         anchor = tl.load(tile_mean_ptr + first * C + channel, mask=is_channel, other=0.0)
+        weight = tl.load(tile_count_ptr + tile, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
+        tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
+        block_count = tl.sum(tl.sum(weight, 1), 0)
         shift = tl.where(is_tile[:, None], tile_mean - anchor[None, :], 0.0)
         block_shift = tl.sum(weight * shift, 0) / block_count
         deviation = tl.where(is_tile[:, None], shift - block_shift[None, :], 0.0)
+        # not earlier: it would wait in registers
+        tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
         block_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
         count, mean, m2 = merge_moments(count, mean, m2, block_count, anchor + block_shift, block_m2)
     var = m2 / count
