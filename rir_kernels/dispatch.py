@@ -202,8 +202,22 @@ def triton_missing() -> str:
         import triton
     except Exception as error:  # a broken install raises more than ImportError
         return f"{needed}, which cannot be imported here ({type(error).__name__}: {error}): pip install triton"
-    version = getattr(triton, "__version__", None) or importlib.metadata.version("triton")
+    version = _version_of(triton)
     return f"{needed}, found {version}" if _numbers(version) < TRITON_NEEDED else ""
+
+
+@functools.cache
+def triton_release() -> tuple[int, ...] | None:
+    """(3, 7) of Triton 3.7.1; None where it cannot be imported."""
+    try:
+        import triton
+    except Exception:  # as above
+        return None
+    return _numbers(_version_of(triton))
+
+
+def _version_of(triton) -> str:
+    return getattr(triton, "__version__", None) or importlib.metadata.version("triton")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -50,11 +50,12 @@ def _bn_stats_fwd_kernel(
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
     for step in tl.range(steps):
-        row = (tile.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = (tile.to(tl.int64) * steps + step) * BLOCK_M
+        row = first + tl.arange(0, BLOCK_M)
         is_row = row < M
         mask = is_row[:, None] & is_channel[None, :]
         z = tl.load(z_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        rows = tl.sum(is_row.to(tl.float32), 0)
+        rows = tl.maximum(tl.minimum(M - first, BLOCK_M), 0).to(tl.float32)
         block_mean, block_m2 = tile_moments(z, is_row[:, None], rows, 0)
         count, mean, m2 = merge_moments(count, mean, m2, rows, block_mean, block_m2)
     out = tile.to(tl.int64) * C + channel
@@ -99,7 +100,6 @@ def _bn_finalize_fwd_kernel(
         offset = tile[:, None] * STRIDE + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
         weight = tl.load(tile_count_ptr + tile * COUNT_STRIDE, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
         tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
-        tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
         block_count = tl.sum(tl.sum(weight, 1), 0)
         # deviations from the mean of a tile that is not empty: sums of small numbers, where the means may be large
         fullest = first + tl.argmax(tl.sum(weight, 1), 0)
@@ -107,6 +107,8 @@ def _bn_finalize_fwd_kernel(
         shift = tl.where(is_tile[:, None], tile_mean - anchor[None, :], 0.0)
         block_shift = tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)
         deviation = tl.where(is_tile[:, None], shift - block_shift[None, :], 0.0)
+        # not earlier: it would wait in registers
+        tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
         block_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
         count, mean, m2 = merge_moments(count, mean, m2, block_count, anchor + block_shift, block_m2)
     tl.store(mean_ptr + channel, mean, mask=is_channel)

@@ -63,12 +63,15 @@ def pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
 
 
 @triton.jit
-def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr):
+def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr):
     """Mean and M2 [BLOCK_C] over the valid pixels of tiles [BLOCK_C, P] that stand below each other."""
     total = tl.zeros([tiles[0].shape[0]], dtype=tl.float32)
     for row in tl.static_range(len(tiles)):
-        is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
-        total += tl.sum(tl.where(is_pixel[None, :], tiles[row], 0.0), 1)
+        if IS_ZERO_BEYOND:
+            total += tl.sum(tiles[row], 1)
+        else:
+            is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+            total += tl.sum(tl.where(is_pixel[None, :], tiles[row], 0.0), 1)
     mean = total / tl.maximum(count, 1.0)
     m2 = tl.zeros_like(mean)
     for row in tl.static_range(len(tiles)):
@@ -215,7 +218,8 @@ def _conv_fwd_kernel(
 
     # a row's count of pixels is zero, or less, beneath the image
     count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
-    if partial_ptr is not None:
+    IS_ZERO_BEYOND: tl.constexpr = partial_ptr is not None or (tile_mean_ptr is not None and bias_ptr is None)
+    if IS_ZERO_BEYOND:
         # here, before addends that are zero there, and not in the sums, where the masks would take too many registers
         if count < P * ROWS:
             accs = _zero_beyond(accs, n, h, w, N, H, W, BOX, GROUPS, ROWS)
@@ -223,6 +227,12 @@ def _conv_fwd_kernel(
         c = first_c + group * BLOCK_C
         channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         is_channel = channel < C
+        if mean_ptr is not None:
+            # ahead of the addends, which wait in registers for whatever is computed between their load and their sum
+            mean = load_channels(mean_ptr, channel, C, 0.0)
+            invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
+            gamma = load_channels(gamma_ptr, channel, C, 1.0)
+            beta = load_channels(beta_ptr, channel, C, 0.0)
         tiles = ()
         for row in tl.static_range(ROWS):
             acc = accs[group * ROWS + row]
@@ -233,7 +243,7 @@ def _conv_fwd_kernel(
             tiles += (acc,)
 
         if tile_mean_ptr is not None:
-            mean, m2 = _moments(tiles, count.to(tl.float32), n, h, w, N, H, W, BOX)  # [BLOCK_C]
+            mean, m2 = _moments(tiles, count.to(tl.float32), n, h, w, N, H, W, BOX, IS_ZERO_BEYOND)  # [BLOCK_C]
             offset = tile.to(tl.int64) * C
             tl.store(tile_mean_ptr + offset + channel, mean, mask=is_channel)
             tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)
@@ -251,10 +261,6 @@ def _conv_fwd_kernel(
                     # backward recomputes the mask from the stored z, so y must come from the same rounded value
                     acc = round_as(acc, x00_desc)
                     store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
-                mean = load_channels(mean_ptr, channel, C, 0.0)
-                invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
-                gamma = load_channels(gamma_ptr, channel, C, 1.0)
-                beta = load_channels(beta_ptr, channel, C, 0.0)
                 acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
                 if POST_NORM:
                     acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)

@@ -4,7 +4,11 @@ An architecture's figures are data sheets' (dense bf16 with fp32 sums, memory, b
 relative to an H200's; nothing but an H200 is meant to have been measured. L2 is on no data sheet: taken as the H200's.
 """
 
+import dataclasses
+import functools
 from dataclasses import dataclass
+
+from rir_kernels.dispatch import triton_release
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,14 @@ LIMITS = {
     # sums are in tensor memory, but for the epilogue. Of two products in a step that add to the same sums Triton 3.6
     # and 3.7 make a kernel that does nothing but trap
     "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, wgrad_rows=1, rows=1, skips=False),
+}
+# what differs from one release of Triton on, until the next one that is named here
+LIMITS_SINCE = {
+    "wgmma": {
+        # reads all of that z into registers before it uses any
+        (3, 8): {"sums_beside_upstream": 128},
+        (3, 9): {},
+    },
 }
 
 
@@ -70,12 +82,21 @@ class Gpu:
 
     @property
     def limits(self) -> Limits:
-        return LIMITS[self.architecture.product]
+        """Of the Triton that is installed, the same in every process of a job; of 3.6 where there is none."""
+        return limits_of(self.architecture.product, triton_release() or (3, 6))
 
     @property
     def has_descriptors(self) -> bool:
         """Whether a copy engine reads and writes boxes of tensors (TMA): since Hopper."""
         return self.arch >= 90
+
+
+@functools.cache
+def limits_of(product: str, release: tuple[int, ...]) -> Limits:
+    """The limits for that instruction under that Triton, (3, 9) for instance."""
+    since = LIMITS_SINCE.get(product, {})
+    known = max((known for known in since if known <= release), default=None)
+    return dataclasses.replace(LIMITS[product], **since.get(known, {}))
 
 
 H200 = Gpu()

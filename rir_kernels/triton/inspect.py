@@ -3,21 +3,21 @@
     python -m rir_kernels.triton.inspect --arch sm_90 [--dtype bf16] [--json FILE] [--save DIR]
 
 The launchers run on meta tensors under a driver that only compiles, so what is read is what a GPU would get: same
-configurations, same specialization. A row fails where its kernel spills, exceeds the shared memory, traps, draws one of
-ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product, converts a layout, has no
-tensor-core instruction at all, or, where that could read shared memory, loads an operand to registers. With
+configurations, same specialization, and assembled as Triton does it. A row fails where its kernel spills, exceeds the
+shared memory, traps, draws one of ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product,
+converts a layout, has no tensor-core instruction at all, or, where that could read shared memory, loads an operand to
+registers. It fails too where a warp group could overwrite an operand that another one still reads (`barriers`). With
 RIR_KERNELS_OVERLAP=1 in the environment kernels are compiled to overlap the launch ahead of them, and fail where they
 touch memory before they have waited for it. The exit status is 1 if any row fails.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.triton.barriers import unguarded_writes
 from rir_kernels.triton.gpus import ARCHITECTURES
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
 
@@ -54,6 +55,7 @@ class Row:
     traps: bool
     conversions: int  # layout conversions in the main loop
     local_loads: int  # shared memory to registers in the main loop
+    unguarded: int  # writes to shared memory that another warp group may still read
     warnings: tuple[str, ...]  # C75xx of ptxas
     faults: tuple[str, ...]
 
@@ -175,7 +177,7 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             Path(save).mkdir(parents=True, exist_ok=True)
             (Path(save) / f"{stem}.ptx").write_text(ptx)
             (Path(save) / f"{stem}.ttgir").write_text(ttgir)
-        registers, spills, warnings = assemble(ptx, arch)
+        registers, spills, warnings = assemble(compiled)
         loop = main_loop(ttgir)
         found = {
             "registers": registers,
@@ -186,6 +188,7 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             "traps": "trap;" in ptx,
             "conversions": loop.count("ttg.convert_layout"),
             "local_loads": loop.count("ttg.local_load"),
+            "unguarded": len(unguarded_writes(ptx)),
             "warnings": warnings,
         }
         # ieee fp32 has no tensor-core product; a tf32 weight gradient would have to transpose in shared memory, which
@@ -207,6 +210,8 @@ def _faults(found, multiplies, architecture, overlap):
         faults.append(f"{found['shared_kb']:.0f} KB of shared memory, limit {architecture.shared_kb}")
     if found["traps"]:
         faults.append("traps")
+    if found["unguarded"]:
+        faults.append(f"{found['unguarded']} writes to shared memory with no barrier after the wait for wgmma")
     if found["warnings"]:
         faults.append(" ".join(found["warnings"]))
     if multiplies:
@@ -219,21 +224,23 @@ def _faults(found, multiplies, architecture, overlap):
     return tuple(faults)
 
 
-def assemble(ptx: str, arch: str) -> tuple[int, int, tuple[str, ...]]:
-    """(registers a thread, bytes spilled, C75xx warnings) from the ptxas that Triton brings."""
-    from triton import knobs
+def assemble(compiled) -> tuple[int, int, tuple[str, ...]]:
+    """(registers a thread, bytes spilled, C75xx warnings) of a compiled kernel, from the log of ptxas.
 
-    target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
-    gpu = target.group(1).rstrip(",") if target else arch
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        ptxas = knobs.nvidia.ptxas_blackwell if int(arch.removeprefix("sm_")) >= 100 else knobs.nvidia.ptxas
-        command = [ptxas.path, "-v", f"-arch={gpu}", str(source), "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    Triton assembles it again, so that this is the ptxas, with the options, that it takes for this GPU: both differ
+    from one version of Triton to the next.
+    """
+    from triton import knobs
+    from triton.compiler.compiler import make_backend
+
+    target = compiled.metadata.target
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        make_backend(target).make_cubin(compiled.asm["ptx"], {}, compiled.metadata, target.arch)
+    log = log.getvalue()
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    return max(registers, default=0), sum(spills), tuple(sorted(set(re.findall(r"C75\d\d", log))))
+    return max(registers), sum(spills), tuple(sorted(set(re.findall(r"C75\d\d", log))))
 
 
 def waits_first(ptx: str) -> bool:

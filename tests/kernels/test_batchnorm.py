@@ -44,15 +44,20 @@ def test_statistics(shape, target):
 @targets
 @pytest.mark.parametrize("stride", [1, 2])
 def test_statistics_of_the_convolutions_epilogue(target, stride):
-    """Tiles that hang over the image count their true pixels: 3 x 9 x 17 pixels leave every kind of partial tile."""
+    """Tiles that hang over the image count their true pixels: 3 x 9 x 17 pixels leave every kind of partial tile.
+
+    Lanes beyond the image hold sums of the convolution, and with a bias the bias too.
+    """
     from rir_kernels.triton.launch import batchnorm, conv
 
     spec = ConvBNActSpec(stride=(stride, stride), padding=(1, 1))
     x, weight = rand((3, 8, 9, 17), target, seed=1), rand((24, 8, 3, 3), target, seed=2)
-    z, moments = conv.conv_train(x, weight, bias=None, residuals=(), spec=spec)
+    bias = rand((24,), target, seed=3) if stride == 2 else None
+    z, moments = conv.conv_train(x, weight, bias=bias, residuals=(), spec=spec)
     pixels = z[:, 0].numel()
     assert moments.count.sum().item() == pixels
-    golden = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, 1)
+    golden_bias = None if bias is None else bias.double()
+    golden = torch.nn.functional.conv2d(x.double(), weight.double(), golden_bias, stride, 1)
     mean, var = _moments(golden)
     statistics = batchnorm.bn_finalize(moments, 1e-5)
     assert ((statistics.mean.double() - mean).abs() <= 4 * pixels**0.5 * 6e-8 * var.sqrt()).all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rir_kernels.triton.launch import runtime
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.packing import _pack_weight_kernel
 from tests.simulated_helpers import needs_compiler, simulated
@@ -72,6 +73,20 @@ def test_launches_overlap_where_that_is_asked_for(launches, tmp_path):
     for asked, cases in ((0, launches), (1, simulated("launches.py", tmp_path, RIR_KERNELS_OVERLAP="1"))):
         made = [launch for found in cases.values() for way in ("long", "first", "second") for launch in found[way]]
         assert len(made) > 80 and {launch[5] for launch in made} == {asked}
+
+
+@pytest.mark.parametrize("said, option", [(None, {"enable_fp_fusion": True}), ("0", {}), ("1", {})])
+def test_products_and_sums_are_fused_unless_the_environment_says(monkeypatch, said, option):
+    """Triton's default changes in 3.10; its own switch stays the user's."""
+    if said is None:
+        monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", said)
+    seen = []
+    with runtime.intercepted(lambda kernel, programs, **options: seen.append(options)):
+        runtime.launch(_pack_weight_kernel, 1, num_warps=4)
+    (options,) = seen
+    assert options == {"num_warps": 4, "OVERLAP": options["OVERLAP"]} | option
 
 
 @pytest.mark.parametrize("target", TARGETS)

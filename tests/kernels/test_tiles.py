@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton import batches
-from rir_kernels.triton.config import conv_config, pixel_box, ranked_tiles, row_box, use_tile
+from rir_kernels.triton import batches, gpus
+from rir_kernels.triton.config import conv_config, holds_upstream, pixel_box, ranked_tiles, row_box, use_tile
 from rir_kernels.triton.cost import Problem, accumulators, cdiv, clocks, residents, stage_bytes
 from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.shapes import SHAPE_TABLE
@@ -264,3 +264,15 @@ def test_boxes(n, h, w, pixels):
     assert cdiv(n, row_box(n, w, pixels)[0]) * cdiv(w, row_box(n, w, pixels)[2]) == min(
         cdiv(n, b[0]) * cdiv(w, b[2]) for b in everything
     )
+
+
+def test_limits_are_those_of_tritons_release(monkeypatch):
+    """Of the latest known one that is not later than it: an unknown release takes the newest one's."""
+    of = {release: gpus.limits_of("wgmma", release) for release in ((3, 6), (3, 7), (3, 8), (3, 9), (3, 10), (4, 0))}
+    assert of[3, 6] == of[3, 7] == of[3, 9] == of[3, 10] == of[4, 0] == gpus.LIMITS["wgmma"]
+    assert of[3, 8] == dataclasses.replace(of[3, 6], sums_beside_upstream=128)
+    assert gpus.limits_of("mma", (3, 8)) == gpus.LIMITS["mma"]
+    tile = ConvConfig((1, 16, 16), 64, 64, 8, 4, groups=3)
+    for release, holds in (((3, 8), False), ((3, 9), True), (None, True)):
+        monkeypatch.setattr(gpus, "triton_release", lambda release=release: release)
+        assert holds_upstream(tile, 2, H200) == holds

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rir_kernels import fused
+from rir_kernels.dispatch import triton_release
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import holds_upstream, use_tile
 from rir_kernels.triton.tile import ConvConfig
@@ -143,8 +144,9 @@ def test_where_they_are_not_computed(target):
         dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)
         assert partial is None
         assert torch.equal(dx, conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec)[0])
-    large = ConvConfig((4, 8, 8), 64, 32, num_warps=8, num_stages=2, groups=3)  # 192 sums: 16 bits leave room for z
-    assert holds_upstream(large, 2) and not holds_upstream(large, 4)
+    large = ConvConfig((4, 8, 8), 64, 32, num_warps=8, num_stages=2, groups=3)  # 192 sums
+    # in 16 bits z has room beside them, but on Triton 3.8
+    assert holds_upstream(large, 2) == (triton_release() != (3, 8)) and not holds_upstream(large, 4)
     folded = ConvConfig((2, 16, 16), 32, 32, num_warps=8, num_stages=2, fold=True)
     assert holds_upstream(folded, 2) and not holds_upstream(folded._replace(num_warps=4), 2)
     spec = ConvBNActSpec(padding=(1, 1))

@@ -139,6 +139,10 @@ CONVOLUTION = [
         STATISTICS,
     ),
     Mutant(
+        "statistics: sums beyond the image left as they are", CONV,
+        "if count < P * ROWS:", "if count < 0:", STATISTICS,
+    ),
+    Mutant(
         "statistics: lanes beyond the image in M2", CONV,
         "deviation = tl.where(is_pixel[None, :], tiles[row] - mean[:, None], 0.0)",
         "deviation = tiles[row] - mean[:, None]", STATISTICS,

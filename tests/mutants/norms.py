@@ -35,7 +35,7 @@ NORMS = [
     # statistics
     Mutant(
         "stats: rows past the end counted", NORM,
-        "rows = tl.sum(is_row.to(tl.float32), 0)", "rows = tl.sum((row >= 0).to(tl.float32), 0)", STATISTICS,
+        "tl.minimum(M - first, BLOCK_M)", "tl.minimum(M, BLOCK_M)", STATISTICS,
     ),
     Mutant(
         "stats: rows past the end in M2", POINTWISE,
@@ -49,7 +49,7 @@ NORMS = [
     ),
     Mutant(
         "stats: a step's rows read twice, others not", NORM,
-        "row = (tile.to(tl.int64) * steps + step) * BLOCK_M", "row = (tile.to(tl.int64) + step) * BLOCK_M", STEPS,
+        "first = (tile.to(tl.int64) * steps + step) * BLOCK_M", "first = (tile.to(tl.int64) + step) * BLOCK_M", STEPS,
     ),
     Mutant(
         "stats: only the first program's count is stored", NORM,
@@ -70,7 +70,8 @@ NORMS = [
     ),
     Mutant(
         "merge: tiles' means not weighted by their counts", NORM,
-        "tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)", "tl.sum(shift, 0) / tl.sum(is_tile.to(tl.float32), 0)", MERGE,
+        "tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)",
+        "tl.sum(shift, 0) / tl.sum(is_tile.to(tl.float32), 0)", MERGE,
     ),
     Mutant(
         "merge: deviations not weighted by the counts", NORM,

@@ -15,7 +15,8 @@ typedef struct {
 
 static Launch last;
 static int launches, maps, sizes[MAX_PARAMS], params;
-static unsigned long long functions;
+static size_t modules;  // each has one function, of the same number
+static unsigned char unloaded[1 << 16];
 
 // how many bytes each parameter of the next launches has
 void simulated_expect(int count, const int *bytes) {
@@ -27,6 +28,7 @@ int simulated_launches(void) { return launches; }
 int simulated_maps(void) { return maps; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
+  if (unloaded[(size_t)function]) return CUDA_ERROR_INVALID_HANDLE;
   memset(&last, 0, sizeof last);
   last.grid = config->gridDimX;
   last.block = config->blockDimX;
@@ -56,11 +58,16 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-  *module = (CUmodule)1;
+  if (++modules >= sizeof unloaded) return CUDA_ERROR_OUT_OF_MEMORY;
+  *module = (CUmodule)modules;
+  return CUDA_SUCCESS;
+}
+CUresult cuModuleUnload(CUmodule module) {
+  unloaded[(size_t)module] = 1;
   return CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  *function = (CUfunction)++functions;
+  *function = (CUfunction)module;
   return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
@@ -92,6 +99,8 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return cuCtxGetCurrent(context); }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { return CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { return CUDA_SUCCESS; }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {

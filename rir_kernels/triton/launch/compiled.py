@@ -10,6 +10,7 @@ import threading
 import types
 
 import torch
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.triton.launch.places import Slot, Unplannable
@@ -88,10 +89,20 @@ def _moved(descriptor, address):
     return descriptor
 
 
+class _Observed(CompiledKernel):
+    """A compiled kernel that starts through another launcher."""
+
+    def __init__(self, compiled, launcher):
+        self.__dict__.update(compiled.__dict__, _run=launcher)
+
+    def __del__(self):
+        pass  # since Triton 3.8 that unloads the code from the GPU, and the other one still launches it
+
+
 def _take_apart(compiled, programs):
     """(a function from a kernel's arguments to those of the C function that starts it, that C function).
 
-    AttributeError or KeyError where Triton's launcher is built otherwise than in 3.6 and 3.7: an object whose `launch`
+    AttributeError or KeyError where Triton's launcher is built otherwise than in 3.6 to 3.9: an object whose `launch`
     is the C function, or a closure that encodes the descriptors and hands all on to a `launcher`.
     """
     launcher = copy.copy(compiled.run)
@@ -110,9 +121,7 @@ def _take_apart(compiled, programs):
             beneath.__code__, beneath.__globals__, closure=tuple(cells[name] for name in beneath.__code__.co_freevars)
         )
         beneath = c_function
-    observed = copy.copy(compiled)
-    observed._run = launcher
-    start = observed[(programs, 1, 1)]
+    start = _Observed(compiled, launcher)[(programs, 1, 1)]
 
     def arguments(*args, stream):
         start(*args, stream=stream)

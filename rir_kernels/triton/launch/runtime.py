@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -33,6 +34,9 @@ def launch(kernel, programs: int, *args, **options) -> None:
     options["OVERLAP"] = overlap
     if overlap:
         options["launch_pdl"] = True
+    if "TRITON_DEFAULT_FP_FUSION" not in os.environ:
+        # a product and a sum become one instruction: by default until Triton 3.9, which warns that 3.10 will not
+        options["enable_fp_fusion"] = True
     if (intercept := _intercept.get()) is not None:
         intercept[0](kernel, programs, *args, **options)
     elif (note := foreseeing()) is not None:
