@@ -30,6 +30,7 @@ CELLS = (
 
 # two minutes on two cores together; none needs other people's networks
 SUITES = {
+    "launches": ("tests/kernels/test_launches.py",),  # first: one process makes them all, and takes longest
     "imports": ("tests/test_imports.py", "tests/test_env.py"),
     "contract": ("tests/test_functional.py", "tests/test_modules.py", "tests/test_module_state.py"),
     "compile": ("tests/test_compile.py", "tests/citizen/test_compile_fused.py", "tests/citizen/test_opcheck.py"),
@@ -46,6 +47,5 @@ SUITES = {
         "tests/kernels/test_batchnorm.py",
         "tests/kernels/test_plan.py",
     ),
-    "launches": ("tests/kernels/test_launches.py",),
 }
 GATE = ("--arch", "sm_90", "--dtype", "bf16", "--table-only")

@@ -17,8 +17,8 @@ Written by `python -m bench.matrix --page`, from what `make matrix` has left in 
 hand. Each row is an environment with exactly these versions, in which a part of the tests ran without a GPU, and the
 compile gate (`{gate}`).
 
-- **{suites}**: tests that passed, by what they are about; `bench/matrix/cells.py` names the files. Those that
-  need a GPU are skipped, and not counted.
+- **{first}** to **{last}**: tests that passed, by what they are about; `bench/matrix/cells.py` names the files. Those
+  that need a GPU are skipped, and not counted.
 - **kernels**: compiled for a GPU that was not there; **spilling**: of these, kernels that spill registers.
 - **sources**: hash of the package's code that ran (`bench/sources.py`).
 """
@@ -41,10 +41,11 @@ def load(cells: Sequence[Cell], folder: Path) -> dict[str, dict]:
 
 def page(cells: Sequence[Cell], found: Mapping[str, dict]) -> str:
     """The Markdown; a cell without a file is a row that says so."""
+    first, *_, last = SUITES
     header = ["environment", *VERSIONS.values(), *SUITES, "kernels", "spilling", "day", "sources"]
     rows = [header, ["---"] * len(header), *(_row(cell, found.get(cell.name)) for cell in cells)]
     lines = [
-        HEAD.format(gate=" ".join(("python -m rir_kernels.triton.inspect", *GATE)), suites=", ".join(SUITES)),
+        HEAD.format(gate=" ".join(("python -m rir_kernels.triton.inspect", *GATE)), first=first, last=last),
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     for name, title in (("errors", "What did not run"), ("failures", "Tests that failed"), ("gate", "The gate")):

@@ -89,10 +89,10 @@ def test_the_page():
     found["older"] = result(OTHER, versions={}, suites={}, gate={}, errors={"install": "ERROR: none"})
     page = document.page((CELL, OTHER, third), found)
     assert page.partition("\n| ")[2] == (
-        "environment | torch | Triton | Python | NumPy | imports | contract | compile | surgery | interpreter "
-        "| launches | kernels | spilling | day | sources |\n"
+        "environment | torch | Triton | Python | NumPy | launches | imports | contract | compile | surgery "
+        "| interpreter | kernels | spilling | day | sources |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| newer | 9.1.0+cpu | 5.0.0 | 3.99.1 | 4.0.0 | 5 | 5 | 5 | 3, **1 failed** | 5 | 5 | 5, **2 failed** | 1 "
+        "| newer | 9.1.0+cpu | 5.0.0 | 3.99.1 | 4.0.0 | 5 | 5 | 5 | 5 | 3, **1 failed** | 5 | 5, **2 failed** | 1 "
         "| 2026-01-02 | 01234567 |\n"
         "| older | 8.0.0 | 4.0.0 | 3.98 | 3.0.0 | not run (below) |  |  |  |  |  |  |  | 2026-01-02 | 01234567 |\n"
         "| third | 1.0.0 | 1.0.0 | 3.97 | 1.0.0 | not run yet |  |  |  |  |  |  |  |  |  |\n"
@@ -113,12 +113,12 @@ def test_what_pytest_found(tmp_path):
     (tmp_path / "junit.xml").write_text("""<testsuites><testsuite>
 <testcase classname="tests.kernels.test_layer" name="test_a[x]" time="1.25"/>
 <testcase classname="tests.kernels.test_layer.TestB" name="test_b" time="0.5"><skipped message="no GPU"/></testcase>
-<testcase classname="tests.test_layers" name="test_c" time="1"><failure message="no&#10;more">t</failure></testcase>
+<testcase classname="tests.kernels.test_layers" name="test_c" time="1"><failure message="no&#10;t">t</failure></testcase>
 <testcase classname="" name="tests.test_other" time="0"><error message="collection failure">t</error></testcase>
 </testsuite></testsuites>""")
     suites = {
         "one": ("tests/kernels/test_layer.py",),
-        "two": ("tests/test_layers.py", "tests/test_other.py"),
+        "two": ("tests/kernels/test_layers.py", "tests/test_other.py"),
         "three": (),
     }
     counts, failures = junit.read(tmp_path / "junit.xml", suites)
@@ -128,7 +128,7 @@ def test_what_pytest_found(tmp_path):
         "three": {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0},
     }
     assert failures == [
-        "tests/test_layers.py::test_c: no",
+        "tests/kernels/test_layers.py::test_c: no",
         "tests/test_other.py::tests.test_other: collection failure",
     ]
 
