@@ -113,7 +113,7 @@ def test_what_pytest_found(tmp_path):
     (tmp_path / "junit.xml").write_text("""<testsuites><testsuite>
 <testcase classname="tests.kernels.test_layer" name="test_a[x]" time="1.25"/>
 <testcase classname="tests.kernels.test_layer.TestB" name="test_b" time="0.5"><skipped message="no GPU"/></testcase>
-<testcase classname="tests.kernels.test_layers" name="test_c" time="1"><failure message="no&#10;t">t</failure></testcase>
+<testcase classname="tests.kernels.test_layers" name="test_c" time="1"><failure message="no&#10;t"/></testcase>
 <testcase classname="" name="tests.test_other" time="0"><error message="collection failure">t</error></testcase>
 </testsuite></testsuites>""")
     suites = {
