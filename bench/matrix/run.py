@@ -113,9 +113,10 @@ class _Environment:
 
     def _run(self, step, command, accepted=(0,), leaves=None):
         """leaves: the file that it must have written."""
-        caches = {name: str(self._folder / name.lower()) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        own = {name: str(self._folder / name.lower()) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        own["CUDA_VISIBLE_DEVICES"] = ""  # a result is the same with a GPU and without
         ended = run_limited(
-            command, LIMITS[step], echo=lambda line: self._tell(step, line), environment=os.environ | caches
+            command, LIMITS[step], echo=lambda line: self._tell(step, line), environment=os.environ | own
         )
         if ended.code not in accepted or (leaves is not None and not leaves.exists()):
             raise StepError(ended.why or self._reason(ended))
