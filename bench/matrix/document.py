@@ -23,6 +23,7 @@ compile gate (`{gate}`).
 - **sources**: hash of the package's code that ran (`bench/sources.py`).
 """
 NEVER = "not run yet"
+LISTED = 20  # failures of a cell
 
 
 def load(cells: Sequence[Cell], folder: Path) -> dict[str, dict]:
@@ -95,5 +96,7 @@ def _told(result, name):
     if name == "errors":
         return [f"{step}: `{text}`" for step, text in result["errors"].items()]
     if name == "failures":
-        return [f"`{text}`" for text in result["failures"]]
+        failures = result["failures"]
+        more = [f"and {len(failures) - LISTED} more"] if len(failures) > LISTED else []
+        return [f"`{text}`" for text in failures[:LISTED]] + more
     return result["gate"].get("faults", [])

@@ -54,8 +54,10 @@ def run_cell(
             began = time.monotonic()
             try:
                 take()
-            except (StepError, LookupError, OSError) as error:
+            except (StepError, LookupError) as error:
                 found["errors"][step] = str(error)
+            except Exception as error:  # a broken environment must not keep the next cell from its turn
+                found["errors"][step] = f"{type(error).__name__}: {error}"
             found["seconds"][step] = round(time.monotonic() - began, 1)
             if found["errors"].keys() & {"install", "versions"}:
                 break

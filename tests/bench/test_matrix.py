@@ -100,6 +100,8 @@ def test_the_page():
         "\n## Tests that failed\n\n- newer: `tests/test_surgery.py::test_a: no`\n"
         "\n## The gate\n\n- newer: 8 bytes spilled\n"
     )
+    many = document.page((CELL,), {"newer": result(failures=[f"test {i}" for i in range(23)])})
+    assert many.endswith("- newer: `test 18`\n- newer: `test 19`\n- newer: and 3 more\n")
     assert document.well(result()) and not document.well(found["newer"]) and not document.well(found["older"])
 
 
@@ -131,6 +133,8 @@ def test_what_pytest_found(tmp_path):
         "tests/kernels/test_layers.py::test_c: no",
         "tests/test_other.py::tests.test_other: collection failure",
     ]
+    with pytest.raises(LookupError, match=r"'tests\.kernels\.test_layer', which is in no suite"):
+        junit.read(tmp_path / "junit.xml", {"two": suites["two"]})
 
 
 def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
@@ -142,6 +146,10 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_limited", lambda *args, **options: Ended(1, 0.1, "", lines))
     ran = run.run_cell(CELL, "0", tmp_path, {}, lambda step, line: None)
     assert ran["errors"] == {"install": "ERROR: No matching distribution found for torch==9.1.0 in DIR"}
+    monkeypatch.setattr(run, "find_python", lambda version, named: 1 / 0)
+    assert run.run_cell(CELL, "0", tmp_path, {}, lambda step, line: None)["errors"] == {
+        "install": "ZeroDivisionError: division by zero"
+    }
     assert (ran["cell"], ran["versions"], ran["suites"]) == (asdict(CELL), {}, {})
     assert not document.well(ran) and not document.ran(ran)
     assert list(tmp_path.iterdir()) == []
