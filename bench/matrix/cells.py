@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cell:
-    """One environment. Triton is installed without its say: a torch for CUDA names another one, a CPU build none."""
+    """One environment. Triton is installed separately: a torch for CUDA pins one release, a CPU build none."""
 
     name: str
     torch: str
