@@ -25,7 +25,7 @@ OUT ?= bench/results/h200
 MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train bench first gpu paper test test-long mutants fuzz soak sanitize audit lint format inspect clean
+.PHONY: help demo train bench first gpu paper test test-long mutants fuzz soak matrix sanitize audit lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -64,6 +64,9 @@ fuzz: $(READY) ## 2,000 random calls of "torch", 300 of the kernels, a quarter a
 
 soak: $(READY) ## train, kill, resume, fuse, unfuse, save, load at random: ARGS="--minutes 60"
 	$(PY) -m tests.soak $(ARGS)
+
+matrix: $(READY) ## a part of the tests under other versions of torch, Triton, Python and NumPy; ONLY=NAME,NAME; gigabytes
+	$(PY) -m bench.matrix $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 sanitize: $(READY) ## on a GPU: the kernels' tests under compute-sanitizer, logs into OUT
 	scripts/sanitize.sh $(PY) $(OUT)/sanitizer $(ARGS)

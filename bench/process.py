@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 KEPT = 40  # lines
@@ -29,6 +29,7 @@ def run_limited(
     *,
     silent: float | None = None,
     echo: Callable[[str], object] = print,
+    environment: Mapping[str, str] = os.environ,
 ) -> Ended:
     """Runs the command and passes on what it prints, line by line.
 
@@ -38,7 +39,7 @@ def run_limited(
     started = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-        text=True, errors="replace", env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+        text=True, errors="replace", env={**environment, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
     )  # fmt: skip
     printed = deque(maxlen=KEPT)
     try:

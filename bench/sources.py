@@ -37,6 +37,7 @@ KINDS = {
     "ablation": Kind(_LAYERS),
     "memory": Kind(_NETWORKS, _GPU),  # bytes are counted anywhere, and are those of the kernels
     "first": Kind(_NETWORKS),
+    "matrix": Kind((*_NETWORKS, "rir_kernels.triton.inspect"), _GPU),
 }
 # the reference is what figures are compared with
 _LEFT_OUT = {"cuda": ("rir_kernels.reference",), "cpu": ("rir_kernels.reference", "rir_kernels.triton")}

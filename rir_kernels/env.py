@@ -8,6 +8,7 @@ import torch
 from . import dispatch
 from .preference import IMPLS
 from .spec import ConvBNActSpec
+from .versions import untested
 
 
 class EnvReport(dict):
@@ -22,16 +23,22 @@ class EnvReport(dict):
 def env_report() -> EnvReport:
     """Versions, devices, switches, and which implementations run here (otherwise what they lack).
 
+    "tested" says which version lies outside those that the package is tested with (`versions.TESTED`), or "yes".
+
     CUDA is started only where it is available. Raises nothing: what cannot be found out is said in its place.
     """
     cuda = torch.cuda.is_available()
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+    }
     return EnvReport(
         rir_kernels=importlib.import_module(__package__).__version__,
-        python=platform.python_version(),
+        **versions,
+        tested=f"no: {', '.join(outside)}" if (outside := untested(versions)) else "yes",
         platform=platform.platform(),
-        torch=torch.__version__,
-        triton=_version("triton"),
-        numpy=_version("numpy"),
         cuda=torch.version.cuda or "no (a build of torch without it)",
         cudnn=torch.backends.cudnn.version() if cuda else "not loaded",
         devices=[_describe(index) for index in range(torch.cuda.device_count())] if cuda else ["cpu"],

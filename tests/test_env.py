@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rir_kernels
-from rir_kernels import __main__, dispatch, env, preference
+from rir_kernels import __main__, dispatch, env, preference, versions
 from rir_kernels.env import env_report
 
 
@@ -23,6 +23,12 @@ def test_versions_and_switches():
     assert report["tf32"] is (torch.backends.cudnn.conv.fp32_precision == "tf32")
     assert set(report["impls"]) == set(preference.IMPLS) - {"auto"}
     assert report["impls"]["reference"] == report["impls"]["torch"] == "yes"
+
+
+def test_a_version_outside_the_tested_ones(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "99.1.0+cpu")
+    oldest, newest = versions.TESTED["torch"]
+    assert env_report()["tested"].startswith(f"no: torch 99.1.0+cpu ({oldest} to {newest})")
 
 
 def test_prints_as_a_table_and_goes_into_json():

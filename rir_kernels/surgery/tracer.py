@@ -168,12 +168,21 @@ def _opaque_functions():
 
     Yields what stands where such a function was, with that function.
     """
+    with _fx_traces(), _symbolic_trace._new_patcher() as patcher:
+        _symbolic_trace._patch_wrapped_functions(patcher)
+        yield {patch.new_fn: patch.orig_fn for patch in patcher.patches_made}
+
+
+@contextlib.contextmanager
+def _fx_traces():
+    if hasattr(_symbolic_trace, "_is_fx_tracing_context"):  # torch 2.14 and later: this thread traces
+        with _symbolic_trace._is_fx_tracing_context(True):
+            yield
+        return
     before = _symbolic_trace._is_fx_tracing_flag
     _symbolic_trace._is_fx_tracing_flag = True
     try:
-        with _symbolic_trace._new_patcher() as patcher:
-            _symbolic_trace._patch_wrapped_functions(patcher)
-            yield {patch.new_fn: patch.orig_fn for patch in patcher.patches_made}
+        yield
     finally:
         _symbolic_trace._is_fx_tracing_flag = before
 

@@ -72,7 +72,11 @@ def test_nothing_to_compare(tmp_path):
         ({"schema": 2}, "a.json", "expected schema 1, got 2"),
         ({"rows": []}, "a.json", "unknown: expected an object with a `kind`"),
         ([1], "a.json", "unknown: expected an object"),
-        ({"kind": "poem"}, "a.json", "unknown kind 'poem', expected one of ablation, first, hessian, memory, training"),
+        (
+            {"kind": "poem"},
+            "a.json",
+            "unknown kind 'poem', expected one of ablation, first, hessian, matrix, memory, training",
+        ),
         ('{"epoch": 1}\n{', "a.jsonl", "cannot be read as JSON lines"),
         ('{"step": 1}\n', "a.jsonl", "unknown: expected a training run's log"),
     ],

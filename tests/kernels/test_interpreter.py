@@ -1,9 +1,11 @@
 """What is changed in Triton's interpreter changes no result, and no error."""
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 import rir_kernels.triton.launch.runtime  # noqa: F401, which patches it
 from rir_kernels.dispatch import interpreting
@@ -54,3 +56,11 @@ def test_the_language_is_restored_after_a_launch():
     _int_kernel[(1,)](x, x.clone(), "add")
     assert all(getattr(tl, name) is value for name, value in before.items()) and tl.core.is_builtin(tl.load)
     assert interpreting()
+
+
+def test_a_scalar_comparison_makes_a_mask():
+    """Of booleans: Triton 3.9 takes no integers for one."""
+    builder, three = interpreter.interpreter_builder, interpreter.TensorHandle(np.array([3], np.int32), tl.int32)
+    for compare, expected in ((builder.create_icmpEQ, True), (builder.create_icmpSLT, False)):
+        mask = builder.create_splat(tl.block_type(tl.int1, [4]), compare(three, three)).data
+        assert mask.dtype == bool and mask.tolist() == [expected] * 4

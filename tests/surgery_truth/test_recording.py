@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.fx._symbolic_trace import is_fx_tracing
 
 from rir_kernels.surgery import fold_bn_, fuse_, recording, unfuse_
@@ -184,6 +185,22 @@ OTHER = nn.Conv2d(4, 4, 1).double()
 def test_refused(first, reason):
     report = fuse_(Calls(first))
     assert [item.name for item in report.replaced] == ["body"] and reason in report.skipped[0].reason, str(report)
+
+
+def test_torch_is_told_that_fx_traces(monkeypatch):
+    """Through the context that torch has for it from 2.14 on, where no global says it any longer."""
+    told = []
+
+    @contextlib.contextmanager
+    def context(value):
+        told.append(value)
+        yield
+        told.append("before")
+
+    monkeypatch.setattr(_symbolic_trace, "_is_fx_tracing_context", context, raising=False)
+    monkeypatch.delattr(_symbolic_trace, "_is_fx_tracing_flag", raising=False)
+    assert "P1" in [item.pattern for item in fuse_(Calls(nothing)).replaced]
+    assert told[:2] == [True, "before"]
 
 
 def test_class_with_its_own_look_up():

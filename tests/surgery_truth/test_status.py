@@ -39,6 +39,7 @@ def warned(run):
     """The texts of our warnings, of two runs."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)  # torch's
         for _ in range(2):
             run()
     return [str(one.message) for one in caught if one.category is RuntimeWarning]
