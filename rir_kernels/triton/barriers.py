@@ -40,7 +40,7 @@ def unguarded_writes(ptx: str) -> list[str]:
     if int(threads[1]) <= WARP_GROUP:
         return []
     lines = [line.partition("//")[0].strip() for line in ptx.splitlines()]
-    labels = {}
+    labels: dict[str, list[int]] = {}
     for number, line in enumerate(lines):
         if label := _LABEL.fullmatch(line):
             labels.setdefault(label[1], []).append(number)

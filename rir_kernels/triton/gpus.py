@@ -7,6 +7,7 @@ relative to an H200's; nothing but an H200 is meant to have been measured. L2 is
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from rir_kernels.dispatch import triton_release
 
@@ -38,7 +39,7 @@ LIMITS = {
     "tcgen05": Limits(128, 128, 0, 128, 64, 64, 96, wgrad_warps=4, wgrad_rows=1, rows=1, skips=False),
 }
 # what differs from one release of Triton on, until the next one that is named here
-LIMITS_SINCE = {
+LIMITS_SINCE: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {
     "wgmma": {
         # reads all of that z into registers before it uses any
         (3, 8): {"sums_beside_upstream": 128},
@@ -95,8 +96,8 @@ class Gpu:
 def limits_of(product: str, release: tuple[int, ...]) -> Limits:
     """The limits for that instruction under that Triton, (3, 9) for instance."""
     since = LIMITS_SINCE.get(product, {})
-    known = max((known for known in since if known <= release), default=None)
-    return dataclasses.replace(LIMITS[product], **since.get(known, {}))
+    known = [changes for first, changes in sorted(since.items()) if first <= release]
+    return dataclasses.replace(LIMITS[product], **known[-1]) if known else LIMITS[product]
 
 
 H200 = Gpu()

@@ -175,7 +175,7 @@ def test_a_choice_fits_the_gpu(gpu, itemsize, batch):
 
 
 def test_few_tiles_serve_the_batches():
-    """By hand: a tile for as many batches in a row as it is fast enough for, and of those that last as long the best."""
+    """By hand: each for as many batches in a row as it is fast enough for; the best of those that last as long."""
     slow = {
         "many": [1.0] * 5 + [1.31] * 6,
         "again for one": [1.0] * 5 + [1.31] * 5 + [1.0],
