@@ -21,7 +21,7 @@ class Ranks:
     def merge(self, mean, var, count: int, eps: float):
         """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""
         channels = mean.numel()
-        rows = self.gather(torch.cat([mean, var * count, mean.new_full((1,), count)]))
+        rows = self.gather(torch.cat([mean, var * count, mean.new_full((1,), count)])).view(-1, 2 * channels + 1)
         means, m2s, counts = rows.split([channels, channels, 1], dim=1)
         self.count = counts.sum()
         # deviations from the mean of one rank that has any: sums of small numbers, where the means may be large
@@ -34,13 +34,17 @@ class Ranks:
 
     def means(self, sums):
         """Each sum over the pixels of this rank -> the mean over those of all."""
-        return (self.gather(torch.cat(sums)).sum(0) / self.count).chunk(len(sums))
+        row = torch.cat(sums)
+        return (self.gather(row).view(-1, row.numel()).sum(0) / self.count).chunk(len(sums))
 
     def gather(self, row):
-        """[ranks, n] of a row; sums over it have one order, where the one of an all-reduce is the backend's affair."""
-        rows = row.new_empty(torch.distributed.get_world_size(self._group) * row.numel())
-        torch.distributed.all_gather_into_tensor(rows, row.view(-1), group=self._group)
-        return rows.view(-1, row.numel())
+        """The rows of all ranks, one behind the other; sums over them have one order, an all-reduce its backend's."""
+        rows = row.new_empty(self._group.size() * row.numel())
+        distributed = torch.distributed
+        # the name until 2.12, and the one since
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(rows, row, group=self._group)
+        return rows
 
     @torch.no_grad()
     def update_running(self, running_mean, running_var, momentum) -> None:

@@ -44,7 +44,11 @@ def repeat(kind, group, tensors, buffers, momentum) -> torch.Tensor | None:
     if calls.on():
         impl = checked.impl
         calls.ran(tensors[0], tensors[1], checked.spec, True, asked=impl, meant=impl, impl=impl)
-    return _by_kernels(group, in_channels_last(tensors), buffers, momentum, checked)
+    if checked.in_place is not True:
+        read = in_channels_last(tensors)
+        checked.in_place = all(a is b for a, b in zip(tensors, read, strict=True))
+        tensors = read
+    return _by_kernels(group, tensors, buffers, momentum, checked)
 
 
 @_untraced
@@ -56,9 +60,13 @@ def conv_bn_act(group, tensors, buffers, momentum, spec, impl, channels_last, ke
     registered op has them and images in x; all others are ATen ops. kind: of calls that are like this one.
     """
     if impl in ("hybrid", "triton"):
-        checked = _Kind(spec, impl, channels_last, kind is not None)
-        if kind is not None:
-            checked = _checked.remember(kind, checked)
+        if kind is None and (metadata := plans.metadata((*tensors, *buffers))) is not None:
+            kind = metadata, spec, impl, channels_last  # as the compiler's graphs call it, between two of them
+        checked = _checked.get(kind)
+        if checked is None:
+            checked = _Kind(spec, impl, channels_last, tensors[0], buffers, repeats=kind is not None)
+            if kind is not None:
+                _checked.remember(kind, checked)
         return _by_kernels(group, tensors, buffers, momentum, checked)
     x, weight, bias, bn_weight, bn_bias, *residuals = tensors
     z = aten.before_norm(x, weight, bias, residuals, spec)
@@ -76,17 +84,15 @@ def _by_kernels(group, tensors, buffers, momentum, kind):
     # memory for another format is taken before the buffers are updated: where it ends, nothing has changed
     x, weight = tensors[:2]
     copy = None if kind.channels_last else x.new_empty(kind.spec.output_shape(x, weight))
-    # a kernel reads the values of the channels one behind the other, and counts on its own device alone
     *running, batches = buffers
-    dense = [buffer if buffer is None else buffer.contiguous() for buffer in running]
-    counted = batches is not None and batches.device == x.device
+    dense = running if kind.dense else [buffer.contiguous() for buffer in running]
     call = _FusedCall(Ranks(group), kind)
-    updated = (*dense, batches if counted else None)
+    updated = (*dense, batches if kind.counts else None)
     _, y = ops.ConvBNActFunction.apply(call, updated, momentum, kind.spec, True, kind.impl, *tensors)
-    for buffer, values in zip(running, dense, strict=True):
-        if values is not buffer:
+    if not kind.dense:
+        for buffer, values in zip(running, dense, strict=True):
             buffer.copy_(values)
-    if counted:  # of the statistics torch leaves the version as it is
+    if kind.counts:  # of the statistics torch leaves the version as it is
         torch.autograd.graph.increment_version([batches])
     elif batches is not None:
         batches.add_(1)
@@ -105,8 +111,13 @@ class _Kind:
     repeats: whether others like this one will come.
     """
 
-    def __init__(self, spec, impl, channels_last, repeats):
+    def __init__(self, spec, impl, channels_last, x, buffers, repeats):
         self.spec, self.impl, self.channels_last, self.repeats = spec, impl, channels_last, repeats
+        self.in_place: bool | None = None  # whether the kernels can read the tensors where they are
+        *running, batches = buffers
+        # a kernel reads the values of the channels one behind the other, and counts on its own device alone
+        self.dense = all(buffer is None or buffer.is_contiguous() for buffer in running)
+        self.counts = batches is not None and batches.device == x.device
         self.moments = plans.Repeated(halves.moments, (spec, impl), repeats)
         self.normalize = plans.Repeated(halves.normalize, spec, repeats)
         self._backward = {}
@@ -152,7 +163,7 @@ class _FusedCall:
             if sums is None:
                 (row,) = sum_up((dy, z, y, *per_channel))
             else:
-                row = F.pad(torch.stack(sums), (0, -channels % 4)).view(1, -1)
+                row = F.pad(torch.stack(sums), (0, -channels % 4)).view(-1)
             dbeta, dgamma = row.view(2, -1)[:, :channels]
             rows = self._ranks.gather(row) if exchanges else None
         found = gradients((dy, *tensors[1:], rows, self._ranks.count, *norm))

@@ -15,6 +15,7 @@ from bench import timing
 from bench.case import random_input
 from rir_kernels import eager
 from rir_kernels.dispatch import watched
+from rir_kernels.plans import Kinds
 from rir_kernels.triton.shapes import Shape
 
 # the running statistics are updated by a kernel in plans, by torch's operators without: three roundings, in two orders
@@ -109,13 +110,9 @@ def _graph(shape, machine):
 
 
 def _overlapping(shape, machine):
-    """`eager` keeps plans with the launches that they were recorded with: they are recorded again."""
+    """Plans are kept with the launches that they were recorded with: here they are recorded again."""
     expected = [_Layer(shape, machine).step() for _ in range(2)][1]
-    kept, eager._planned = eager._planned, {}
-    try:
-        with mock.patch.dict(os.environ, RIR_KERNELS_OVERLAP="1"):
-            layer = _Layer(shape, machine)
-            found = [layer.step() for _ in range(2)][1]
-            return _same(found, expected) | {"eager_ms": timing.device_ms(layer.step, machine.calls)}
-    finally:
-        eager._planned = kept
+    with Kinds.apart(), mock.patch.dict(os.environ, RIR_KERNELS_OVERLAP="1"):
+        layer = _Layer(shape, machine)
+        found = [layer.step() for _ in range(2)][1]
+        return _same(found, expected) | {"eager_ms": timing.device_ms(layer.step, machine.calls)}

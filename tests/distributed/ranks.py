@@ -103,18 +103,19 @@ def assert_same(found, expected, **tolerance):
 @contextlib.contextmanager
 def counted_gathers():
     """[how often this rank gathered]"""
-    count, gather = [0], dist.all_gather_into_tensor
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    count, gather = [0], getattr(dist, name)
 
     @functools.wraps(gather)
     def counting(*args, **kwargs):
         count[0] += 1
         return gather(*args, **kwargs)
 
-    dist.all_gather_into_tensor = counting
+    setattr(dist, name, counting)
     try:
         yield count
     finally:
-        dist.all_gather_into_tensor = gather
+        setattr(dist, name, gather)
 
 
 def settled(model, dtype=torch.float64, device="cpu"):

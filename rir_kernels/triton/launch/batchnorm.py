@@ -56,12 +56,13 @@ class Shared:
         return 2 * self.pitch + aligned_channels(1, 4)
 
     def moments(self, rows: torch.Tensor) -> TileMoments:
-        """Those of [ranks, width], as of so many tiles: views."""
+        """Those of the ranks' rows, one behind the other, as of so many tiles: views."""
+        rows = rows.view(-1, self.width)
         means, m2s = (rows[:, first : first + self.channels] for first in (0, self.pitch))
         return TileMoments(means, m2s, rows[:, 2 * self.pitch])
 
     def sums(self, rows: torch.Tensor) -> torch.Tensor:
-        """Both sums of [ranks, 2 * pitch], as [ranks, 2, C]: a view."""
+        """Both sums of the ranks' rows, as [ranks, 2, C]: a view."""
         return rows.view(-1, 2, self.pitch)[..., : self.channels]
 
 
@@ -122,7 +123,7 @@ def bn_finalize(
 def bn_share(moments: TileMoments) -> torch.Tensor:
     """The tiles merged in their order, as a row of `Shared`."""
     shared = Shared(moments.mean.shape[1])
-    row = torch.empty((1, shared.width), dtype=torch.float32, device=moments.mean.device)
+    row = torch.empty(shared.width, dtype=torch.float32, device=moments.mean.device)
     merged = shared.moments(row)
     _finalize(moments, 0.0, merged.mean, merged.m2, None, merged.count)
     return row
@@ -186,7 +187,7 @@ def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tenso
 def bn_share_sums(dy, z, y, *, mean, invstd, gamma, beta, spec) -> torch.Tensor:
     """Likewise, as a row of `Shared`."""
     shared = Shared(z.shape[1])
-    row = torch.empty((1, 2 * shared.pitch), dtype=torch.float32, device=z.device)
+    row = torch.empty(2 * shared.pitch, dtype=torch.float32, device=z.device)
     _sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale, None, *shared.sums(row)[0])
     return row
 
