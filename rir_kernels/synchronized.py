@@ -33,12 +33,12 @@ def _untraced(function):
     return call
 
 
-_checked = plans.Kinds()  # by `eager.kind_of`
+_checked = plans.Kinds()  # by `eager.kind_of`, and how many ranks there are
 
 
 def repeat(kind, group, tensors, buffers, momentum) -> torch.Tensor | None:
     """y of a call like an earlier one, which was checked; None where there was none."""
-    checked = _checked.get(kind)
+    checked = _checked.get((kind, group.size()))
     if checked is None:
         return None
     if calls.on():
@@ -62,11 +62,12 @@ def conv_bn_act(group, tensors, buffers, momentum, spec, impl, channels_last, ke
     if impl in ("hybrid", "triton"):
         if kind is None and (metadata := plans.metadata((*tensors, *buffers))) is not None:
             kind = metadata, spec, impl, channels_last  # as the compiler's graphs call it, between two of them
-        checked = _checked.get(kind)
+        key = kind, group.size()
+        checked = _checked.get(key)
         if checked is None:
             checked = _Kind(spec, impl, channels_last, tensors[0], buffers, repeats=kind is not None)
             if kind is not None:
-                _checked.remember(kind, checked)
+                _checked.remember(key, checked)
         return _by_kernels(group, tensors, buffers, momentum, checked)
     x, weight, bias, bn_weight, bn_bias, *residuals = tensors
     z = aten.before_norm(x, weight, bias, residuals, spec)
