@@ -165,7 +165,8 @@ class _FusedCall:
                 (row,) = sum_up((dy, z, y, *per_channel))
             else:
                 row = F.pad(torch.stack(sums), (0, -channels % 4)).view(-1)
-            dbeta, dgamma = row.view(2, -1)[:, :channels]
+            pitch = row.numel() // 2
+            dbeta, dgamma = row[:channels], row[pitch : pitch + channels]
             rows = self._ranks.gather(row) if exchanges else None
         found = gradients((dy, *tensors[1:], rows, self._ranks.count, *norm))
         return (*found[:3], dgamma if need_gamma else None, dbeta if need_beta else None, *found[5:])
