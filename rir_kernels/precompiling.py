@@ -58,7 +58,7 @@ def precompile(
         rir.precompile(model, images, arch="sm_90")                            # for a GPU that is not here
 
     The kernels are those of the GPU that is current, or of a typical one of `arch`. Within torch.autocast("cuda") they
-    are those of its dtype. The model is not changed, and its forward runs on meta tensors, which have no values: one
+    are those of its dtype (without a GPU torch leaves that off: give the model its dtype). The model is not changed, and its forward runs on meta tensors, which have no values: one
     that reads them cannot be precompiled. A model under torch.compile is given as the module that was compiled.
 
     Args:
@@ -111,7 +111,9 @@ def launches(model, example_inputs, batch, training, gpu):
     runtime = importlib.import_module("rir_kernels.triton.launch.runtime")
     job_of = importlib.import_module("rir_kernels.triton.jobs").Job.of
     jobs = []
-    model = _on_meta(model).train(training)
+    model = _on_meta(model)
+    if model.training != training:  # where it is right, norms that are frozen stay so
+        model.train(training)
     inputs = tree_map(lambda value: _like(value, batch) if isinstance(value, torch.Tensor) else value, example_inputs)
     foreseen = runtime.foreseen(lambda *launch: jobs.append(job_of(*launch)), gpu)
     with Kinds.apart(), foreseen, _AutocastOfGpu(), _readable():
