@@ -58,8 +58,9 @@ def precompile(
         rir.precompile(model, images, arch="sm_90")                            # for a GPU that is not here
 
     The kernels are those of the GPU that is current, or of a typical one of `arch`. Within torch.autocast("cuda") they
-    are those of its dtype (without a GPU torch leaves that off: give the model its dtype). The model is not changed, and its forward runs on meta tensors, which have no values: one
-    that reads them cannot be precompiled. A model under torch.compile is given as the module that was compiled.
+    are those of its dtype; without a GPU torch leaves autocast off, so give the model its dtype. The model is not
+    changed, and its forward runs on meta tensors, which have no values: one that reads them cannot be precompiled. A
+    model under torch.compile is given as the module that was compiled.
 
     Args:
         model: with fused units or modules of ours; on any device, in the dtype and memory format that it will have.
