@@ -135,7 +135,7 @@ def _choose(x, weight, spec, training):
         return "torch", "the kernels take float16, bfloat16 and float32"
     if _transformed():
         return "torch", "the kernels have no rules for torch.func and forward-mode AD"
-    if missing := triton_missing() if x.is_meta else _missing_on(x.device.index):
+    if missing := triton_missing() if x.device.type == "meta" else _missing_on(x.device.index):
         warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch", missing
     if weight is None:
@@ -149,7 +149,7 @@ def _choose(x, weight, spec, training):
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    measured = measured_choice(_state.gpu or "" if x.is_meta else _device_name(x.device.index), key)
+    measured = measured_choice(_state.gpu or "" if x.device.type == "meta" else _device_name(x.device.index), key)
     return (measured, "measured to be faster here") if measured else ("triton", "")
 
 

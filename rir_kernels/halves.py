@@ -7,6 +7,7 @@ exchanged are rows of `launch.batchnorm.Shared`. Tensors are as in `fused`, in t
 import importlib
 
 from . import fused
+from .layout import empty_channels_last
 
 
 def _norm():
@@ -24,13 +25,14 @@ def moments(options, _, x, weight, bias, *residuals):
 def normalize(spec, scalars, z, rows, gamma, beta, running_mean, running_var, batches, *residuals):
     """(y, mean, invstd, number of pixels) by the rows of all ranks. scalars: the momentum."""
     norm = _norm()
-    count = rows.new_empty(1)
+    # memory is taken before the buffers are updated: where it ends, nothing has changed
+    y, count = empty_channels_last(z.shape, z), rows.new_empty(1)
+    after = [norm.evenly_spaced(residual) for residual in residuals] if spec.post_norm else ()
     statistics = norm.bn_finalize(
         norm.Shared(z.shape[1]).moments(rows), spec.eps, count=count,
         running_mean=running_mean, running_var=running_var, batches=batches, momentum=scalars[0],
     )  # fmt: skip
-    after = residuals if spec.post_norm else ()
-    y = norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec)
+    norm.bn_apply(z, statistics, gamma=gamma, beta=beta, residuals=after, spec=spec, out=y)
     return y, statistics.mean, statistics.invstd, count
 
 

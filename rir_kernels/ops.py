@@ -63,6 +63,7 @@ class ConvBNActFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, planned, buffers, momentum, spec, training, impl, *tensors):
         x, weight, bias, bn_weight, bn_bias, *residuals = tensors
+        root = x.new_empty(0)  # first, since a plan updates buffers: where memory ends, nothing has changed
         if planned is None:
             y, z, mean, var, invstd = torch.ops.rir_kernels.conv_bn_act(
                 x, weight, bias, bn_weight, bn_bias, *buffers, residuals, *_flat(spec), training, True, impl
@@ -76,7 +77,6 @@ class ConvBNActFunction(torch.autograd.Function):
         if told_by_z:
             recomputing.remember(y, z, mean, invstd, bn_weight, bn_bias, spec)
         mask = None if told_by_z or not spec.relu else y
-        root = y.new_empty(0)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, z, mean, invstd, mask, root)
         ctx.link = None
         ctx.call = planned, spec, training, impl, [residual.shape[1] for residual in residuals]

@@ -87,21 +87,20 @@ def _run(cells, options, named):
     from bench import console
 
     failed, now = [], sources_hash("matrix")
-    with console.progress("cells", len(cells)) as advance:
-        for cell in cells:
+    with console.progress("cells", len(cells)) as reach:
+        for done, cell in enumerate(cells):
             steps = []
 
-            def tell(step, line, cell=cell, steps=steps):
+            def tell(step, line, done=done, cell=cell, steps=steps):
                 if step not in steps:
                     steps.append(step)
                     console.say(f"{cell.name}: {step}")
-                advance(f"{cell.name}, {step}: {line.strip()[:60]}", 0)
+                reach(done, f"{cell.name}, {step}: {line.strip()[:60]}")
 
             result = run_cell(cell, now, options.venvs, named, tell)
             save_json(options.out / f"{cell.name}.json", result)
             failed += [] if document.well(result) else [cell.name]
             console.say(f"{cell.name}: {_summary(result)}")
-            advance()
     return failed
 
 

@@ -105,19 +105,23 @@ def is_forced() -> bool:
 
 @functools.cache
 def _chosen(problem, tensor_cores, gpu):
-    measured = measured_tile(problem, gpu) if tensor_cores else None
-    return measured or _by_batch(dataclasses.replace(problem, n=0), tensor_cores, gpu)[rounded(problem.n)]
+    if not tensor_cores:
+        return tiles_for(dataclasses.replace(problem, n=rounded(problem.n)), False, gpu)[0][1]
+    return measured_tile(problem, gpu) or _by_batch(dataclasses.replace(problem, n=0), gpu)[rounded(problem.n)]
 
 
 @functools.cache
-def _by_batch(problem, tensor_cores, gpu):
-    tiles, times = _timed(problem, BATCHES, tensor_cores, gpu)
-    return serve(tiles, times)
+def _by_batch(problem, gpu):
+    return serve(*_timed(problem, BATCHES, gpu))
 
 
 def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
     """(clocks, tile) of all that may be chosen and fit the GPU, the cheapest first; if equal, the simpler one."""
-    tiles, (times,) = _timed(problem, (problem.n,), tensor_cores, gpu)
+    if not tensor_cores:
+        most = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
+        boxes = [pixel_box(problem.n, problem.h, problem.w, pixels) for pixels in (64, 32, 16) if pixels <= most]
+        return [(0.0, ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)) for box in boxes]
+    tiles, (times,) = _timed(problem, (problem.n,), gpu)
     return [(float(times[i]), tiles[i]) for i in np.argsort(times, kind="stable") if np.isfinite(times[i])]
 
 
@@ -126,10 +130,9 @@ def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvCon
     return tiles_for(problem, True, gpu)
 
 
-def _timed(problem, batches, tensor_cores, gpu):
+def _timed(problem, batches, gpu):
     """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
-    candidates = _candidates if tensor_cores else _candidates_without_tensor_cores
-    tiles = list(candidates(problem, batches, gpu))
+    tiles = list(_candidates(problem, batches, gpu))
     of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
     return tiles, clocks(of_batches, stacked(tiles), gpu)
 
@@ -168,12 +171,6 @@ def _candidates(problem, batches, gpu):
                                 yield ConvConfig(box, *shape)
                             if skipping:
                                 yield ConvConfig((pixels, 1, 1), *shape, skips=True)
-
-
-def _candidates_without_tensor_cores(problem, batches, _gpu):
-    for pixels in (64, 32, 16):
-        for box in _boxes(problem, batches, pixels):
-            yield ConvConfig(box, block_c=64, block_k=16, num_warps=8, num_stages=2)
 
 
 def _folded(problem, batches, blocks_k, max_sums):

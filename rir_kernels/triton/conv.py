@@ -218,7 +218,9 @@ def _conv_fwd_kernel(
 
     # a row's count of pixels is zero, or less, beneath the image
     count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
-    IS_ZERO_BEYOND: tl.constexpr = partial_ptr is not None or (tile_mean_ptr is not None and bias_ptr is None)
+    IS_ZERO_BEYOND: tl.constexpr = partial_ptr is not None or (
+        tile_mean_ptr is not None and bias_ptr is None and GROUPS > 1
+    )
     if IS_ZERO_BEYOND:
         # here, before addends that are zero there, and not in the sums, where the masks would take too many registers
         if count < P * ROWS:

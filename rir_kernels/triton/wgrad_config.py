@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from contextvars import ContextVar
+from math import prod
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from rir_kernels.triton.wgrad_cost import (
     WgradTile,
     can_skip,
     clocks,
+    tiles,
     walks,
 )
 
@@ -54,37 +56,42 @@ def _fitted(problem, tile):
 
 @functools.cache
 def _chosen(problem, gpu):
+    if not problem.tensor_cores:
+        return _plain_tile(dataclasses.replace(problem, n=rounded(problem.n)))
     return measured_wgrad_tile(problem, gpu) or _by_batch(dataclasses.replace(problem, n=0), gpu)[rounded(problem.n)]
+
+
+def _plain_tile(problem):
+    """Products are plain multiply-adds: cut so that the fewest pixels are wasted."""
+    tile = WgradTile("", (1, 1, 1), rows=1, block_co=32, block_ci=32, num_warps=8, num_stages=2)
+    ways = [tile._replace(walk=walk, box=box) for walk, box in walks(problem, 1, 16)]
+    return min(ways, key=lambda tile: prod(tiles(problem, tile)))
 
 
 @functools.cache
 def _by_batch(problem, gpu):
-    tiles, times = _timed(problem, BATCHES, gpu)
-    return serve(tiles, times)
+    return serve(*_timed(problem, BATCHES, gpu))
 
 
 def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[float, WgradTile]]:
     """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
-    tiles, (times,) = _timed(problem, (problem.n,), gpu)
-    return [(float(times[i]), tiles[i]) for i in np.argsort(times, kind="stable") if np.isfinite(times[i])]
+    if not problem.tensor_cores:
+        return [(0.0, _plain_tile(problem))]
+    candidates, (times,) = _timed(problem, (problem.n,), gpu)
+    return [(float(times[i]), candidates[i]) for i in np.argsort(times, kind="stable") if np.isfinite(times[i])]
 
 
 def _timed(problem, batches, gpu):
     """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
-    largest = dataclasses.replace(problem, n=max(batches))
-    tiles = list(_candidates(largest, gpu))
+    candidates = list(_candidates(dataclasses.replace(problem, n=max(batches)), gpu))
     of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
-    return tiles, clocks(of_batches, stacked(tiles), gpu)
+    return candidates, clocks(of_batches, stacked(candidates), gpu)
 
 
 ROWS = (1, 2, 4, 7)
 
 
 def _candidates(problem, gpu):
-    if not problem.tensor_cores:
-        for walk in walks(problem, 1, 16):
-            yield WgradTile(*walk, rows=1, block_co=32, block_ci=32, num_warps=8, num_stages=2)
-        return
     limits = gpu.limits
     for pack in (1, 2, 4) if problem.packs else (1,):
         if problem.w % pack or (pack > 1 and pack * max(problem.c_out, problem.c_in) > 128):

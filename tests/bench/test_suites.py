@@ -11,7 +11,7 @@ from bench.roofline import kernel_passes, layer_passes
 from bench.runner import Runner
 from bench.selection import Selection, named_shape
 from bench.suites import kernels, layers, models
-from rir_kernels import aten, eager
+from rir_kernels import aten, eager, plans
 from rir_kernels.equivalence import EquivalenceRow
 from rir_kernels.triton.launch import conv as conv_launcher
 from rir_kernels.triton.launch import plan
@@ -231,7 +231,7 @@ def test_layers_of_ours_pass_in_the_interpreter(op):
 @pytest.mark.parametrize(("training", "mode"), [(False, "eval"), (True, "step")])
 def test_the_gate_judges_the_very_plans_that_are_timed(training, mode, monkeypatch):
     """The check leaves plans, forward's and backward's; what is timed runs these and records no other."""
-    monkeypatch.setattr(eager, "_planned", {})
+    monkeypatch.setattr(eager, "_planned", plans.Kinds())
     ran, recorded = [], []
     run, record = plan.Plan.__call__, plan.record
     monkeypatch.setattr(plan.Plan, "__call__", lambda self, *args: ran.append(self) or run(self, *args))

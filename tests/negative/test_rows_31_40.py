@@ -123,7 +123,7 @@ def test_row_33_a_plan_is_bound_to_the_current_stream(monkeypatch):
     driver = types.SimpleNamespace(get_current_stream=lambda device: current[0], get_current_device=lambda: 0)
     monkeypatch.setattr(plan, "driver", types.SimpleNamespace(active=driver))
     repeated, x = plan.Plan(torch.device("cpu"), [Launch()], [], [0], [], 0), torch.ones(1)
-    repeated._interpreted = False
+    repeated._runs_steps = False
     for stream in (7, 9, 7):
         current[0] = stream
         repeated([x])

@@ -157,9 +157,9 @@ def bn_running(running_mean, running_var, eps: float) -> Statistics:
     return Statistics(mean, None, invstd)
 
 
-def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec) -> torch.Tensor:
-    """y; residuals (N, <= C, H, W) are added after the norm."""
-    y = empty_channels_last(z.shape, z)
+def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=None) -> torch.Tensor:
+    """y, in `out` where that is given; residuals (N, <= C, H, W) are added after the norm."""
+    y = empty_channels_last(z.shape, z) if out is None else out
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
