@@ -3,7 +3,7 @@
 What a call is checked for, which implementation it gets and what that launches depend on its tensors' metadata alone.
 So the first call of a kind takes the long way through `functional`, and leaves a plan; the ones after it find it by
 their metadata. Only our own kernels ("triton") can be planned. Whatever watches or transforms operators
-(torch.compile, torch.func, dispatch modes, torch.jit.trace) sees the registered op, by the long way.
+(torch.compile, torch.func, dispatch modes, torch.jit.trace) sees the registered op, which has plans too (`plans`).
 """
 
 import functools
