@@ -169,7 +169,7 @@ def _candidates(problem, batches, gpu):
                             shape = block_c, block_k, num_warps, stages, groups, rows
                             for box in _boxes(problem, batches, pixels, rows):
                                 yield ConvConfig(box, *shape)
-                            if skipping:
+                            if skipping and sums <= limits.sums_of_rows:
                                 yield ConvConfig((pixels, 1, 1), *shape, skips=True)
 
 

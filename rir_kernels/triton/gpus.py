@@ -17,7 +17,7 @@ class Limits:
     """The tiles that compile well: what `python -m rir_kernels.triton.inspect --arch` passes."""
 
     sums: int  # of a thread, in every epilogue without spills
-    sums_of_rows: int  # where rows share their input
+    sums_of_rows: int  # where rows share their input, or padding is skipped
     sums_folded: int  # of blocks of 2x2 pixels
     pixels: int  # of one product
     block_k: int  # channels of a step
