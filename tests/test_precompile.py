@@ -1,4 +1,4 @@
-"""precompile compiles what a model will launch, and a changed batch leaves most of it as it was."""
+"""precompile compiles what a model will launch, most of which serves other batches too."""
 
 import os
 import subprocess
@@ -26,16 +26,14 @@ def test_steps_after_it_compile_nothing(tmp_path):
 def test_kernels_of_other_batches(tmp_path):
     """By Triton's own cache keys. A batch under the same power of two needs none that the larger one did not have."""
     found = simulated("batches.py", tmp_path, 128, 127, 80, 64, 40, 8, 1)
-    if not found:
-        pytest.skip("needs torchvision")
-    for counts in found.values():
+    for name, counts in found.items():
         kernels = counts["128"]["kernels"]
         assert all(count["jobs"] == count["kernels"] for count in counts.values())
         assert counts["127"]["new"] == counts["80"]["new"] == 0
-        assert counts["64"]["new"] == counts["40"]["new"] <= 0.2 * kernels
+        # where a wide RiR has fewer programs than the GPU has multiprocessors, a tile kept would cost 40 % and more
+        share = 0.2 if name == "rir_wide" else 0.15
+        assert counts["64"]["new"] == counts["40"]["new"] <= share * kernels
         assert counts["8"]["new"] <= kernels / 2 and counts["1"]["new"] <= kernels / 2
-    # where a wide RiR has fewer programs than the GPU has multiprocessors, a tile kept would cost 40 % and more
-    assert found["torchvision_resnet50"]["64"]["new"] <= 0.15 * found["torchvision_resnet50"]["128"]["kernels"]
 
 
 CALLS = {

@@ -155,7 +155,7 @@ def test_unaligned_memory_goes_the_long_way(target, taken):
 
 @targets
 def test_what_cannot_be_planned_is_recorded_once(target, taken, monkeypatch):
-    """By the call and by the op within it: later calls of the kind go the long way at once."""
+    """By the call and by the op within it: later calls of the kind record nothing."""
     recorded = []
     record = plan.record
     monkeypatch.setattr(plan, "record", lambda *args: recorded.append(1) or record(*args))
