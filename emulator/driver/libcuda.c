@@ -1,44 +1,36 @@
-// The part of CUDA's driver library that Triton's launcher calls, without a GPU: a launch is written down instead of
-// made, and a tensor map holds what it would be encoded from. simulated/driver.py builds and reads it.
+// The part of CUDA's driver library that Triton's launcher calls, without a GPU. A launch is handed to a function of
+// ours, with the very parameters that the driver would get, and counted; a tensor map holds what it would be encoded
+// from. driver/__init__.py builds it.
 
 #include "cuda.h"
 #include <string.h>
 
-enum { MAX_PARAMS = 128, PARAM = 128 };
-
 typedef struct {
-  unsigned grid, block, shared;
+  unsigned grid[3], block, shared;
   int programmatic;  // may start before the launch ahead of it ends
-  unsigned long long function;
-  unsigned char params[MAX_PARAMS][PARAM];
+  unsigned long long stream, function;
 } Launch;
 
-static Launch last;
-static int launches, maps, sizes[MAX_PARAMS], params;
+typedef CUresult (*OnLaunch)(const Launch *launch, void **params);
+
+static OnLaunch on_launch;
+static int maps;
 static size_t modules;  // each has one function, of the same number
 static unsigned char unloaded[1 << 16];
+static char refusal[4096] = "refused by the driver that stands in for CUDA's";
 
-// how many bytes each parameter of the next launches has
-void simulated_expect(int count, const int *bytes) {
-  params = count;
-  memcpy(sizes, bytes, count * sizeof *bytes);
-}
-const Launch *simulated_last(void) { return &last; }
-int simulated_launches(void) { return launches; }
-int simulated_maps(void) { return maps; }
+void driver_on_launch(OnLaunch function) { on_launch = function; }
+void driver_refuse(const char *why) { strncpy(refusal, why, sizeof refusal - 1); }
+int driver_maps(void) { return maps; }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **params, void **extra) {
   if (unloaded[(size_t)function]) return CUDA_ERROR_INVALID_HANDLE;
-  memset(&last, 0, sizeof last);
-  last.grid = config->gridDimX;
-  last.block = config->blockDimX;
-  last.shared = config->sharedMemBytes;
-  last.function = (unsigned long long)function;
+  if (!on_launch) return CUDA_SUCCESS;
+  Launch launch = {{config->gridDimX, config->gridDimY, config->gridDimZ}, config->blockDimX, config->sharedMemBytes, 0,
+                   (unsigned long long)config->hStream, (unsigned long long)function};
   for (unsigned i = 0; i < config->numAttrs; ++i)
-    last.programmatic |= config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  for (int i = 0; i < params; ++i) memcpy(last.params[i], arguments[i], sizes[i]);
-  ++launches;
-  return CUDA_SUCCESS;
+    launch.programmatic |= config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  return on_launch(&launch, params);
 }
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
@@ -83,7 +75,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "refused by the simulated driver";
+  *text = refusal;
   return CUDA_SUCCESS;
 }
 CUresult cuDriverGetVersion(int *version) {
