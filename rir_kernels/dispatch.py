@@ -29,7 +29,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 class _PerThread(threading.local):
     watched = False  # whether each launch is to be looked at, or chosen
-    gpu: str | None = None  # the name of the one that meta tensors stand for tensors on
+    # (type of device, a GPU's name): tensors there stand for tensors on that GPU
+    stand_in: tuple[str, str] | None = None
 
 
 _state = _PerThread()
@@ -47,23 +48,33 @@ def watched():
 
 
 @contextlib.contextmanager
-def standing_for(gpu: str):
-    """Within it meta tensors of this thread count as tensors on a GPU that runs the kernels; "": of no known name."""
-    _state.gpu, saved = gpu, _state.gpu
+def standing_for(gpu: str, kind: str = "meta"):
+    """Within it tensors on devices of that kind count, in this thread, as tensors on a GPU that runs the kernels; "": of
+    no known name."""
+    _state.stand_in, saved = (kind, gpu), _state.stand_in
     try:
         yield
     finally:
-        _state.gpu = saved
+        _state.stand_in = saved
+
+
+def all_stand_for(gpu: str, kind: str) -> None:
+    """The same for all of the process, for good: its CPU emulates a GPU."""
+    _PerThread.stand_in = kind, gpu
 
 
 def device_kind(device: torch.device) -> str:
     """The device's type; that of a GPU where meta tensors stand for tensors on one."""
-    return "cuda" if device.type == "meta" and _state.gpu is not None else device.type
+    return "cuda" if device.type == "meta" and _stands_in(device) else device.type
+
+
+def _stands_in(device):
+    return _state.stand_in is not None and _state.stand_in[0] == device.type
 
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether x is on a GPU, or stands for a tensor that is."""
-    return device_kind(x.device) == "cuda"
+    return x.is_cuda or _stands_in(x.device)
 
 
 def plainly_eager() -> bool:
@@ -135,7 +146,7 @@ def _choose(x, weight, spec, training):
         return "torch", "the kernels take float16, bfloat16 and float32"
     if _transformed():
         return "torch", "the kernels have no rules for torch.func and forward-mode AD"
-    if missing := triton_missing() if x.device.type == "meta" else _missing_on(x.device.index):
+    if missing := _missing_on(x.device.index) if x.is_cuda else triton_missing():
         warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch", missing
     if weight is None:
@@ -149,7 +160,8 @@ def _choose(x, weight, spec, training):
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    measured = measured_choice(_state.gpu or "" if x.device.type == "meta" else _device_name(x.device.index), key)
+    name = _device_name(x.device.index) if x.is_cuda else _state.stand_in[1] if _state.stand_in else ""
+    measured = measured_choice(name, key)
     return (measured, "measured to be faster here") if measured else ("triton", "")
 
 

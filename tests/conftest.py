@@ -1,7 +1,8 @@
 """Where kernels run: on a GPU where one is, else in Triton's interpreter on CPU tensors.
 
 That must be decided before triton is imported. TRITON_INTERPRET=1 in the environment chooses the interpreter on a
-machine with a GPU too.
+machine with a GPU too. With --emulated they run compiled, on an emulated GPU: tests marked gpu and those of
+tests/machine, and no others.
 """
 
 import os
@@ -9,18 +10,34 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests import emulation
+
 # the tensors are tiny: more threads only wait for each other
 torch.set_num_threads(1)
 # oneDNN's gradient of a strided 1x1 writes past its workspace where channels_last images have few channels
 # (uxlfoundation/oneDNN#6035): a test would crash at random, long after the one to blame
 torch.backends.mkldnn.set_flags(False)
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
+    parser.addoption("--emulated", action="store_true", help="run the tests marked gpu on an emulated GPU, and only them")
+
+
+def pytest_configure(config):
+    if config.getoption("--emulated"):
+        emulation.start()
+    elif not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _interpreting():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_report_header(config):
+    if config.getoption("--emulated"):
+        return f"kernels run on {emulation.NAME}, on this CPU: nothing is seen on a GPU"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -28,10 +45,18 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):  # an -m in addopts would be lost as soon as a command has its own -m
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+    emulated = config.getoption("--emulated")
+    if emulated:
+        items[:] = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("machine")]
+    has_gpu = emulated or (torch.cuda.is_available() and not _interpreting())
     for item in items:
-        if item.get_closest_marker("gpu") and (INTERPRETING or not torch.cuda.is_available()):
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and TRITON_INTERPRET unset"))
-        if item.get_closest_marker("interpreter") and not INTERPRETING:
+        if emulated and (reason := item.get_closest_marker("real_gpu")):
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU, not an emulated one: {reason.args[0]}"))
+        if item.get_closest_marker("machine") and not emulated:
+            item.add_marker(pytest.mark.skip(reason="needs --emulated, as make test has it for its second part"))
+        if item.get_closest_marker("interpreter") and not _interpreting():
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
         if _takes_a_modules_fixture(item) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # it is made once, in one process
@@ -55,7 +80,7 @@ def torch_settings():
 @pytest.fixture
 def device():
     """The device that kernels run on here."""
-    return torch.device("cpu" if INTERPRETING else "cuda")
+    return torch.device("cpu") if _interpreting() else emulation.gpu()
 
 
 @pytest.fixture

@@ -39,26 +39,31 @@ class Asynchronous(Accesses):
     def fence_async(self, m):
         pass
 
-    def box(self, maps, coordinates, addresses, thread, line):
-        """(tensor map, coordinates, byte indices of the box's chunks in shared memory) of one thread's copy."""
-        tensor = self.launch.tensor_map(int(maps[thread]))
-        address = int(addresses[thread])
-        self.shared.index(addresses[thread : thread + 1], self.base[thread : thread + 1], CHUNK, CHUNK, line)
-        if address + tensor.bytes > self.shared.size:
-            raise Fault(f"line {line}: a TMA box at {address:#x}, beyond shared memory")
-        return tensor, [int(axis[thread]) for axis in coordinates], tensor.order(address) + self.base[thread]
+    def boxes(self, maps, coordinates, addresses, which, line):
+        """(tensor map, coordinates, byte indices of the box's chunks in shared memory) of each thread's copy."""
+        self.shared.index(addresses[which], self.base[which], CHUNK, CHUNK, line)  # for what it refuses
+        places = zip(*(axis[which].tolist() for axis in coordinates), strict=True)
+        several = zip(maps[which].tolist(), places, addresses[which].tolist(), self.base[which].tolist(), strict=True)
+        for number, where, address, base in several:
+            tensor = self.launch.tensor_map(number)
+            if address + tensor.bytes > self.shared.size:
+                raise Fault(f"line {line}: a TMA box at {address:#x}, beyond shared memory")
+            yield tensor, where, tensor.order(address) + base
 
     def tensor_load(self, addresses, maps, coordinates, barriers, m, line):
-        for thread in self._those(m):
-            tensor, where, chunks = self.box(maps, coordinates, addresses, thread, line)
-            index = self.shared.barriers(barriers[thread : thread + 1], self.base[thread : thread + 1], line)
+        if not len(which := self._those(m)):
+            return
+        index = self.shared.barriers(barriers[which], self.base[which], line)
+        sizes = []
+        for tensor, where, chunks in self.boxes(maps, coordinates, addresses, which, line):
             self.shared.words[CHUNK][chunks // CHUNK] = tensor.read(self.launch.memory, where)
-            self.shared.complete(index, tensor.bytes)
+            sizes.append(tensor.bytes)
+        self.shared.complete(index, sizes)
 
     def tensor_store(self, maps, coordinates, addresses, m, line):
-        for thread in self._those(m):
-            tensor, where, chunks = self.box(maps, coordinates, addresses, thread, line)
-            tensor.write(self.launch.memory, where, self.shared.words[CHUNK][chunks // CHUNK])
+        if len(which := self._those(m)):
+            for tensor, where, chunks in self.boxes(maps, coordinates, addresses, which, line):
+                tensor.write(self.launch.memory, where, self.shared.words[CHUNK][chunks // CHUNK])
 
     def bulk_commit(self):
         pass

@@ -55,7 +55,7 @@ class GlobalMemory:
         start, views = self.segment(address, address + extent)
         if (address - start) % item:
             raise Fault("a misaligned tensor")
-        return np.lib.stride_tricks.as_strided(views[item][(address - start) // item :], shape, strides)
+        return np.ndarray(shape, WORDS[item], views[1], address - start, strides)
 
     def _parts(self, addresses, size, line):
         """(start, views, which of the addresses) of each allocation that they lie in."""
@@ -94,8 +94,8 @@ class WatchedMemory(GlobalMemory):
         view = super().box(address, shape, strides, item, writes)
         start = self._starts[bisect.bisect_right(self._starts, address) - 1]
         # every two bytes have an owner, four bytes each: that of a word's first two speaks for the word
-        owners = self._owners[start][(address - start) // 2 :]
-        owners = np.lib.stride_tricks.as_strided(owners, shape, [2 * stride for stride in strides])
+        strides = [2 * stride for stride in strides]
+        owners = np.ndarray(shape, np.int32, self._owners[start], (address - start) // 2 * 4, strides)
         self._check(owners, writes, "a TMA box")
         if writes:
             owners[...] = self.program

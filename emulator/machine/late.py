@@ -203,9 +203,11 @@ class _Warp(Products):
             landed()
 
     def tensor_load(self, addresses, maps, coordinates, barriers, m, line):
-        for thread in self._those(m):
-            tensor, where, chunks = self.box(maps, coordinates, addresses, thread, line)
-            (barrier,) = self.shared.barriers(barriers[thread : thread + 1], self.base[thread : thread + 1], line)
+        if not len(which := self._those(m)):
+            return
+        index = self.shared.barriers(barriers[which], self.base[which], line).tolist()
+        boxes = self.boxes(maps, coordinates, addresses, which, line)
+        for barrier, (tensor, where, chunks) in zip(index, boxes, strict=True):
             halves = self._halves(chunks, CHUNK)
             what = f"line {line}: TMA load"
             self._shadow.write(halves, self.first, self._clock, what, asynchronous=True, valid=False)
@@ -213,8 +215,8 @@ class _Warp(Products):
             if not self.shared.loads.get(barrier):
                 self.shared.loads[barrier] = []
                 self.shared.vain[barrier] = int(self._program.random.integers(4 * len(self._program.warps)))
-            land = functools.partial(self._land, tensor, where, chunks, halves, int(barrier), int(self.shared.phase[barrier]))
-            self.shared.loads[barrier].append(land)
+            phase = int(self.shared.phase[barrier])
+            self.shared.loads[barrier].append(functools.partial(self._land, tensor, where, chunks, halves, barrier, phase))
 
     def _land(self, tensor, where, chunks, halves, barrier, phase):
         self.shared.words[CHUNK][chunks // CHUNK] = tensor.read(self.launch.memory, where)
@@ -222,8 +224,9 @@ class _Warp(Products):
         self.shared.complete(np.array([barrier]), tensor.bytes)
 
     def tensor_store(self, maps, coordinates, addresses, m, line):
-        for thread in self._those(m):
-            tensor, where, chunks = self.box(maps, coordinates, addresses, thread, line)
+        if not len(which := self._those(m)):
+            return
+        for tensor, where, chunks in self.boxes(maps, coordinates, addresses, which, line):
             self.reads(chunks, CHUNK, f"line {line}: TMA store", True)
             self._open["bulk"].append(_Store(self, tensor, where, chunks))
 

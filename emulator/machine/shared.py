@@ -51,9 +51,9 @@ class Shared:
         np.add.at(self.bytes, index, sizes)
         self.settle(index)
 
-    def complete(self, index, size: int) -> None:
-        """That many bytes have come."""
-        self.bytes[index] -= size
+    def complete(self, index, sizes) -> None:
+        """So many bytes have come."""
+        np.subtract.at(self.bytes, index, sizes)
         self.settle(index)
 
     def settle(self, index) -> None:

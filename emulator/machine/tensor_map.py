@@ -54,16 +54,15 @@ class TensorMap:
 
     def _clip(self, memory, coordinates, writes):
         """(view of what of the box is in the tensor, where in the box that is), outermost first."""
-        if len(coordinates) != self.rank:
-            raise Fault(f"{len(coordinates)} coordinates for a tensor map of {self.rank} dimensions")
-        low = [max(0, first) for first in coordinates]
-        high = [min(side, first + n) for side, first, n in zip(self.sides, coordinates, self.box, strict=True)]
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return None, None
-        address = self.address + sum(a * stride for a, stride in zip(low, self.strides, strict=True))
-        shape = [b - a for a, b in zip(low, high, strict=True)][::-1]
-        inside = [slice(a - first, b - first) for a, b, first in zip(low, high, coordinates, strict=True)]
-        return memory.box(address, shape, self.strides[::-1], self.item, writes), tuple(inside[::-1])
+        address, shape, inside = self.address, [], []
+        for first, side, length, stride in zip(coordinates, self.sides, self.box, self.strides, strict=True):
+            low, high = max(0, first), min(side, first + length)
+            if low >= high:
+                return None, None
+            address += low * stride
+            shape.append(high - low)
+            inside.append(slice(low - first, high - first))
+        return memory.box(address, shape[::-1], self.strides[::-1], self.item, writes), tuple(inside[::-1])
 
 
 def swizzled(address, mode: int):

@@ -5,10 +5,12 @@ from itertools import product
 import pytest
 import torch
 
+from tests.emulation import gpu
+
 
 def _target(device, name, *marks):
-    where = pytest.mark.gpu if device == "cuda" else pytest.mark.interpreter
-    return pytest.param((torch.device(device), getattr(torch, name)), marks=[where, *marks], id=f"{device}-{name}")
+    place, where = (gpu(), pytest.mark.gpu) if device == "cuda" else (torch.device(device), pytest.mark.interpreter)
+    return pytest.param((place, getattr(torch, name)), marks=[where, *marks], id=f"{device}-{name}")
 
 
 # the interpreter's bf16 products are wrong (triton multiplies the raw bits), so bf16 is tested on a GPU alone

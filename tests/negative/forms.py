@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
+from tests.emulation import gpu
 from tests.helpers import assert_within_budget, formula, output_gradient, run, scrambled
 
 # (implementation, where its tensors are); kernels run in Triton's interpreter, or on a GPU where there is one
 WAYS = [
     pytest.param("torch", "cpu", id="torch"),
     pytest.param("triton", "cpu", marks=pytest.mark.interpreter, id="triton"),
-    pytest.param("triton", "cuda", marks=pytest.mark.gpu, id="triton-cuda"),
+    pytest.param("triton", gpu().type, marks=pytest.mark.gpu, id="triton-cuda"),
 ]
 ways = pytest.mark.parametrize(("impl", "where"), WAYS)
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -201,7 +201,7 @@ def aligned_channels(channels: int, itemsize: int) -> int:
 
 def dot_precision(operand: torch.Tensor) -> str:
     """The `input_precision` of tl.dot. It matters to fp32 alone, where torch's own TF32 switch decides."""
-    on_cpu = device_of(operand).type == "cpu"
+    on_cpu = device_of(operand).type == "cpu" and interpreting()
     return "tf32" if operand.dtype == torch.float32 and tf32_allowed() and not on_cpu else "ieee"
 
 
