@@ -60,7 +60,7 @@ def standing_for(gpu: str, kind: str = "meta"):
 
 def all_stand_for(gpu: str, kind: str) -> None:
     """The same for all of the process, for good: its CPU emulates a GPU."""
-    _PerThread.stand_in = kind, gpu
+    _state.stand_in = _PerThread.stand_in = kind, gpu
 
 
 def device_kind(device: torch.device) -> str:

@@ -62,9 +62,9 @@ def test_steps(impl, steps):
 @needs_compiler
 @pytest.mark.interpreter  # where no GPU is; on one the steps above launch themselves
 @counts
-def test_repeated_launches(steps, tmp_path):
+def test_repeated_launches(steps):
     """All that the launch path keeps: plans, addresses, tensor maps; on a driver that runs nothing."""
-    found = simulated("leaks.py", tmp_path, steps)
+    found = simulated("leaks.py", steps)
     assert found["before"]["plans"] == found["after"]["plans"] > 0
     found["after"]["objects"] = (
         0  # addresses are kept and forgotten by dozens; what counts is that memory does not grow

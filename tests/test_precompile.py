@@ -25,7 +25,7 @@ def test_steps_after_it_compile_nothing(tmp_path):
 
 def test_kernels_of_other_batches(tmp_path):
     """By Triton's own cache keys. A batch under the same power of two needs none that the larger one did not have."""
-    found = simulated("batches.py", tmp_path, 128, 127, 80, 64, 40, 8, 1)
+    found = simulated("batches.py", 128, 127, 80, 64, 40, 8, 1)
     for name, counts in found.items():
         kernels = counts["128"]["kernels"]
         assert all(count["jobs"] == count["kernels"] for count in counts.values())

@@ -93,11 +93,13 @@ def swap_back(module) -> None:
 
 def _set_class(module, cls):
     object.__setattr__(module, "__class__", cls)  # a module's own __setattr__ is not asked
-    # compiled functions may look at a module's class only after a change of its __dict__: torch 2.11's
-    # torch._dynamo.config.use_recursive_dict_tags_for_guards
+    # compiled functions may look at a module's class only after a change of its dictionaries, up to torch 2.11 by
+    # torch._dynamo.config.use_recursive_dict_tags_for_guards; under Python 3.13 a change of its __dict__ goes unseen
     attributes = module.__dict__
-    attributes["_rir_swapped"] = True
-    del attributes["_rir_swapped"]
+    for dictionary in (attributes, attributes.get("_parameters"), attributes.get("_modules")):
+        if dictionary is not None:  # a module that is being made has none yet
+            dictionary["_rir_swapped"] = None
+            del dictionary["_rir_swapped"]
 
 
 def is_fused(module) -> TypeGuard[Fused]:

@@ -125,7 +125,8 @@ def _bn_finalize_fwd_kernel(
         _update_running(running_mean_ptr + channel, mean, momentum, is_channel)
         _update_running(running_var_ptr + channel, m2 / tl.maximum(count - 1.0, 1.0), momentum, is_channel)
     if batches_ptr is not None:
-        tl.store(batches_ptr, tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)
+        is_first = tl.program_id(0) == 0
+        tl.store(batches_ptr, tl.load(batches_ptr, mask=is_first, other=0) + 1, mask=is_first)
 
 
 @triton.jit

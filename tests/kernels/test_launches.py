@@ -12,13 +12,13 @@ from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
 
 @pytest.fixture(scope="module")
-def launches(tmp_path_factory):
-    return simulated("launches.py", tmp_path_factory.mktemp("driver"))
+def launches():
+    return simulated("launches.py")
 
 
 @pytest.fixture(scope="module")
-def launches_before_hopper(tmp_path_factory):
-    return simulated("launches.py", tmp_path_factory.mktemp("driver"), SIMULATED_ARCH="80", RIR_KERNELS_OVERLAP="1")
+def launches_before_hopper():
+    return simulated("launches.py", SIMULATED_ARCH="80", RIR_KERNELS_OVERLAP="1")
 
 
 @needs_compiler
@@ -68,9 +68,9 @@ def test_addresses_that_come_again_are_not_encoded_again(launches):
 
 
 @needs_compiler
-def test_launches_overlap_where_that_is_asked_for(launches, tmp_path):
+def test_launches_overlap_where_that_is_asked_for(launches):
     """All of a layer's, by both ways: then each kernel waits by itself (what the compile gate checks)."""
-    for asked, cases in ((0, launches), (1, simulated("launches.py", tmp_path, RIR_KERNELS_OVERLAP="1"))):
+    for asked, cases in ((0, launches), (1, simulated("launches.py", RIR_KERNELS_OVERLAP="1"))):
         made = [launch for found in cases.values() for way in ("long", "first", "second") for launch in found[way]]
         assert len(made) > 80 and {launch[5] for launch in made} == {asked}
 

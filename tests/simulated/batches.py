@@ -1,6 +1,6 @@
 """The kernels of a training step at several batches, by Triton's own cache keys, as JSON; nothing is compiled.
 
-    python tests/simulated/batches.py FOLDER BATCH...
+    python tests/simulated/batches.py BATCH...
 
 For each network, and each batch: how many kernels there are, how many of them the first batch does not have, and how
 many of all launches' jobs are different ones.
@@ -23,7 +23,7 @@ from rir_kernels.triton.inspect import CompileOnlyDriver
 
 def main():
     driver.set_active(CompileOnlyDriver("sm_90"))
-    found = {network.name: _of(network, [int(batch) for batch in sys.argv[2:]]) for network in NETWORKS}
+    found = {network.name: _of(network, [int(batch) for batch in sys.argv[1:]]) for network in NETWORKS}
     json.dump({name: counts for name, counts in found.items() if counts}, sys.stdout)
 
 

@@ -1,6 +1,6 @@
 """Host time of a layer's call, in microseconds of CPU time, as JSON: eager, under the registered op, synchronized.
 
-    python tests/simulated/host.py FOLDER
+    python tests/simulated/host.py
 
 The simulated driver launches nothing, memory is taken to lie where it lay before, as a GPU's allocator has it, and the
 process group is torch's "fake" one of two ranks, which exchanges nothing. Only ratios of one run count.
@@ -10,15 +10,14 @@ import gc
 import json
 import sys
 import time
-from pathlib import Path
 
-import driver
+import stand_in
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rir_kernels as rir
-from rir_kernels import dispatch, ops
+from rir_kernels import ops
 from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.launch import plan
 
@@ -55,8 +54,7 @@ def layer():
 
 
 def main():
-    driver.activate(Path(sys.argv[1]))
-    dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
+    stand_in.activate()
     plan.Plan._at = steady(plan.Plan._at)
     torch.set_num_threads(1)
     gc.disable()

@@ -1,6 +1,6 @@
 """What layers launch, the long way and the short way, as a driver gets it: printed as JSON.
 
-    python tests/simulated/launches.py FOLDER
+    python tests/simulated/launches.py
 
 Addresses are replaced by what lies there: an argument's name and offset, or the number of the allocation in order of
 appearance. For each case: the launches of the long way and of two calls of the short way, the second of which gets the
@@ -11,13 +11,9 @@ import contextlib
 import json
 import struct
 import sys
-from pathlib import Path
 
-import driver
+import stand_in
 import torch
-from triton import knobs
-from triton.backends.nvidia.driver import CudaLauncher
-from triton.runtime.driver import driver as active
 
 import rir_kernels as rir
 from rir_kernels import dispatch, eager, norm_state
@@ -80,36 +76,24 @@ class Memory:
 
 
 class Recorder:
-    """Reads each launch off the simulated driver, through Triton's own hooks."""
+    """What the driver gets of each launch."""
 
-    def __init__(self, cuda):
-        self._cuda = cuda
-        self._kinds = {}  # function: what its parameters are
+    def __init__(self, driver):
+        self._driver = driver
+        driver.on_launch = self._note
         self.launches = []
-        recorder = self
 
-        class Launcher(CudaLauncher):
-            def __init__(self, source, metadata):
-                super().__init__(source, metadata)
-                # the simulated driver counts functions from one, and a kernel's launcher is made just before
-                recorder._kinds[len(recorder._kinds) + 1] = list(_kinds(source.signature.values()))
+    @property
+    def maps(self):
+        """Tensor maps that were encoded."""
+        return self._driver.maps
 
-        active.active.launcher_cls = Launcher
-        knobs.runtime.launch_enter_hook.add(self._enter)
-        knobs.runtime.launch_exit_hook.add(self._exit)
-
-    def _enter(self, metadata):
-        kinds = self._kinds[metadata.get()["function"]]
+    def _note(self, request):
+        kinds = list(_kinds(request.compiled.src.signature.values()))
         sizes = [struct.calcsize(kind.replace("P", "Q").replace("T", "128s")) for kind in kinds]
-        self._cuda.simulated_expect(len(sizes), (driver.ctypes.c_int * len(sizes))(*sizes))
-
-    def _exit(self, metadata):
-        launch = self._cuda.simulated_last().contents
-        params = [bytes(param) for param in launch.params]
-        self.launches.append(
-            (metadata.get()["name"], launch.function, launch.grid, launch.block, launch.shared, launch.programmatic,
-             list(zip(self._kinds[launch.function], params, strict=False)))
-        )  # fmt: skip
+        params = [(kind, request.parameter(i, size)) for i, (kind, size) in enumerate(zip(kinds, sizes, strict=True))]
+        head = request.compiled.metadata.name, request.compiled.hash, request.grid[0], request.block, request.shared
+        self.launches.append((*head, int(request.programmatic), params))
 
     def take(self, arguments):
         """The launches since the last time, with addresses named."""
@@ -146,7 +130,7 @@ def _kinds(signature):
             yield "P" if kind.startswith("*") else {"i32": "i", "i64": "q", "fp32": "f"}[kind]
 
 
-def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, grad=None, outer=0,
+def run(recorder, *, channels=16, dtype=torch.bfloat16, training=True, grad=None, outer=0,
         weight_format=torch.channels_last, image_format=torch.channels_last, layer_type=rir.RiRLayer,
         **options):  # fmt: skip
     torch.backends.cudnn.allow_tf32 = True
@@ -181,19 +165,17 @@ def run(recorder, cuda, *, channels=16, dtype=torch.bfloat16, training=True, gra
         recorder.take(arguments)
         memory = Memory()
         for call, wrap in (("first", memory.keeping), ("second", memory.again)):
-            encoded = cuda.simulated_maps()
+            encoded = recorder.maps
             with allocating(wrap):
                 step()
             found[call] = recorder.take(arguments)
     planned = sum(plan is not None for plan in eager._planned.values())
-    return found | {"encoded": cuda.simulated_maps() - encoded, "planned": planned}
+    return found | {"encoded": recorder.maps - encoded, "planned": planned}
 
 
 def main():
-    cuda = driver.activate(Path(sys.argv[1]))
-    dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
-    recorder = Recorder(cuda)
-    json.dump({name: run(recorder, cuda, **case) for name, case in CASES.items()}, sys.stdout)
+    recorder = Recorder(stand_in.activate())
+    json.dump({name: run(recorder, **case) for name, case in CASES.items()}, sys.stdout)
 
 
 if __name__ == "__main__":

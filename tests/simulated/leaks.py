@@ -1,27 +1,25 @@
 """Many steps of layers through their plans, on a driver that runs nothing: what is held before and after, as JSON.
 
-python tests/simulated/leaks.py FOLDER STEPS
+python tests/simulated/leaks.py STEPS
 """
 
 import gc
 import json
 import sys
-from pathlib import Path
 
-import driver
+import stand_in
 import torch
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager
+from rir_kernels import eager
 from tests.soak.resources import held
 
 WARM = 200
 
 
 def main():
-    driver.activate(Path(sys.argv[1]))
-    dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
-    steps, sizes = int(sys.argv[2]), (4, 6, 8)
+    stand_in.activate()
+    steps, sizes = int(sys.argv[1]), (4, 6, 8)
     layers = torch.nn.Sequential(*(rir.RiRLayer(8, 8, impl="triton", dtype=torch.bfloat16) for _ in range(2)))
     for layer in layers:
         layer.bn.float()

@@ -35,13 +35,10 @@ def main():
     reports = [rir.precompile(model, images, training=mode, workers=2, arch="sm_90") for mode in (True, False, True)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
-    import driver
+    import stand_in
     from triton import knobs
 
-    from rir_kernels import dispatch
-
-    driver.activate(folder)
-    dispatch._require_kernels = lambda impl, x: None  # the tensors are a CPU's
+    stand_in.activate()
     missed = []
     knobs.compilation.listener = lambda **seen: seen["cache_hit"] or missed.append(seen["src"].name)
     for _ in range(2):
