@@ -28,7 +28,8 @@ def run(launch: Launch, shared: int, seed: int, seen: dict[str, int]) -> None:
         if isinstance(launch.memory, WatchedMemory):
             launch.memory.report, launch.memory.program = report, program
         try:
-            _Program(launch, shared, program, np.random.default_rng([seed, program]), report).run()
+            with np.errstate(all="ignore"):
+                _Program(launch, shared, program, np.random.default_rng([seed, program]), report).run()
         except Fault as fault:
             raise Fault(f"{launch.kernel.program.name}, program {program}: {fault}") from fault
 

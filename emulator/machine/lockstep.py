@@ -19,7 +19,8 @@ def run(launch: Launch, shared: int) -> None:
     for first in range(0, launch.programs, slots):
         programs = range(first, min(first + slots, launch.programs))
         try:
-            _run(launch, Shared(len(programs), shared), programs)
+            with np.errstate(all="ignore"):  # a GPU has no such warnings either
+                _run(launch, Shared(len(programs), shared), programs)
         except Fault as fault:
             raise Fault(f"{program.name}, programs {programs.start} to {programs.stop - 1}: {fault}") from fault
 

@@ -15,7 +15,7 @@ def fma(a, b, c):
 def divide(a, b):
     """Integers, towards zero. By zero it is undefined, and all ones on the GPUs that there are."""
     if a.dtype.kind == "u":
-        return np.where(b == 0, ~a, a // np.where(b == 0, 1, b).astype(a.dtype))
+        return np.where(b == 0, np.iinfo(a.dtype).max, a // np.where(b == 0, 1, b).astype(a.dtype))
     divisor = np.where(b == 0, 1, b).astype(a.dtype)
     quotient = a // divisor
     quotient = quotient + ((a - quotient * divisor != 0) & ((a < 0) != (divisor < 0)))
