@@ -23,7 +23,9 @@ class Record:
     stream: int
     shared: int
     compiled: object
-    reports: list[str] = field(default_factory=list)  # what `races` saw, with a program that did it; "note: ..." is harmless
+    reports: list[str] = field(
+        default_factory=list
+    )  # what `races` saw, with a program that did it; "note: ..." is harmless
 
 
 class Emulator:
@@ -68,7 +70,7 @@ class Emulator:
         record = Record(name, programs, 0.0, request.stream, request.shared, request.compiled)
         self.records.append(record)
         parameters = _parameters(request, kernel)
-        memory = list(_writable() if request.tensors is None else map(_storage, request.tensors))
+        memory = _writable() if request.tensors is None else [_storage(tensor) for tensor in request.tensors]
         try:
             if self.timing == "late":
                 seen: dict[str, int] = {}
@@ -104,11 +106,15 @@ def _storage(tensor):
 
 
 def _writable():
-    """All memory of this process that is its own, as (address, bytes)."""
+    """All memory of this process that is its own, as (address, bytes); what adjoins is one."""
+    found: list[list[int]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, rights, *rest = line.split()
-        if rights.startswith("rw") and not (len(rest) == 4 and rest[3].startswith("[v")):
-            start, end = (int(address, 16) for address in place.split("-"))
-            yield start, end - start
-
-
+        if not rights.startswith("rw") or (len(rest) == 4 and rest[3].startswith("[v")):
+            continue
+        start, end = (int(address, 16) for address in place.split("-"))
+        if found and found[-1][1] == start:
+            found[-1][1] = end
+        else:
+            found.append([start, end])
+    return [(start, end - start) for start, end in found]

@@ -6,6 +6,7 @@ tests/machine, and no others.
 """
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ torch.backends.mkldnn.set_flags(False)
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
-    parser.addoption("--emulated", action="store_true", help="run the tests marked gpu on an emulated GPU, and only them")
+    parser.addoption(
+        "--emulated", action="store_true", help="run the tests marked gpu on an emulated GPU, and only them"
+    )
 
 
 def pytest_configure(config):
@@ -47,7 +50,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     emulated = config.getoption("--emulated")
     if emulated:
-        items[:] = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("machine")]
+        chosen = [item for item in items if _runs_emulated(item, config.getoption("--sample"))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     has_gpu = emulated or (torch.cuda.is_available() and not _interpreting())
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu:
@@ -60,6 +65,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1: kernels run on the GPU here"))
         if _takes_a_modules_fixture(item) and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))  # it is made once, in one process
+
+
+def _runs_emulated(item, share):
+    """Tests of the machine, and one in `share` of the GPU's, always the same ones."""
+    if item.get_closest_marker("machine"):
+        return True
+    return item.get_closest_marker("gpu") is not None and zlib.crc32(item.nodeid.encode()) % share == 0
 
 
 def _takes_a_modules_fixture(item):

@@ -101,6 +101,7 @@ def test_motions_are_within_their_limits():
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("torch's own operators")
 def test_motion_on_a_gpu(images):
     x, y = images
     now = augment.plan_epoch(COUNT, seed=0, epoch=0, padding=PADDING, flip=True, jitter=JITTER)
@@ -115,6 +116,7 @@ def test_motion_on_a_gpu(images):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("the driver's word that the host waits")
 def test_batch_on_a_gpu_waits_for_nothing(images):
     x, y = images
     expected = augment.batch(x, y, plan(), 0, 500, padding=PADDING)

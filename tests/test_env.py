@@ -60,6 +60,7 @@ def test_without_a_gpu_the_kernels_need_the_interpreter(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("a driver that names it")
 def test_names_the_gpu():
     report = env_report()
     assert torch.cuda.get_device_name(0) in report["devices"][0]

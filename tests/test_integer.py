@@ -110,6 +110,7 @@ def test_int8_product_meets_what_cuda_asks_for(sizes, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("torch's own products")
 @pytest.mark.parametrize("tf32", ["ieee", "tf32"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_accumulators_on_a_gpu(name, tf32, monkeypatch):

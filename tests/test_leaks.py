@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rir_kernels as rir
+from tests.emulation import gpu
 from tests.simulated_helpers import needs_compiler, simulated
 from tests.soak.resources import held
 
@@ -35,7 +36,7 @@ def assert_nothing_is_kept(before, after):
 )
 def test_steps(impl, steps):
     """Training, evaluation with gradients, and calls that are refused."""
-    device = torch.device("cpu" if impl in ("torch", "reference") else "cuda")
+    device = torch.device("cpu") if impl in ("torch", "reference") else gpu()
     torch.manual_seed(0)
     model = torch.nn.Sequential(rir.RiRLayer(8, 8, impl=impl), rir.RiRBlock(8, 16, impl=impl, stride=2)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)

@@ -102,7 +102,9 @@ class WatchedMemory(GlobalMemory):
         return view
 
     def _touch(self, start, addresses, size, writes, line):
-        halves = ((addresses - np.uint64(start)) // np.uint64(2)).astype(np.int64)[:, None] + np.arange(max(1, size // 2))
+        halves = ((addresses - np.uint64(start)) // np.uint64(2)).astype(np.int64)[:, None] + np.arange(
+            max(1, size // 2)
+        )
         self._check(self._owners[start][halves], writes, f"line {line}:")
         if writes:
             self._owners[start][halves] = self.program

@@ -217,7 +217,9 @@ class _Warp(Products):
                 self.shared.loads[barrier] = []
                 self.shared.vain[barrier] = int(self._program.random.integers(4 * len(self._program.warps)))
             phase = int(self.shared.phase[barrier])
-            self.shared.loads[barrier].append(functools.partial(self._land, tensor, where, chunks, halves, barrier, phase))
+            self.shared.loads[barrier].append(
+                functools.partial(self._land, tensor, where, chunks, halves, barrier, phase)
+            )
 
     def _land(self, tensor, where, chunks, halves, barrier, phase):
         self.shared.words[CHUNK][chunks // CHUNK] = tensor.read(self.launch.memory, where)

@@ -64,7 +64,10 @@ def cp(code, i):
 def tensor_copy(code, i):
     """TMA, tiled: [shared], [map, {coordinates}], [mbarrier], or [map, {coordinates}], [shared]."""
     stores = i.modifiers[4] == "global"
-    if "multicast::cluster" in i.modifiers or ("bulk_group" if stores else "mbarrier::complete_tx::bytes") not in i.modifiers:
+    if (
+        "multicast::cluster" in i.modifiers
+        or ("bulk_group" if stores else "mbarrier::complete_tx::bytes") not in i.modifiers
+    ):
         raise i.refused()
     there, shared = i.operands if stores else (i.operands[1], i.operands[0])
     tensor, shared = code.full(there[0], "u64"), code.address(shared, 32)

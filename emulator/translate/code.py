@@ -119,7 +119,11 @@ class Code:
             return np.uint64(PARAMETERS + self.program.parameters[operand][0])
         if found := re.match(r"0[fF]([0-9A-Fa-f]{8})$", operand):
             raw = bytes.fromhex(found.group(1))
-            return np.uint32(int(raw.hex(), 16)).view(dtype) if dtype(0).itemsize == 4 else dtype(struct.unpack(">f", raw)[0])
+            return (
+                np.uint32(int(raw.hex(), 16)).view(dtype)
+                if dtype(0).itemsize == 4
+                else dtype(struct.unpack(">f", raw)[0])
+            )
         if found := re.match(r"0[dD]([0-9A-Fa-f]{16})$", operand):
             return np.uint64(int(found.group(1), 16)).view(dtype)
         bits = 8 * dtype(0).itemsize

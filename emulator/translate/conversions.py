@@ -62,5 +62,3 @@ def cvt(code, i):
 def nearest(i, how):
     if how != ["rn"]:
         raise i.refused("rounds to nearest alone")
-
-

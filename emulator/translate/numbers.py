@@ -115,7 +115,9 @@ def operand_values(bits, kind):
     """What a tensor core takes 16 or 32 bits for."""
     if kind == "bf16":
         return from_bf16(bits)
-    return bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    return (
+        bits.view(np.float16).astype(np.float32) if kind == "f16" else (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    )
 
 
 def fragment(registers, kind, rows):

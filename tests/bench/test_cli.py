@@ -138,6 +138,7 @@ def test_the_suites_need_no_name(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("time")
 def test_every_suite_on_a_gpu(tmp_path):
     """All ways of timing, all implementations that are there, and the report."""
     status = bench("--quick", "--shapes", "16@32", "--out", tmp_path)

@@ -179,6 +179,7 @@ def test_a_failed_capture_is_a_row_with_its_error(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("time, and CUDA graphs")
 def test_a_graph_is_timed_three_ways():
     device = torch.device("cuda")
     x, y = (torch.randn(2**26, device=device) for _ in range(2))

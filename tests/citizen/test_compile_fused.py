@@ -161,6 +161,7 @@ def test_inductor():
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("code that torch's compiler makes for it")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_inductor_on_a_gpu(mode):
     model = block().float().cuda()

@@ -9,6 +9,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import rir_kernels as rir
 from tests.citizen.networks import OPERATIONS, ResNet, images, resnet_twins
+from tests.emulation import gpu
 from tests.surgery_helpers import CLOSE, fused_calls, settle
 
 
@@ -109,8 +110,8 @@ TRANSFORMS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_auto_leaves_transforms_to_torch(kind):
-    unit = rir.ConvBNAct(3, 4, 3, device="cuda").eval()
-    x = images(dtype=torch.float32).cuda()
+    unit = rir.ConvBNAct(3, 4, 3, device=gpu()).eval()
+    x = images(dtype=torch.float32).to(gpu())
     found = TRANSFORMS[kind](unit, x)
     unit.impl = "torch"
     torch.testing.assert_close(found, TRANSFORMS[kind](unit, x), rtol=1e-4, atol=1e-4)  # sums of 27 in TF32 or fp32

@@ -73,6 +73,7 @@ gpu_impls = pytest.mark.parametrize("impl", ["triton", "hybrid"])
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("CUDA graphs")
 @gpu_impls
 def test_replays_train_as_eager_calls_do(impl):
     model, eager = on_gpu(impl)
@@ -93,6 +94,7 @@ def test_replays_train_as_eager_calls_do(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("CUDA graphs")
 def test_a_cumulative_average_says_so_where_it_is_captured():
     unit, x = rir.ConvBNAct(3, 8, 3, momentum=None, device="cuda"), images().float().cuda()
     unit(x)

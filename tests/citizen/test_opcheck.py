@@ -5,8 +5,12 @@ import torch
 
 from rir_kernels import ops
 from rir_kernels.spec import ConvBNActSpec
+from tests.emulation import gpu
 
-DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interpreter),
+    pytest.param(gpu().type, marks=pytest.mark.gpu, id="cuda"),
+]
 
 
 def values(*shape, seed=1):

@@ -9,6 +9,8 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests.emulation import gpu
+
 from .cases import Case, cases
 from .judge import check, use_test_settings
 from .layers import LayerCase, check_layer, layer_cases
@@ -68,12 +70,12 @@ def test_on_a_gpu(impl):
     @settings(max_examples=1000 if LONG else 100, **SETTINGS)
     @given(cases(drawn))
     def run(case):
-        check(case, impl, "cuda")
+        check(case, impl, gpu().type)
 
     @settings(max_examples=250 if LONG else 25, **SETTINGS)
     @given(layer_cases(drawn))
     def run_layers(case):
-        check_layer(case, impl, "cuda")
+        check_layer(case, impl, gpu().type)
 
     run()
     run_layers()

@@ -17,9 +17,9 @@ TILES = {
     "blocks of pixels": ConvConfig((2, 4, 8), 16, 16, 4, 2, fold=True),
 }
 WGRAD_TILES = {
-    "images": WgradTile("images", (16, 1, 1), 1, 4, 64, 16, 4, 2),
-    "rows": WgradTile("rows", (2, 2, 4), 1, 4, 64, 16, 4, 2),
-    "row": WgradTile("row", (1, 1, 16), 2, 4, 64, 16, 4, 2),
+    "images": WgradTile("images", (16, 1, 1), 1, 64, 16, 4, 2),
+    "rows": WgradTile("rows", (2, 2, 4), 1, 64, 16, 4, 2),
+    "row": WgradTile("row", (1, 1, 16), 2, 64, 16, 4, 2),
 }
 # (N, C_in, C_out, H, W, kernel, stride)
 SHAPES = {

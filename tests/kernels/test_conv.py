@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.spec import ConvBNActSpec
+from tests.emulation import gpu
 
 from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -162,7 +163,7 @@ def test_tf32_follows_torchs_switch():
     """Rounded operands: 10 bits of mantissa, so beyond fp32's error and within 2^-10 of the sum of magnitudes."""
     from rir_kernels.triton.launch import conv
 
-    target = torch.device("cuda"), torch.float32
+    target = gpu(), torch.float32
     spec = ConvBNActSpec(padding=(1, 1))
     x, weight = rand((4, 64, 8, 8), target, seed=1), rand((64, 64, 3, 3), target, seed=2)
     golden = F.conv2d(x.double(), weight.double(), None, 1, 1)

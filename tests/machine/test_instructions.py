@@ -284,7 +284,9 @@ ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{{{{{d}}, {{e}}, {{f}}, {{g}}}}
 bar.sync 0;
 mad.lo.u32 %r5, %r60, 16, %r1;
 ld.shared.v4.b32 {{{{{{d}}, {{e}}, {{f}}, {{g}}}}}}, [%r5];"""
-    lanes = dict(zip("abch", (np.ascontiguousarray(values[:, m]).reshape(-1).view(np.uint32) for m in range(4)), strict=True))
+    lanes = dict(
+        zip("abch", (np.ascontiguousarray(values[:, m]).reshape(-1).view(np.uint32) for m in range(4)), strict=True)
+    )
     found, _ = execute(body, lanes, kinds, threads=64, shared=1024)
     rows = np.stack([found[name] for name in "defg"], 1).view(np.uint16)
     np.testing.assert_array_equal(rows.reshape(2, 4, 8, 8), expected)
@@ -321,7 +323,10 @@ REFUSED = {
     "a modifier that is not known": ("add.sat.s32 {d}, {a}, {a};", "line 2.: add.sat.s32.*: sat is not known"),
     "a rounding that is not known": ("cvt.rz.bf16.f32 %h1, {a};", "rounds to nearest alone"),
     "a shuffle within parts of a warp": ("shfl.sync.bfly.b32 {d}, {a}, 1, 15, -1;", "shfl of parts of a warp"),
-    "a barrier under a predicate": ("setp.lt.u32 %p1, %r60, 3;\n@%p1 bar.sync 0;", "line 2.: @%p1 bar.sync 0: under a predicate"),
+    "a barrier under a predicate": (
+        "setp.lt.u32 %p1, %r60, 3;\n@%p1 bar.sync 0;",
+        "line 2.: @%p1 bar.sync 0: under a predicate",
+    ),
 }
 
 

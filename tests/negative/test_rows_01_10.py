@@ -140,6 +140,7 @@ def test_row_02_a_counter_of_batches_elsewhere(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("tensors on two kinds of device")
 def test_row_02_a_counter_on_the_cpu_beside_cuda_norms():
     """It counts."""
     layer = rir.RiRLayer(4, 6, impl="triton").cuda()
@@ -150,6 +151,7 @@ def test_row_02_a_counter_on_the_cpu_beside_cuda_norms():
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("tensors on two kinds of device")
 def test_row_02_a_cpu_tensor_beside_cuda_ones():
     """RuntimeError, whatever the implementation."""
     there = {n: t.to("cuda") if isinstance(t, torch.Tensor) else t for n, t in call_arguments().items()}

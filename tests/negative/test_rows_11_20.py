@@ -291,6 +291,7 @@ def test_row_15_more_than_2_to_the_31_apart(images, training, impl, where):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("60 GiB of memory")
 def test_row_15_more_than_2_to_the_31_elements():
     """Every image gets what one alone gets, forward and backward: all 33 are the same, and so are the statistics."""
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:

@@ -27,6 +27,7 @@ from tests.citizen.test_export import FORMS, exported
 from tests.citizen.test_func import TRANSFORMS
 from tests.citizen.test_graphs import CLOSE as CLOSE_ON_GPU
 from tests.citizen.test_graphs import assert_unchanged, state
+from tests.emulation import gpu
 from tests.helpers import make_call, output_gradient, run
 from tests.kernels.targets import TARGETS
 from tests.kernels.test_ladder import _results as ladder_results
@@ -131,6 +132,7 @@ def test_row_33_a_plan_is_bound_to_the_current_stream(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("streams that run at once")
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 def test_row_33_two_streams(impl):
     """Each call waits for what is ahead on its own stream, and shares no scratch memory with the other's."""
@@ -185,7 +187,7 @@ def _on_threads(count, function):
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def test_row_34_threads_compute_what_one_does(impl):
     """8 threads, 256 forwards and backwards through one module: the same bits as one after the other."""
-    device = "cpu" if impl == "torch" else "cuda"
+    device = "cpu" if impl == "torch" else gpu()
     unit = rir.RiRLayer(8, 8, impl=impl, device=device).eval()  # in training they would share the statistics
 
     def step(index):
@@ -244,6 +246,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.cuda.is_initiali
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("CUDA in a process and its fork")
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_row_35_a_fork_after_cuda_has_started(impl):
     """torch's own error in the child, and the parent goes on."""
@@ -281,6 +284,7 @@ def test_row_36_what_cannot_be_captured_says_so(impl, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("CUDA graphs")
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 def test_row_36_capture_by_hand(impl, warm):

@@ -163,6 +163,7 @@ def test_row_41_memory_that_ends_in_a_backward_pass(impl, scarce):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("memory that runs out")
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 @pytest.mark.parametrize("plain", [True, False], ids=["contiguous", "channels_last"])
 def test_row_41_a_gpu_without_memory(impl, plain):

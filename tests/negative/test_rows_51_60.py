@@ -369,6 +369,7 @@ def test_row_57_no_value_is_read_in_a_step(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu("the driver's word that the host waits")
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["last", "contiguous"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("impl", ["torch", "hybrid", "triton"])

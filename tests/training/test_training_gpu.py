@@ -7,7 +7,7 @@ from models.training import build, run
 
 from .small import assert_same_bits, images, start, weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.real_gpu("training in torch's own operators, and CUDA graphs")]
 
 
 def trained(out, **changes):

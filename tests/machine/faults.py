@@ -1,0 +1,93 @@
+"""Faults put into correct PTX: functions of it that return it changed, or None where the fault has no place in it."""
+
+import re
+
+
+def nth(pattern, replacement, which):
+    """Replaces the which-th match."""
+
+    def change(ptx):
+        matches = list(re.finditer(pattern, ptx))
+        if not -len(matches) <= which < len(matches):
+            return None
+        found = matches[which]
+        return ptx[: found.start()] + found.expand(replacement) + ptx[found.end() :]
+
+    return change
+
+
+def in_loop(pattern, replacement):
+    """Replaces all matches in the loop around the products."""
+
+    def change(ptx):
+        back = [m for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx) if 0 <= ptx.find(f"\n{m[1]}:") < m.start()]
+        loops = [(ptx.find(f"\n{m[1]}:"), m.end()) for m in back]
+        inner = [loop for loop in loops if "wgmma.mma_async" in ptx[slice(*loop)]]
+        if not inner:
+            return None
+        start, end = inner[0]
+        return ptx[:start] + re.sub(pattern, replacement, ptx[start:end]) + ptx[end:]
+
+    return change
+
+
+def without_barrier_before_store(ptx):
+    store = ptx.rfind("cp.async.bulk.tensor.4d.global")
+    barrier = ptx.rfind("bar.sync", 0, store)
+    return ptx[:barrier] + ptx[ptx.index(";", barrier) + 1 :] if 0 < barrier else None
+
+
+def with_wait_behind(ptx):
+    """The last wait for a TMA load ahead of the first product, moved to where that product is waited for."""
+    product = ptx.index("wgmma.mma_async")
+    waits = list(re.finditer(r"\{\s*\.reg \.pred\s+complete;.*?\n\s*\}", ptx[:product], re.DOTALL))
+    if not waits:
+        return None
+    start, end = waits[-1].span()
+    retired = ptx.index("wgmma.wait_group", product)
+    return ptx[:start] + ptx[end:retired] + "\n" + ptx[start:end] + "\n" + ptx[retired:]
+
+
+def with_slice_twice(ptx):
+    """The second slice of k begins where the first does."""
+    found = re.search(r"(add\.s64\s+%rd\d+, %rd\d+, )(-?\d{15,});", ptx)
+    return found and ptx[: found.start()] + f"{found[1]}{int(found[2]) - 2};" + ptx[found.end() :]
+
+
+FORWARD, WEIGHT, STATISTICS = "_conv_fwd_kernel", "_conv_bwd_weight_kernel", "_bn_stats_fwd_kernel"
+WAIT = r"wgmma\.wait_group\.sync\.aligned \d+;"
+LANDED = r"@!complete bra\.uni waitLoop;"
+# name: (kernel, operation of `layer`, fault)
+FAULTS = {
+    "a product is not waited for": (FORWARD, "plain", nth(WAIT, "", -1)),
+    "no product of the loop is waited for": (FORWARD, "plain", in_loop(WAIT, "wgmma.wait_group.sync.aligned 7;")),
+    "a TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 0)),
+    "a later TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 3)),
+    "a product begins before its operand is waited for": (FORWARD, "plain", with_wait_behind),
+    "too many bytes are expected": (FORWARD, "plain", nth(r"(expect_tx\.shared\.b64 _, \[%r\d+\], )\d+;", r"\g<1>8208;", 1)),
+    "no proxy fence before the TMA store": (FORWARD, "plain", nth(r"fence\.proxy\.async\.shared::cta;", "", -1)),
+    "the TMA store is not waited for": (FORWARD, "plain", nth(r"cp\.async\.bulk\.wait_group\.read\s+0;", "", -1)),
+    "no barrier before the TMA store": (FORWARD, "plain", without_barrier_before_store),
+    "no barrier frees a stage": (FORWARD, "plain", in_loop(r"bar\.sync\s+0;", "")),
+    "a matrix descriptor has another swizzle": (
+        FORWARD, "plain", nth(r"(or\.b64\s+%rd\d+, %rd\d+, )-?\d{15,};", r"\g<1>-9223371899415822336;", 0),
+    ),
+    "a slice of k is read twice": (FORWARD, "plain", with_slice_twice),
+    "the phase never flips": (FORWARD, "plain", nth(r"xor\.b32(\s+%r\d+, %r\d+, %r\d+);", r"or.b32\1;", -1)),
+    "a column is written where another belongs": (
+        FORWARD, "plain", nth(r"(stmatrix[^;]*\{%r\d+), (%r\d+), (%r\d+), (%r\d+)\}", r"\1, \3, \2, \4}", 0),
+    ),
+    "a TMA box begins a pixel further": (
+        FORWARD, "plain",
+        nth(r"(cp\.async\.bulk\.tensor\.4d\.shared[^;]*\{%r\d+), (%r\d+), (%r\d+), (%r\d+)\}", r"\1, \3, \2, \4}", 0),
+    ),
+    "a sum over lanes skips a step": (
+        STATISTICS, "norm", nth(r"shfl\.sync\.bfly\.b32(\s+%r\d+, %r\d+, )\d+,", r"shfl.sync.bfly.b32\g<1>0,", -1),
+    ),
+    "a sum over warps has no barrier": (STATISTICS, "norm", nth(r"bar\.sync\s+0;", "", 1)),
+    "weight gradient: no product is waited for": (
+        WEIGHT, "wgrad", lambda ptx: re.sub(WAIT, "wgmma.wait_group.sync.aligned 7;", ptx),
+    ),
+    "weight gradient: a TMA load is not waited for": (WEIGHT, "wgrad", nth(LANDED, "", 0)),
+    "weight gradient: an operand is not transposed": (WEIGHT, "wgrad", nth(r"(wgmma\.mma_async[^;]*), 1, 1;", r"\1, 1, 0;", 0)),
+}  # fmt: skip
