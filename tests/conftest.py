@@ -22,9 +22,9 @@ torch.backends.mkldnn.set_flags(False)
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
-    parser.addoption(
-        "--emulated", action="store_true", help="run the tests marked gpu on an emulated GPU, and only them"
-    )
+    emulated = "run the tests marked gpu on an emulated GPU, those of tests/machine, and no others"
+    parser.addoption("--emulated", action="store_true", help=emulated)
+    parser.addoption("--sample", type=int, default=1, metavar="N", help="with --emulated: one in N of those marked gpu")
 
 
 def pytest_configure(config):
@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     emulated = config.getoption("--emulated")
     if emulated:
-        chosen = [item for item in items if _runs_emulated(item, config.getoption("--sample"))]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        runs = {item: _runs_emulated(item, config.getoption("--sample")) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not runs[item]])
+        items[:] = [item for item in items if runs[item]]
     has_gpu = emulated or (torch.cuda.is_available() and not _interpreting())
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu:
