@@ -1,0 +1,175 @@
+"""Runs the integers and predicates of one lane: of all instructions those that what is modelled depends on."""
+
+import re
+import struct
+
+from .disassembly import CannotModel, Instruction
+from .operands import FUNCTIONS, guard_of, register, registers_of
+from .semantics import assignments
+
+Register = tuple[str, int]
+# of computing with what is not followed, and of numbers that only such a computation gives
+_UNKNOWN = (TypeError, KeyError, ValueError, ZeroDivisionError, OverflowError, struct.error)
+_STORES = ("ST", "UTMA", "SYNCS", "BAR", "BRA", "RED", "EXIT", "CALL", "RET", "LDGSTS")
+
+
+class Partial:
+    """An integer of which some bits are not known, as where predicates are packed and one of them is of a float."""
+
+    def __init__(self, known: int, unknown: int):
+        self.known, self.unknown = known, unknown
+
+    @classmethod
+    def of(cls, known, unknown):
+        return cls(known & ~unknown, unknown) if unknown else known
+
+    def __and__(self, other: int):
+        return self.of(self.known & other, self.unknown & other)
+
+    def __or__(self, other: int):
+        return self.of(self.known | other, self.unknown & ~other)
+
+    def __ne__(self, other):
+        if other == 0 and self.known:
+            return True
+        raise TypeError("not known")
+
+    __hash__ = None
+    __rand__, __ror__ = __and__, __or__
+
+
+def either(a, b):
+    """What is known of a value that is one of two."""
+    if a is None or b is None:
+        return None
+    (known, unknown), (others, more) = (
+        (x.known, x.unknown) if isinstance(x, Partial) else (x, 0) for x in (a, b)
+    )  # fmt: skip
+    return Partial.of(known, unknown | more | known ^ others)
+
+
+class Program:
+    """A function for each instruction that something depends on.
+
+    `roots` are the registers that branches, barriers and copies read. `effects` has None where nothing depends on an
+    instruction, and False where its results are not followed; `outputs` the registers that it may write.
+    """
+
+    def __init__(self, instructions: list[Instruction], roots: set[Register]):
+        meanings = [assignments(ins) for ins in instructions]
+        self.outputs = [
+            _written(ins) if meaning is None else [_parsed(target) for target, _ in meaning if target != "_"]
+            for ins, meaning in zip(instructions, meanings, strict=True)
+        ]
+        needed = self._needed(instructions, meanings, set(roots))
+        source, scope = [], dict(FUNCTIONS)
+        for index in needed:
+            if meanings[index]:
+                targets, expressions = zip(*meanings[index], strict=True)
+                source.append(f"def f{index}(R,U,P,Q,C,X):\n {','.join(targets)}={','.join(expressions)}")
+        exec("\n".join(source), scope)
+        self.effects = [None] * len(instructions)
+        for index in needed:
+            self.effects[index] = scope.get(f"f{index}", False)
+
+    def _needed(self, instructions, meanings, registers):
+        """Instructions that write what is needed, whatever their place; of memory all, if any of it is."""
+        needed, grew, memory = set(), True, False
+        while grew:
+            grew = False
+            for index, ins in enumerate(instructions):
+                text = ",".join(expression for _, expression in meanings[index] or ())
+                stores = memory and "X.store" in text
+                if index in needed or not (stores or registers.intersection(self.outputs[index])):
+                    continue
+                needed.add(index)
+                registers |= registers_of(text) | {guard_of(ins.guard)}
+                memory |= "X.load" in text
+                grew = True
+        return sorted(needed)
+
+
+def _parsed(target) -> Register:
+    return target[0], int(target[2:-1])
+
+
+def _written(ins) -> list[Register]:
+    """The registers that an instruction may write whose results are not followed."""
+    if ins.op.startswith(_STORES):
+        return []
+    width = 1
+    if ins.is_wgmma:
+        width = int(re.match(r"HGMMA\.\d+x(\d+)", ins.op)[1]) // 2
+    elif match := re.search(r"\.(64|128)\b", ins.op):
+        width = int(match[1]) // 32
+    elif ins.op.startswith("LDSM"):
+        width = int(ins.op.rsplit(".", 1)[1])
+    elif "WIDE" in ins.op or ins.op == "CS2R":
+        width = 2
+    written: list[Register] = []
+    for token in ins.operands[:2] if "SETP" in ins.op or "PLOP3" in ins.op else ins.operands[:3]:
+        if found := register(token):
+            file, index = found
+            written += [(file, index + i) for i in range(width if file in "RU" else 1)]
+            if file in "RU":
+                break
+        elif token not in ("PT", "UPT", "RZ", "URZ"):
+            break
+    return written
+
+
+class Warp:
+    """Registers of one warp's first lane, in a CTA that has an `index` and words of shared memory by address."""
+
+    def __init__(self, cta, first_thread: int, constants: dict):
+        self.cta, self.first_thread, self.constants = cta, first_thread, constants
+        self.files = {"R": [None] * 260, "U": [None] * 68, "P": [None] * 8, "Q": [None] * 8}
+
+    def special(self, name):
+        if name == "SR_TID.X":
+            return self.first_thread
+        if name == "SR_CTAID.X":
+            return self.cta.index
+        # one CTA a cluster, one dimension
+        return 0 if name in ("SR_CgaCtaId", "SR_LANEID", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z") else None
+
+    def load(self, at):
+        return self.cta.words.get(at)
+
+    def store(self, at, *words):
+        for place, word in enumerate(words):
+            self.cta.words[at + 4 * place] = word
+
+    def holds(self, guard: str) -> bool | None:
+        """Whether a guard lets the instruction run; None: it depends on tensors' contents."""
+        if not (found := guard_of(guard)):
+            return not guard.startswith("!")
+        bit = self.files[found[0]][found[1]]
+        return None if bit is None else bool(bit) != guard.startswith("!")
+
+    def run(self, program: Program, index: int, guard: str) -> None:
+        """An instruction that something depends on."""
+        runs = self.holds(guard)
+        if runs is False:
+            return
+        outputs = program.outputs[index]
+        before = [self.files[file][place] for file, place in outputs]
+        try:
+            if not program.effects[index]:
+                raise KeyError
+            program.effects[index](*self.files.values(), self.constants, self)
+        except _UNKNOWN:
+            for file, place in outputs:
+                self.files[file][place] = None
+        if runs is None:
+            for (file, place), old in zip(outputs, before, strict=True):
+                self.files[file][place] = either(old, self.files[file][place])
+            if not outputs:
+                self.cta.words.clear()
+
+    def read(self, expression) -> int:
+        """The value of a compiled expression; CannotModel where it is not known."""
+        try:
+            return eval(expression, FUNCTIONS, {**self.files, "C": self.constants}) + 0
+        except _UNKNOWN:
+            raise CannotModel("an address or a count depends on what is not followed") from None

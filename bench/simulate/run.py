@@ -1,0 +1,88 @@
+"""From the names on the command line to the table and the file."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import console, provenance
+from bench.results import now, save_json
+from bench.speedup import geometric_mean
+from rir_kernels.triton.shapes import Shape
+
+from .decoded import PHASES
+from .machine import BASE, OPTIMISTIC, PESSIMISTIC
+from .rows import Row, row_of
+from .workers import each
+
+KIND, SCHEMA = "simulated", 1
+_HEADER = ["simulated", "CTAs", "waves", "start", "loop", "end", "tensor", "us (range)", "floor", "ratio"]
+
+
+def run(
+    shapes: Sequence[Shape], ops: Sequence[str], dtype: str, *, tile: str | None, explain: bool, out: Path | None,
+    command: Sequence[str],
+) -> bool:  # fmt: skip
+    """Simulates and prints them, leaves `out`/simulated.json where a folder is given; whether every row came out.
+
+    ValueError without Triton.
+    """
+    jobs = {f"{shape.name} x{shape.batch} {op}": (shape, op, dtype, tile) for op in ops for shape in shapes}
+    rows = list(each(row_of, jobs, "simulate").values())
+    for op in ops:
+        _show(op, dtype, [row for row in rows if row.op == op], explain)
+    console.say(
+        "All of this is simulated, nothing was measured. start, loop, end: thousands of clocks of a CTA before, in and "
+        "after its main loop; tensor: share of all clocks in which products run; range: optimistic to pessimistic "
+        f"constants; floor: {BASE.tensor_tflops:.0f} TFLOP/s or {BASE.hbm_gbps / 1e3} TB/s, computed."
+    )
+    if out is not None:
+        console.say(f"wrote {save_json(out / 'simulated.json', _file(rows, command))}")
+    return all(row.error is None for row in rows)
+
+
+def _show(op, dtype, rows, explain):
+    good = [row for row in rows if row.error is None]
+    console.table(f"{op}, {dtype}: simulated us", _HEADER, [_cells(row) for row in good])
+    if good:
+        us, ratio = (geometric_mean([getattr(row, name) for row in good])
+                     for name in ("simulated_us", "simulated_ratio_to_floor"))  # fmt: skip
+        console.say(f"geometric means of {len(good)}, simulated: {us:.1f} us, {ratio:.2f} times the floor\n")
+    for row in rows:
+        if row.error:
+            console.say(f"{row.shape} x{row.batch} {op}: {row.error}")
+        elif explain:
+            console.say("\n".join([f"{row.shape} x{row.batch} {op}: {row.tile}", *row.explained]))
+
+
+def _cells(row: Row):
+    return [
+        row.shape, str(row.ctas_per_sm), str(row.waves),
+        *(f"{row.simulated_clocks[name] / 1e3:.1f}" for name in PHASES),
+        f"{row.simulated_tensor_share:.0%}",
+        f"{row.simulated_us:.1f} ({row.simulated_us_optimistic:.0f}-{row.simulated_us_pessimistic:.0f})",
+        f"{row.computed_floor_us:.1f}", f"{row.simulated_ratio_to_floor:.2f}",
+    ]  # fmt: skip
+
+
+def _file(rows, command):
+    figures = [dataclasses.asdict(row) for row in rows]
+    for row in figures:
+        del row["explained"]
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "simulated": True,
+        "created": now(),
+        "command": shlex.join(["python", "-m", "bench", *command]),
+        **provenance.of_a_run(torch.device("cpu"), KIND),
+        "device": {"name": "none", "type": "simulated", "stands_for": "H200"},
+        "constants": {
+            "base": dataclasses.asdict(BASE),
+            "optimistic": dataclasses.asdict(OPTIMISTIC),
+            "pessimistic": dataclasses.asdict(PESSIMISTIC),
+        },
+        "rows": figures,
+    }

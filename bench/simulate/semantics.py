@@ -1,0 +1,236 @@
+"""What the instructions compute that branches, barriers and copies may depend on, for the first lane of a warp."""
+
+import re
+from collections.abc import Callable
+from itertools import takewhile
+
+from .disassembly import Instruction
+from .operands import PREDICATE, M, address, name, pair, predicate, real, value
+
+Assignments = list[tuple[str, str]]  # registers and expressions, all of which are read before any is written
+
+_UNIFORM = {
+    "UIADD3", "UIMAD", "ULEA", "ULOP3", "UISETP", "USEL", "USHF", "USGXT", "UPRMT", "UMOV", "ULDC", "UPLOP3",
+}  # fmt: skip
+_COMPARE = {"EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">="}
+_JOIN = {"AND": "&", "OR": "|", "XOR": "^"}
+# what they change is not modelled, or is elsewhere
+_INERT = {
+    "NOP", "BSSY", "BSYNC", "WARPSYNC", "FENCE", "MEMBAR", "ERRBAR", "CCTL", "LDGDEPBAR", "STG", "STSM", "DEPBAR",
+    "WARPGROUP", "UTMACMDFLUSH", "UTMACCTL", "ACQBULK", "PREEXIT",
+}  # fmt: skip
+_LOGIC = {0xC0: "{0}&{1}", 0xFC: "{0}|{1}", 0x3C: "{0}^{1}", 0x33: "{1}^M", 0xF8: "{0}|{1}&{2}"}
+
+
+def assignments(ins: Instruction) -> Assignments | None:
+    """What the instruction writes; None where its results are not followed."""
+    op, *flags = ins.op.split(".")
+    op = op[1:] if op in _UNIFORM else op
+    if op in _INERT:
+        return []
+    try:
+        if op in _OTHERS:
+            return _OTHERS[op](list(ins.operands), flags)
+        if op in _ARITHMETIC:
+            return _arithmetic(op, list(ins.operands), flags)
+    except (KeyError, IndexError, ValueError, TypeError):  # a form of it that is not known
+        pass
+    return None
+
+
+def _arithmetic(op, ops, flags):
+    outs = list(takewhile(PREDICATE.fullmatch, ops))
+    target, *ops = ops[len(outs) :]
+    carries = list(takewhile(PREDICATE.fullmatch, ops)) if op in ("IADD3", "LEA", "IMAD") else []
+    expression = _ARITHMETIC[op](ops[len(carries) :], flags)
+    if "WIDE" in flags or "64" in flags:
+        return _wide(target, expression)
+    found = [(name(target) or "_", f"(t:={expression})&M")]
+    tested = "int(t&M!=0)" if op == "LOP3" else "int(t>>32!=0)"
+    return found + [(place, tested) for out in outs + carries if (place := name(out))]
+
+
+def _wide(target, expression) -> Assignments:
+    place = name(target)
+    if place is None:
+        return []
+    file, index = place[0], int(place[2:-1])
+    return [(place, f"(t:={expression})&M"), (f"{file}[{index + 1}]", "t>>32&M")]
+
+
+def _number_of(flags):
+    return "({}&M)" if "U32" in flags else "signed({})"
+
+
+def _add(ops, flags):
+    if "64" in flags:
+        return "+".join(map(pair, ops[:3]))
+    return "+".join([*map(value, ops[:3]), *(map(predicate, ops[3:]) if "X" in flags else ())])
+
+
+def _multiply_add(ops, flags):
+    if "MOV" in flags:
+        return value(ops[2])
+    if "WIDE" in flags or "HI" in flags:
+        a, b = (_number_of(flags).format(value(token)) for token in ops[:2])
+        return f"{a}*{b}+{pair(ops[2])}" + (">>32" if "HI" in flags else "")
+    carry = f"+{predicate(ops[3])}" if "X" in flags else ""
+    return f"{value(ops[0])}*{value(ops[1])}+{value(ops[2])}" + carry
+
+
+def _shift_add(ops, flags):
+    a, b = f"({value(ops[0])}&M)", value(ops[1])
+    carry = f"+{predicate(ops[-1])}" if "X" in flags else ""
+    if "SX32" in flags:
+        return f"(signed({a})>>{32 - int(ops[2], 0)})+{b}{carry}"
+    if "HI" in flags:
+        return f"((({a}|({value(ops[2])}&M)<<32)<<{int(ops[3], 0)}>>32)&M)+{b}{carry}"
+    return f"(({a}<<{int(ops[2], 0)})&M)+{b}{carry}"
+
+
+def _logic(ops, _flags):
+    a, b, c = map(value, ops[:3])
+    table = int(ops[3], 16)
+    return f"({_LOGIC[table].format(a, b, c)})" if table in _LOGIC else f"lut3({a},{b},{c},{table})"
+
+
+def _select(ops, _flags):
+    # + 0: a predicate that is not followed must not count as false
+    return f"({value(ops[0])} if {predicate(ops[2])}+0 else {value(ops[1])})"
+
+
+def _extreme(ops, flags):
+    first = value(ops[0]) if len(ops) == 3 else f"{value(ops[0])}+{value(ops[1])}"
+    a, b = _number_of(flags).format(first), _number_of(flags).format(value(ops[-2]))
+    return f"(min({a},{b}) if {predicate(ops[-1])}+0 else max({a},{b}))"
+
+
+def _shift(ops, flags):
+    low, shift, high = value(ops[0]), f"min({value(ops[1])},64)", value(ops[2])
+    both = f"(({low}&M)|({high}&M)<<32)"
+    if flags[0] == "L":
+        return f"({both}<<{shift}>>32)" if "HI" in flags else f"(({low})<<{shift})"
+    if "HI" in flags:
+        return f"({_number_of(['U32'] if 'S32' not in flags else []).format(high)}>>{shift})"
+    return f"({both}>>{shift})"
+
+
+def _float_to_integer(ops, flags):
+    if "U32" not in flags or "TRUNC" not in flags:
+        raise KeyError
+    return f"int(number({value(ops[0])}))"
+
+
+def _integer_to_float(ops, flags):
+    if flags not in (["RP"], ["U32", "RP"]):
+        raise KeyError
+    return f"rounded_up({value(ops[0])}&M)"
+
+
+def _reciprocal(ops, flags):
+    if flags != ["RCP"]:
+        raise KeyError
+    return f"bits(1/number({value(ops[0])}))"
+
+
+# expressions of the result, before it is cut to its bits
+_ARITHMETIC: dict[str, Callable[[list[str], list[str]], str]] = {
+    "IADD3": _add,
+    "VIADD": _add,
+    "IMAD": _multiply_add,
+    "LEA": _shift_add,
+    "LOP3": _logic,
+    "SEL": _select,
+    "VIMNMX": _extreme,
+    "VIADDMNMX": _extreme,
+    "SHF": _shift,
+    "MOV": lambda ops, _: value(ops[0]),
+    "R2UR": lambda ops, _: value(ops[0]),
+    "LDC": lambda ops, flags: pair(ops[0]) if "64" in flags else value(ops[0]),
+    "SGXT": lambda ops, flags: f"extend({value(ops[0])},{value(ops[1])},{'U32' not in flags})",
+    "PRMT": lambda ops, _: f"permute({value(ops[0])},{value(ops[1])},{value(ops[2])})",
+    "IABS": lambda ops, _: f"abs(signed({value(ops[0])}))",
+    "FMUL": lambda ops, _: f"bits({real(ops[0])}*{real(ops[1])})",
+    "FSEL": lambda ops, _: f"bits({real(ops[0])} if {predicate(ops[2])}+0 else {real(ops[1])})",
+    "I2F": _integer_to_float,
+    "F2I": _float_to_integer,
+    "MUFU": _reciprocal,
+}
+
+
+def _compare(ops, flags):
+    if "EX" in flags:  # of 64 bits
+        return None
+    a, b = (_number_of(flags).format(value(token)) for token in ops[2:4])
+    return _tested(ops, flags, f"{a}{_COMPARE[flags[0]]}{b}")
+
+
+def _compare_floats(ops, flags):
+    return _tested(ops, flags, f"{real(ops[2])}{_COMPARE[flags[0].removesuffix('U')]}{real(ops[3])}")
+
+
+def _tested(ops, flags, condition):
+    """Two predicates: the condition and its opposite, each joined with the last operand."""
+    join = next(_JOIN[flag] for flag in flags if flag in _JOIN)
+    pairs = zip(ops[:2], (f"int({condition})", f"(1-int({condition}))"), strict=True)
+    return [(place, f"{seen}{join}{predicate(ops[4])}") for out, seen in pairs if (place := name(out))]
+
+
+def _look_up(ops, _flags):
+    index = f"({predicate(ops[2])}<<2|{predicate(ops[3])}<<1|{predicate(ops[4])})"
+    pairs = zip(ops[:2], ops[5:7], strict=True)
+    return [(place, f"{int(table, 16)}>>{index}&1") for out, table in pairs if (place := name(out))]
+
+
+def _vote(ops, _flags):
+    return [(name(ops[0]), predicate(ops[1]))] if name(ops[0]) else None
+
+
+def _pack_predicates(ops, _flags):
+    file, mask = "Q" if ops[1] == "UPR" else "P", int(ops[3], 16)
+    picked = "|".join(f"{file}[{i}]<<{i}" for i in range(7) if mask >> i & 1) or "0"
+    return [(name(ops[0]), f"{value(ops[2])}&{M ^ mask}|{picked}")]
+
+
+def _clear(ops, flags):
+    if ops[1] != "SRZ":
+        return None
+    return [(name(ops[0]), "0")] if flags else _wide(ops[0], "0")
+
+
+def _load_shared(ops, flags):
+    return None if flags or not name(ops[0]) else [(name(ops[0]), f"X.load({address(ops[1])})")]
+
+
+def _store_shared(ops, flags):
+    width = {"": 1, "64": 2, "128": 4}["".join(flags)]
+    source = re.fullmatch(r"R(\d+)", ops[1])
+    words = [f"R[{int(source[1]) + i}]" for i in range(width)] if source else [value(ops[1])] * width
+    return [("_", f"X.store({address(ops[0])},{','.join(words)})")]
+
+
+def _shuffle(ops, flags):
+    same = flags[0] == "IDX" and ops[3] in ("RZ", "0x0")
+    return [(name(ops[1]), value(ops[2]))] if same else None
+
+
+def _special(ops, _flags):
+    return [(name(ops[0]), f"X.special({ops[1]!r})")]
+
+
+_OTHERS: dict[str, Callable[[list[str], list[str]], Assignments | None]] = {
+    "ISETP": _compare,
+    "FSETP": _compare_floats,
+    "PLOP3": _look_up,
+    "S2R": _special,
+    "S2UR": _special,
+    "CS2R": _clear,
+    "ELECT": lambda ops, _: [(name(ops[0]), "1")],
+    "VOTE": _vote,
+    "VOTEU": _vote,
+    "P2R": _pack_predicates,
+    "UP2UR": _pack_predicates,
+    "LDS": _load_shared,
+    "STS": _store_shared,
+    "SHFL": _shuffle,
+}
