@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from .disassembly import Instruction, disassemble
-from .operands import address, guard_of, register, registers_of, value
-from .program import Program, Register
+from .disassembly import Instruction
+from .operands import address, guard_of, registers_of, value
+from .program import Program
 
 PHASES = ("prologue", "loop", "epilogue")
 _FORMS = (  # of instructions that a kernel waits by, copies by or leaves its path by
@@ -18,7 +18,7 @@ _FORMS = (  # of instructions that a kernel waits by, copies by or leaves its pa
     ("commit", r"UTMACMDFLUSH|LDGDEPBAR"),
     ("copy", r"LDGSTS.*"),
     ("copy wait", r"DEPBAR\.LE"),
-    ("barrier", r"BAR\.(SYNC|ARV).*"),
+    ("barrier", r"BAR\.SYNC\.DEFER_BLOCKING"),
     ("branch", r"BRA(\.U)?|CALL\.REL\.NOINC"),
     ("return", r"RET\.REL\.NODEC"),
     ("exit", r"EXIT"),
@@ -26,20 +26,19 @@ _FORMS = (  # of instructions that a kernel waits by, copies by or leaves its pa
     ("plain", r"BRA\.DIV|SYNCS\.CCTL\.IV|UTMACCTL\.(PF|IV)"),
     ("unknown", r"(SYNCS|BAR|BRX|JMX|JMP|BRA|UTMA|UBLK|UCGABAR|CALL|RET|[HIQ]MMA|[QIB]GMMA|LDL|STL|USETMAXREG).*"),
 )
+# by its first letters: what `--explain` calls an instruction, and the field of Machine until its scoreboard is released
 _GROUPS = (
-    ("shuffle", "SHFL REDUX"), ("global memory", "LDG STG"), ("shared memory", "STS LDS"),
-    ("synchronization", "SYNCS BAR FENCE MEMBAR"), ("float", "F MUFU HADD HFMA HMUL"), ("wgmma", "HGMMA WARPGROUP"),
-    ("TMA", "UTMA DEPBAR"), ("constants", "LDC ULDC S2 CS2R"), ("integer", ""),
+    ("SHFL", "shuffle", "shuffle"), ("LDGSTS", "global memory", "variable"), ("LDG", "global memory", "global_load"),
+    ("STG", "global memory", "variable"), ("LDS", "shared memory", "shared_load"),
+    ("STS", "shared memory", "variable"), ("SYNCS", "synchronization", "trywait"),
+    ("BAR", "synchronization", "variable"), ("FENCE", "synchronization", "variable"),
+    ("MEMBAR", "synchronization", "variable"), ("MUFU", "float", "special"), ("F2I", "float", "special"),
+    ("F", "float", "variable"), ("HGMMA", "wgmma", "variable"), ("H", "float", "variable"),
+    ("I2F", "integer", "special"), ("UTMA", "TMA", "variable"), ("DEPBAR", "TMA", "variable"),
+    ("WARPGROUP", "wgmma", "variable"),
+    ("LDC", "constants", "constant"), ("ULDC", "constants", "constant"), ("S2", "constants", "system_register"),
+    ("CS2R", "constants", "system_register"), ("", "integer", "variable"),
 )  # fmt: skip
-# until a scoreboard is released, by the fields of Machine
-_LATENCIES = (
-    ("trywait", "SYNCS"), ("variable", "LDGSTS"), ("global_load", "LDG"), ("shared_load", "LDS"), ("shuffle", "SHFL"),
-    ("special", "MUFU I2F F2I I2I"), ("constant", "LDC ULDC"), ("system_register", "S2 CS2R"), ("variable", ""),
-)  # fmt: skip
-
-
-def _first(table, op):
-    return next(found for found, starts in table if op.startswith(tuple(starts.split() or [""])))
 
 
 @dataclass
@@ -51,7 +50,6 @@ class Decoded:
     latency: str
     where: tuple = ()  # addresses and counts: expressions, compiled
     target: int = 0  # of a branch
-    result: Register | None = None  # the predicate of a wait that may fail
     count: int = 0  # of groups that a wait leaves
     columns: int = 0  # of a wgmma
     left_bytes: int = 0  # of its left operand in shared memory
@@ -62,10 +60,8 @@ class Decoded:
 class Code:
     """A kernel's instructions."""
 
-    def __init__(self, cubin: bytes):
-        listing = disassemble(cubin)
-        self.labels, self.constants = listing.labels, listing.constants
-        instructions = listing.instructions
+    def __init__(self, instructions: list[Instruction], labels: dict[str, int]):
+        self.labels = labels
         loop = main_loop(instructions, self.labels)
         self.decoded = [
             self._decode(ins, 0 if index < loop.start else 1 if index < loop.stop else 2)
@@ -76,14 +72,15 @@ class Code:
             if item.kind != "plain" or item.written:
                 roots |= registers_of(" ".join(item.where)) | {guard_of(item.ins.guard)}
         self.program = Program(instructions, roots - {None})
-        for item, effect in zip(self.decoded, self.program.effects, strict=True):
-            item.follows = effect is not None
+        for index, item in enumerate(self.decoded):
+            item.follows = index in self.program.effects
             item.where = tuple(compile(expression, "operand", "eval") for expression in item.where)
 
     def _decode(self, ins, phase):
         op, ops = ins.op, ins.operands
         kind = "wgmma" if ins.is_wgmma else next((k for k, form in _FORMS if re.fullmatch(form, op)), "plain")
-        found = Decoded(ins, kind, phase, _first(_GROUPS, op), _first(_LATENCIES, op))
+        group, latency = next(names for start, *names in _GROUPS if op.startswith(start))
+        found = Decoded(ins, kind, phase, group, latency)
         if kind == "wgmma":
             found.columns = int(re.match(r"HGMMA\.64x(\d+)x", op)[1])
             found.left_bytes = 0 if ops[1].startswith("R") else 2048
@@ -93,7 +90,6 @@ class Code:
             found.count = int(ops[-1], 16)
         elif kind in ("try wait", "barrier init"):
             found.where = address(ops[1]), value(ops[2])
-            found.result = register(ops[0])
         elif kind == "arrive":  # and so many bytes to come
             found.where = address(ops[1]), "0" if op.endswith("A1T0") else value(ops[2])
         elif kind in ("load", "store"):
@@ -102,14 +98,12 @@ class Code:
             corner = first + (2 if kind == "load" else 1)
             barrier = (f"U[{first + 1}]",) if kind == "load" else ()
             found.where = f"U[{descriptor}]", *(f"signed(U[{corner + d}])" for d in range(int(op[-2]))), *barrier
-        elif kind == "barrier":
-            found.where = tuple(map(value, ops))
         elif kind == "branch" and ins.label in self.labels:
             found.target = self.labels[ins.label]
+        elif kind == "branch" or (kind == "barrier" and ops != ("0x0",)):
+            found.kind = "unknown"
         elif kind == "return":
             found.where = (f"{value(ops[0].split()[0])}>>4",)
-        elif kind == "branch":
-            found.kind = "unknown"
         elif op.startswith("STG"):
             width = re.search(r"\.(64|128)$", op)
             found.written = 32 * (int(width[1]) // 8 if width else 4)

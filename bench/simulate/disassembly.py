@@ -3,7 +3,7 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 NONE = 7  # stands for no scoreboard
@@ -35,30 +35,22 @@ class Instruction:
         return match[1] if match else None
 
 
-@dataclass
-class Listing:
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # index of the instruction that follows
-    constants: dict[tuple[int, int], int] = field(default_factory=dict)  # words of the kernel's own, by (bank, place)
-
-
-def disassemble(cubin: bytes) -> Listing:
-    """The kernel's instructions. CannotModel where nvdisasm shows none."""
+def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
+    """The kernel's instructions, and for each label which of them follows. CannotModel where there are none."""
     from triton import knobs
 
-    found = Listing()
+    instructions, labels = [], {}
     text = run_on(knobs.nvidia.nvdisasm.path, "-hex", cubin)
-    for section in re.split(r"^\s*\.section\s+", text, flags=re.MULTILINE):
-        if section.startswith(".text."):
-            _read_code(section.splitlines(), found)
-        elif match := re.match(r"\.nv\.constant([1-9]\d*)\.", section):
-            rows = "".join(re.findall(r"\.byte\s+(.*)", section.replace("\n", ",\n")))
-            data = bytes(int(byte, 16) for byte in re.findall(r"0x([0-9a-f]+)", rows))
-            for place in range(0, len(data) - 3, 4):
-                found.constants[int(match[1]), place] = int.from_bytes(data[place : place + 4], "little")
-    if not found.instructions:
+    for code in re.findall(r"^\s*\.section\s+\.text\..*?(?=^\s*\.section\s|\Z)", text, re.MULTILINE | re.DOTALL):
+        lines = code.splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            if match := re.match(r"\s*([.$\w]+):\s*$", line):
+                labels[match[1]] = len(instructions)
+            elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/", line):
+                instructions.append(decode(match[1], int(re.search(r"/\* (0x[0-9a-f]+) \*/", following)[1], 16)))
+    if not instructions:
         raise CannotModel("nvdisasm shows no instruction")
-    return found
+    return instructions, labels
 
 
 def run_on(tool: str, option: str, cubin: bytes) -> str:
@@ -67,15 +59,6 @@ def run_on(tool: str, option: str, cubin: bytes) -> str:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-
-
-def _read_code(lines, found):
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if match := re.match(r"\s*([.$\w]+):\s*$", line):
-            found.labels[match[1]] = len(found.instructions)
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/", line):
-            high = int(re.search(r"/\* (0x[0-9a-f]+) \*/", following)[1], 16)
-            found.instructions.append(decode(match[1], high))
 
 
 def decode(text: str, high: int) -> Instruction:

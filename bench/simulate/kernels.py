@@ -24,7 +24,6 @@ from .state import Box, Kernel
 
 PARAMETERS = 0x210  # of the constant bank of sm_90, where the arguments begin
 WINDOW = 0x198  # holds the address of the arguments: taken to be their place, so that the two are the same
-STACK = 0x28  # where the stack begins: nothing is read from there
 _TILE = {
     "WALK": "walk", "BOX": "box", "BLOCK_C": "c", "BLOCK_K": "k", "BLOCK_CO": "co", "BLOCK_CI": "ci",
     "num_warps": "warps", "num_stages": "stages", "GROUPS": "groups", "ROWS": "rows", "SKIPS": "skips", "FOLD": "fold",
@@ -140,7 +139,7 @@ def _arguments(ptx, signature, values, meta) -> tuple[dict[int, int], dict[int, 
         if match := re.search(r"\.param (?:\.align (\d+) )?\.[a-z]+(\d+) .*?(?:\[(\d+)\])?,?$", line):
             size = int(match[3]) if match[3] else int(match[2]) // 8
             sizes.append((size, int(match[1] or size)))
-    words, boxes = {WINDOW: PARAMETERS, WINDOW + 4: 0, STACK: 0x1000}, {}
+    words, boxes = {WINDOW: PARAMETERS, WINDOW + 4: 0}, {}
     left, metas, place = iter(sizes), iter(meta), PARAMETERS
 
     def take(value):

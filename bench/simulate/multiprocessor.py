@@ -40,7 +40,6 @@ class _Multiprocessor:
     def __init__(self, kernel, machine, queues):
         self.kernel, self.machine, self.queues = kernel, machine, queues
         self.code = kernel.code
-        self.constants = kernel.constants | self.code.constants
         self.latencies = [getattr(machine, item.latency) for item in self.code.decoded]
         self.heap, self.pushed, self.issued, self.running = [], 0, 0, 0
         self.now = self.issue_free = self.tensor_free = self.load_free = self.store_free = 0.0
@@ -52,7 +51,7 @@ class _Multiprocessor:
         }  # fmt: skip
         self.acts = {
             "wgmma": self._multiply, "load": self._load, "store": self._store, "arrive": self._arrive,
-            "barrier init": self._make_barrier, "copy": self._copy, "commit": self._commit, "try wait": self._succeed,
+            "barrier init": self._make_barrier, "copy": self._copy, "commit": self._commit,
             "branch": self._branch, "return": self._return, "exit": self._exit,
         }  # fmt: skip
 
@@ -78,7 +77,7 @@ class _Multiprocessor:
         self.running += 1
         groups = []
         for first in range(0, self.kernel.warps, 4):
-            warps = [Warp(cta, 32 * warp, self.constants) for warp in range(first, first + 4)]
+            warps = [Warp(cta, 32 * warp, self.kernel.constants) for warp in range(first, first + 4)]
             groups.append(Group(cta, warps))
             self._push(time + 0.75 * first, groups[-1])
         cta.first = groups[0]
@@ -183,27 +182,23 @@ class _Multiprocessor:
         late = barrier.ended and barrier.ended[-1] > self.now
         return barrier.ended[-1] + 0.5 * self.machine.trywait if late else self.now
 
-    def _wait_at_barrier(self, group, item, doing):
+    def _wait_at_barrier(self, group, item, _doing):
         if group.passed:
             return self.now
         group.passed = True
-        goes_on = item.ins.op.startswith("BAR.ARV")
-        name, *count = map(doing[0].read, item.where)
-        group.cta.arrived[name].append((self.now, len(group.warps), None if goes_on else group))
-        self._meet(group.cta, name, count[0] if count else 0)
-        return self.now if goes_on else _PARKED
+        group.cta.arrived.append((self.now, group))
+        self._meet(group.cta)
+        return _PARKED
 
-    def _meet(self, cta, name, threads):
-        """Lets go who waits at a named barrier, where all are there."""
-        arrived = cta.arrived[name]
-        if not arrived or 32 * sum(warps for _, warps, _ in arrived) < (threads or 32 * cta.live):
+    def _meet(self, cta):
+        """Lets go who waits at the barrier, where all are there."""
+        if sum(len(group.warps) for _, group in cta.arrived) < cta.live:
             return
-        release = max(time for time, _, _ in arrived) + self.machine.barrier
-        for time, _, waiter in arrived:
-            if waiter is not None:
-                waiter.spent[self.code.decoded[waiter.at].phase, "BAR"] += release - time
-                self._push(release, waiter)
-        cta.arrived[name] = []
+        release = max((time for time, _ in cta.arrived), default=0.0) + self.machine.barrier
+        for time, group in cta.arrived:
+            group.spent[self.code.decoded[group.at].phase, "BAR"] += release - time
+            self._push(release, group)
+        cta.arrived = []
 
     # what an instruction does when it is issued
 
@@ -273,12 +268,6 @@ class _Multiprocessor:
             waiter.spent[self.code.decoded[waiter.at].phase, "TRYWAIT"] += time - parked
         barrier.waiters = []
 
-    def _succeed(self, _group, item, doing):
-        if item.result:
-            file, place = item.result
-            for warp in doing:
-                warp.files[file][place] = 1
-
     def _branch(self, group, item, doing):
         if len(doing) == len(group.warps):
             group.at = item.target
@@ -302,7 +291,7 @@ class _Multiprocessor:
         cta.live -= len(doing)
         group.warps = [warp for warp in group.warps if warp not in doing]
         if cta.live:
-            self._meet(cta, 0, 0)
+            self._meet(cta)
             return
         self.running -= 1
         self.result.ctas.append(cta.first)

@@ -41,9 +41,8 @@ def value(token: str) -> str:
         return "0"
     if _NUMBER.fullmatch(token):
         return str(int(token, 0) & M)
-    if match := re.fullmatch(r"c\[(0x[0-9a-f]+)\]\[([^\]]+)\]", token):
-        bank, place = int(match[1], 16), address(f"[{match[2]}]")
-        return f"C[{bank},{place}]" if bank else f"C[{place}]"
+    if match := re.fullmatch(r"c\[0x0\]\[([^\]]+)\]", token):
+        return f"C[{address(f'[{match[1]}]')}]"
     if found := name(token):
         return found
     raise KeyError(token)
@@ -64,15 +63,6 @@ def predicate(token: str) -> str:
     if token.startswith("!"):
         return f"(1-{predicate(token[1:])})"
     return "1" if token in ("PT", "UPT") else value(token)
-
-
-def real(token: str) -> str:
-    """A float, as divisions of integers use them."""
-    if token.startswith("|"):
-        return f"abs({real(token.strip('|'))})"
-    if token.startswith("-") and name(token[1:]):
-        return f"(-{real(token[1:])})"
-    return f"number({value(token)})" if name(token) or token == "RZ" else str(float(token))
 
 
 def address(text: str) -> str:

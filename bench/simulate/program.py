@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections import defaultdict
 
 from .disassembly import CannotModel, Instruction
 from .operands import FUNCTIONS, guard_of, register, registers_of
@@ -17,17 +18,13 @@ class Partial:
     """An integer of which some bits are not known, as where predicates are packed and one of them is of a float."""
 
     def __init__(self, known: int, unknown: int):
-        self.known, self.unknown = known, unknown
-
-    @classmethod
-    def of(cls, known, unknown):
-        return cls(known & ~unknown, unknown) if unknown else known
+        self.known, self.unknown = known & ~unknown, unknown
 
     def __and__(self, other: int):
-        return self.of(self.known & other, self.unknown & other)
+        return _partial(self.known & other, self.unknown & other)
 
     def __or__(self, other: int):
-        return self.of(self.known | other, self.unknown & ~other)
+        return _partial(self.known | other, self.unknown & ~other)
 
     def __ne__(self, other):
         if other == 0 and self.known:
@@ -38,21 +35,23 @@ class Partial:
     __rand__, __ror__ = __and__, __or__
 
 
+def _partial(known, unknown):
+    return Partial(known, unknown) if unknown else known
+
+
 def either(a, b):
     """What is known of a value that is one of two."""
     if a is None or b is None:
         return None
-    (known, unknown), (others, more) = (
-        (x.known, x.unknown) if isinstance(x, Partial) else (x, 0) for x in (a, b)
-    )  # fmt: skip
-    return Partial.of(known, unknown | more | known ^ others)
+    (a, of_a), (b, of_b) = ((x.known, x.unknown) if isinstance(x, Partial) else (x, 0) for x in (a, b))
+    return _partial(a, of_a | of_b | a ^ b)
 
 
 class Program:
     """A function for each instruction that something depends on.
 
-    `roots` are the registers that branches, barriers and copies read. `effects` has None where nothing depends on an
-    instruction, and False where its results are not followed; `outputs` the registers that it may write.
+    `roots` are the registers that branches, barriers and copies read. `effects` has False for an instruction whose
+    results are not followed; `outputs` the registers that each instruction may write.
     """
 
     def __init__(self, instructions: list[Instruction], roots: set[Register]):
@@ -61,32 +60,29 @@ class Program:
             _written(ins) if meaning is None else [_parsed(target) for target, _ in meaning if target != "_"]
             for ins, meaning in zip(instructions, meanings, strict=True)
         ]
-        needed = self._needed(instructions, meanings, set(roots))
+        needed = self._needed(instructions, meanings, roots)
         source, scope = [], dict(FUNCTIONS)
         for index in needed:
             if meanings[index]:
                 targets, expressions = zip(*meanings[index], strict=True)
                 source.append(f"def f{index}(R,U,P,Q,C,X):\n {','.join(targets)}={','.join(expressions)}")
         exec("\n".join(source), scope)
-        self.effects = [None] * len(instructions)
-        for index in needed:
-            self.effects[index] = scope.get(f"f{index}", False)
+        self.effects = {index: scope.get(f"f{index}", False) for index in needed}
 
-    def _needed(self, instructions, meanings, registers):
-        """Instructions that write what is needed, whatever their place; of memory all, if any of it is."""
-        needed, grew, memory = set(), True, False
-        while grew:
-            grew = False
-            for index, ins in enumerate(instructions):
-                text = ",".join(expression for _, expression in meanings[index] or ())
-                stores = memory and "X.store" in text
-                if index in needed or not (stores or registers.intersection(self.outputs[index])):
-                    continue
-                needed.add(index)
-                registers |= registers_of(text) | {guard_of(ins.guard)}
-                memory |= "X.load" in text
-                grew = True
-        return sorted(needed)
+    def _needed(self, instructions, meanings, roots) -> set[int]:
+        """Instructions that write what is needed, whatever their place."""
+        writers = defaultdict(list)
+        for index, outputs in enumerate(self.outputs):
+            for output in outputs:
+                writers[output].append(index)
+        needed, waiting = set(), list(roots)
+        while waiting:
+            for index in writers.pop(waiting.pop(), ()):
+                if index not in needed:
+                    needed.add(index)
+                    waiting += registers_of(",".join(expression for _, expression in meanings[index] or ()))
+                    waiting.append(guard_of(instructions[index].guard))
+        return needed
 
 
 def _parsed(target) -> Register:
@@ -119,7 +115,7 @@ def _written(ins) -> list[Register]:
 
 
 class Warp:
-    """Registers of one warp's first lane, in a CTA that has an `index` and words of shared memory by address."""
+    """Registers of one warp's first lane, in a CTA that has an `index`."""
 
     def __init__(self, cta, first_thread: int, constants: dict):
         self.cta, self.first_thread, self.constants = cta, first_thread, constants
@@ -132,13 +128,6 @@ class Warp:
             return self.cta.index
         # one CTA a cluster, one dimension
         return 0 if name in ("SR_CgaCtaId", "SR_LANEID", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z") else None
-
-    def load(self, at):
-        return self.cta.words.get(at)
-
-    def store(self, at, *words):
-        for place, word in enumerate(words):
-            self.cta.words[at + 4 * place] = word
 
     def holds(self, guard: str) -> bool | None:
         """Whether a guard lets the instruction run; None: it depends on tensors' contents."""
@@ -164,8 +153,6 @@ class Warp:
         if runs is None:
             for (file, place), old in zip(outputs, before, strict=True):
                 self.files[file][place] = either(old, self.files[file][place])
-            if not outputs:
-                self.cta.words.clear()
 
     def read(self, expression) -> int:
         """The value of a compiled expression; CannotModel where it is not known."""

@@ -1,7 +1,6 @@
 """The simulated figures of one operation of one layer."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
@@ -17,55 +16,23 @@ _COUNTED = {
     "barrier": "BAR", "try wait": "TRYWAIT", "load": "TMA loads", "store": "TMA stores", "wgmma": "wgmma",
     "wgmma wait": "waits for wgmma",
 }  # fmt: skip
-_NAMES = {
-    ("loop", "TRYWAIT"): "TRYWAIT: loads that are late",
-    ("epilogue", "TRYWAIT"): "TRYWAIT: loads, one after the other",
-    ("epilogue", "stores"): "stores, one after the other",
-    ("loop", "wgmma wait"): "wgmma wait: products run, and drain",
-    ("loop", "wgmma queue"): "wgmma queue: products run",
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What README.md in the folder above says of a row of simulated.json; `explained` stays out of it."""
+def row_of(shape: Shape, op: str, dtype: str, tile: str | None) -> dict:
+    """The figures, or the `error` for which there are none. For a process that launches nothing else.
 
-    shape: str
-    op: str
-    batch: int
-    dtype: str
-    simulated: bool = True  # every figure but the compiled kernel's own
-    kernel: str = ""
-    tile: str = ""
-    registers: int = 0
-    shared_bytes: int = 0
-    programs: int = 0
-    ctas_per_sm: int = 0
-    waves: int = 0
-    simulated_clocks: dict[str, float] = field(default_factory=dict)
-    simulated_tensor_share: float = 0.0
-    simulated_ghz: float = 0.0
-    simulated_us: float | None = None
-    simulated_us_optimistic: float | None = None
-    simulated_us_pessimistic: float | None = None
-    computed_floor_us: float | None = None
-    simulated_ratio_to_floor: float | None = None
-    error: str | None = None
-    explained: tuple[str, ...] = ()
-
-
-def row_of(shape: Shape, op: str, dtype: str, tile: str | None) -> Row:
-    """The figures, or why there are none. For a process that launches nothing else."""
-    case = {"shape": shape.name, "op": op, "batch": shape.batch, "dtype": dtype}
+    By the names that README.md in the folder above has; `explained`, lines of text, stays out of the file.
+    """
+    case = {"shape": shape.name, "op": op, "batch": shape.batch, "dtype": dtype, "simulated": True}
     try:
-        return _row(shape, op, dtype, tile, case)
+        return case | _figures(shape, op, dtype, tile)
     except CannotModel as error:
-        return Row(**case, error=f"cannot be modelled: {error}")
+        return case | {"error": f"cannot be modelled: {error}"}
     except Exception as error:  # of this row only: a tile that does not compile, for instance
-        return Row(**case, error=f"{type(error).__name__}: {error}")
+        return case | {"error": f"{type(error).__name__}: {error}"}
 
 
-def _row(shape, op, dtype, tile, case):
+def _figures(shape, op, dtype, tile):
     from .kernels import launched, tile_of
 
     launch = launched(shape, op, getattr(torch, DTYPES[dtype]), tile_of(tile) if tile else None)
@@ -77,15 +44,24 @@ def _row(shape, op, dtype, tile, case):
         raise CannotModel(f"only {done:.0%} of the layer's products were met in the code")
     ceilings = {"matmul_tflops": {dtype: BASE.tensor_tflops}, "copy_gbps": BASE.hbm_gbps}
     floor = 1e3 * launch.needs.floor_ms(ceilings, dtype)
-    return Row(
-        **case, kernel=kernel.name, tile=launch.tile, registers=kernel.registers, shared_bytes=kernel.shared,
-        programs=kernel.programs, ctas_per_sm=base.residents, waves=base.waves,
-        simulated_clocks={name: round(base.phases[name]) for name in PHASES},
-        simulated_tensor_share=round(base.tensor, 3), simulated_ghz=round(base.ghz, 2),
-        simulated_us=round(base.us, 2), simulated_us_optimistic=round(best.us, 2),
-        simulated_us_pessimistic=round(worst.us, 2), computed_floor_us=round(floor, 2),
-        simulated_ratio_to_floor=round(base.us / floor, 3), explained=tuple(_explained(base)),
-    )  # fmt: skip
+    return {
+        "kernel": kernel.name,
+        "tile": launch.tile,
+        "registers": kernel.registers,
+        "shared_bytes": kernel.shared,
+        "programs": kernel.programs,
+        "ctas_per_sm": base.residents,
+        "waves": base.waves,
+        "simulated_clocks": {name: round(base.phases[name]) for name in PHASES},
+        "simulated_tensor_share": round(base.tensor, 3),
+        "simulated_ghz": round(base.ghz, 2),
+        "simulated_us": round(base.us, 2),
+        "simulated_us_optimistic": round(best.us, 2),
+        "simulated_us_pessimistic": round(worst.us, 2),
+        "computed_floor_us": round(floor, 2),
+        "simulated_ratio_to_floor": round(base.us / floor, 3),
+        "explained": list(_explained(base)),
+    }
 
 
 def _explained(time: Time) -> Iterator[str]:
@@ -97,9 +73,7 @@ def _explained(time: Time) -> Iterator[str]:
         seen = [f"{count:.0f} {text}" for text, count in counts.items() if count]
         yield f"  {name}: {total:.0f} simulated clocks; {', '.join(seen) or 'no waits'}"
         causes = sorted(((v, cause) for (where, cause), v in time.causes.items() if where == phase), reverse=True)
-        for clocks, cause in causes:
-            if clocks >= 0.01 * total:
-                yield f"    {clocks:8.0f}  {clocks / total:4.0%}  {_NAMES.get((name, cause), cause)}"
+        yield from (f"    {v:8.0f}  {v / total:4.0%}  {cause}" for v, cause in causes if v >= 0.01 * total)
         if name == "loop":
             busy = min(1.0, time.loop_tensor * time.residents / total)
             yield f"    products fill {busy:.0%} of these clocks, those of all CTAs together; the rest are gaps"

@@ -12,9 +12,8 @@ from bench.results import now, save_json
 from bench.speedup import geometric_mean
 from rir_kernels.triton.shapes import Shape
 
-from .decoded import PHASES
 from .machine import BASE, OPTIMISTIC, PESSIMISTIC
-from .rows import Row, row_of
+from .rows import row_of
 from .workers import each
 
 KIND, SCHEMA = "simulated", 1
@@ -31,8 +30,19 @@ def run(
     """
     jobs = {f"{shape.name} x{shape.batch} {op}": (shape, op, dtype, tile) for op in ops for shape in shapes}
     rows = list(each(row_of, jobs, "simulate").values())
+    explained = [row.pop("explained", []) for row in rows]
     for op in ops:
-        _show(op, dtype, [row for row in rows if row.op == op], explain)
+        of_op = [row for row in rows if row["op"] == op]
+        good = [row for row in of_op if "error" not in row]
+        console.table(f"{op}, {dtype}: simulated us", _HEADER, list(map(_cells, good)))
+        for name in ("simulated_us", "simulated_ratio_to_floor") if good else ():
+            console.say(f"geometric mean of {name}: {geometric_mean([row[name] for row in good]):.2f}")
+        for row in of_op:
+            if "error" in row:
+                console.say(f"{row['shape']} x{row['batch']} {op}: {row['error']}")
+    for row, lines in zip(rows, explained, strict=True):
+        if explain and lines:
+            console.say("\n".join([f"\n{row['shape']} x{row['batch']} {row['op']}: {row['tile']}", *lines]))
     console.say(
         "All of this is simulated, nothing was measured. start, loop, end: thousands of clocks of a CTA before, in and "
         "after its main loop; tensor: share of all clocks in which products run; range: optimistic to pessimistic "
@@ -40,37 +50,20 @@ def run(
     )
     if out is not None:
         console.say(f"wrote {save_json(out / 'simulated.json', _file(rows, command))}")
-    return all(row.error is None for row in rows)
+    return not any("error" in row for row in rows)
 
 
-def _show(op, dtype, rows, explain):
-    good = [row for row in rows if row.error is None]
-    console.table(f"{op}, {dtype}: simulated us", _HEADER, [_cells(row) for row in good])
-    if good:
-        us, ratio = (geometric_mean([getattr(row, name) for row in good])
-                     for name in ("simulated_us", "simulated_ratio_to_floor"))  # fmt: skip
-        console.say(f"geometric means of {len(good)}, simulated: {us:.1f} us, {ratio:.2f} times the floor\n")
-    for row in rows:
-        if row.error:
-            console.say(f"{row.shape} x{row.batch} {op}: {row.error}")
-        elif explain:
-            console.say("\n".join([f"{row.shape} x{row.batch} {op}: {row.tile}", *row.explained]))
-
-
-def _cells(row: Row):
+def _cells(row):
+    least, most = row["simulated_us_optimistic"], row["simulated_us_pessimistic"]
     return [
-        row.shape, str(row.ctas_per_sm), str(row.waves),
-        *(f"{row.simulated_clocks[name] / 1e3:.1f}" for name in PHASES),
-        f"{row.simulated_tensor_share:.0%}",
-        f"{row.simulated_us:.1f} ({row.simulated_us_optimistic:.0f}-{row.simulated_us_pessimistic:.0f})",
-        f"{row.computed_floor_us:.1f}", f"{row.simulated_ratio_to_floor:.2f}",
+        row["shape"], str(row["ctas_per_sm"]), str(row["waves"]),
+        *(f"{clocks / 1e3:.1f}" for clocks in row["simulated_clocks"].values()),
+        f"{row['simulated_tensor_share']:.0%}", f"{row['simulated_us']:.1f} ({least:.0f}-{most:.0f})",
+        f"{row['computed_floor_us']:.1f}", f"{row['simulated_ratio_to_floor']:.2f}",
     ]  # fmt: skip
 
 
 def _file(rows, command):
-    figures = [dataclasses.asdict(row) for row in rows]
-    for row in figures:
-        del row["explained"]
     return {
         "kind": KIND,
         "schema": SCHEMA,
@@ -84,5 +77,5 @@ def _file(rows, command):
             "optimistic": dataclasses.asdict(OPTIMISTIC),
             "pessimistic": dataclasses.asdict(PESSIMISTIC),
         },
-        "rows": figures,
+        "rows": rows,
     }

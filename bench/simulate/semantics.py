@@ -1,11 +1,10 @@
 """What the instructions compute that branches, barriers and copies may depend on, for the first lane of a warp."""
 
-import re
 from collections.abc import Callable
 from itertools import takewhile
 
 from .disassembly import Instruction
-from .operands import PREDICATE, M, address, name, pair, predicate, real, value
+from .operands import PREDICATE, M, name, pair, predicate, value
 
 Assignments = list[tuple[str, str]]  # registers and expressions, all of which are read before any is written
 
@@ -16,8 +15,8 @@ _COMPARE = {"EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">="
 _JOIN = {"AND": "&", "OR": "|", "XOR": "^"}
 # what they change is not modelled, or is elsewhere
 _INERT = {
-    "NOP", "BSSY", "BSYNC", "WARPSYNC", "FENCE", "MEMBAR", "ERRBAR", "CCTL", "LDGDEPBAR", "STG", "STSM", "DEPBAR",
-    "WARPGROUP", "UTMACMDFLUSH", "UTMACCTL", "ACQBULK", "PREEXIT",
+    "NOP", "BSSY", "BSYNC", "WARPSYNC", "FENCE", "MEMBAR", "ERRBAR", "CCTL", "LDGDEPBAR", "STG", "STS", "STSM",
+    "DEPBAR", "WARPGROUP", "UTMACMDFLUSH", "UTMACCTL", "ACQBULK", "PREEXIT",
 }  # fmt: skip
 _LOGIC = {0xC0: "{0}&{1}", 0xFC: "{0}|{1}", 0x3C: "{0}^{1}", 0x33: "{1}^M", 0xF8: "{0}|{1}&{2}"}
 
@@ -29,6 +28,8 @@ def assignments(ins: Instruction) -> Assignments | None:
     if op in _INERT:
         return []
     try:
+        if ins.op in _DIVISION:
+            return [(name(ins.operands[0]), _DIVISION[ins.op].format(value(ins.operands[1])))]
         if op in _OTHERS:
             return _OTHERS[op](list(ins.operands), flags)
         if op in _ARITHMETIC:
@@ -115,23 +116,13 @@ def _shift(ops, flags):
     return f"({both}>>{shift})"
 
 
-def _float_to_integer(ops, flags):
-    if "U32" not in flags or "TRUNC" not in flags:
-        raise KeyError
-    return f"int(number({value(ops[0])}))"
-
-
-def _integer_to_float(ops, flags):
-    if flags not in (["RP"], ["U32", "RP"]):
-        raise KeyError
-    return f"rounded_up({value(ops[0])}&M)"
-
-
-def _reciprocal(ops, flags):
-    if flags != ["RCP"]:
-        raise KeyError
-    return f"bits(1/number({value(ops[0])}))"
-
+# how integers are divided: by the reciprocal of a float that is not less
+_DIVISION = {
+    "I2F.RP": "rounded_up({}&M)",
+    "I2F.U32.RP": "rounded_up({}&M)",
+    "MUFU.RCP": "bits(1/number({}))",
+    "F2I.FTZ.U32.TRUNC.NTZ": "int(number({}))",
+}
 
 # expressions of the result, before it is cut to its bits
 _ARITHMETIC: dict[str, Callable[[list[str], list[str]], str]] = {
@@ -150,29 +141,16 @@ _ARITHMETIC: dict[str, Callable[[list[str], list[str]], str]] = {
     "SGXT": lambda ops, flags: f"extend({value(ops[0])},{value(ops[1])},{'U32' not in flags})",
     "PRMT": lambda ops, _: f"permute({value(ops[0])},{value(ops[1])},{value(ops[2])})",
     "IABS": lambda ops, _: f"abs(signed({value(ops[0])}))",
-    "FMUL": lambda ops, _: f"bits({real(ops[0])}*{real(ops[1])})",
-    "FSEL": lambda ops, _: f"bits({real(ops[0])} if {predicate(ops[2])}+0 else {real(ops[1])})",
-    "I2F": _integer_to_float,
-    "F2I": _float_to_integer,
-    "MUFU": _reciprocal,
 }
 
 
 def _compare(ops, flags):
+    """Two predicates: the condition and its opposite, each joined with the last operand."""
     if "EX" in flags:  # of 64 bits
         return None
     a, b = (_number_of(flags).format(value(token)) for token in ops[2:4])
-    return _tested(ops, flags, f"{a}{_COMPARE[flags[0]]}{b}")
-
-
-def _compare_floats(ops, flags):
-    return _tested(ops, flags, f"{real(ops[2])}{_COMPARE[flags[0].removesuffix('U')]}{real(ops[3])}")
-
-
-def _tested(ops, flags, condition):
-    """Two predicates: the condition and its opposite, each joined with the last operand."""
-    join = next(_JOIN[flag] for flag in flags if flag in _JOIN)
-    pairs = zip(ops[:2], (f"int({condition})", f"(1-int({condition}))"), strict=True)
+    condition, join = f"int({a}{_COMPARE[flags[0]]}{b})", _JOIN[flags[-1]]
+    pairs = zip(ops[:2], (condition, f"(1-{condition})"), strict=True)
     return [(place, f"{seen}{join}{predicate(ops[4])}") for out, seen in pairs if (place := name(out))]
 
 
@@ -198,39 +176,21 @@ def _clear(ops, flags):
     return [(name(ops[0]), "0")] if flags else _wide(ops[0], "0")
 
 
-def _load_shared(ops, flags):
-    return None if flags or not name(ops[0]) else [(name(ops[0]), f"X.load({address(ops[1])})")]
-
-
-def _store_shared(ops, flags):
-    width = {"": 1, "64": 2, "128": 4}["".join(flags)]
-    source = re.fullmatch(r"R(\d+)", ops[1])
-    words = [f"R[{int(source[1]) + i}]" for i in range(width)] if source else [value(ops[1])] * width
-    return [("_", f"X.store({address(ops[0])},{','.join(words)})")]
-
-
-def _shuffle(ops, flags):
-    same = flags[0] == "IDX" and ops[3] in ("RZ", "0x0")
-    return [(name(ops[1]), value(ops[2]))] if same else None
-
-
 def _special(ops, _flags):
     return [(name(ops[0]), f"X.special({ops[1]!r})")]
 
 
 _OTHERS: dict[str, Callable[[list[str], list[str]], Assignments | None]] = {
     "ISETP": _compare,
-    "FSETP": _compare_floats,
     "PLOP3": _look_up,
     "S2R": _special,
     "S2UR": _special,
     "CS2R": _clear,
     "ELECT": lambda ops, _: [(name(ops[0]), "1")],
+    # a wait goes on when its phase is over
+    "SYNCS": lambda ops, flags: [(name(ops[0]), "1")] if "TRYWAIT" in flags else [],
     "VOTE": _vote,
     "VOTEU": _vote,
     "P2R": _pack_predicates,
     "UP2UR": _pack_predicates,
-    "LDS": _load_shared,
-    "STS": _store_shared,
-    "SHFL": _shuffle,
 }

@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 
 from .decoded import Code
-from .disassembly import CannotModel
+from .disassembly import CannotModel, disassemble
 from .machine import Machine
 from .program import Warp
 
@@ -46,7 +46,7 @@ class Kernel:
 
     @cached_property
     def code(self) -> Code:
-        return Code(self.cubin)
+        return Code(*disassemble(self.cubin))
 
     def residents(self, machine: Machine) -> int:
         """CTAs that an SM holds."""
@@ -73,9 +73,8 @@ class Barrier:
 class Cta:
     def __init__(self, index: int, slot: int, turn: int, warps: int):
         self.index, self.slot, self.turn = index, slot, turn
-        self.words: dict[int, int | None] = {}  # of shared memory
         self.barriers: dict[int, Barrier] = {}  # mbarriers, by address
-        self.arrived = defaultdict(list)  # (time, warps, group or None) at each named barrier
+        self.arrived: list[tuple[float, Group]] = []  # at the barrier
         self.live = warps
         self.first: Group | None = None
 

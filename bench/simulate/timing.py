@@ -11,21 +11,6 @@ from .state import Kernel
 TURNS = 3  # of CTAs that are simulated; more go on at the pace of the last
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How a launch's CTAs come to the busiest multiprocessor."""
-
-    each: int  # CTAs of it
-    together: int  # of them at a time
-    waves: int
-
-    @classmethod
-    def of(cls, programs: int, residents: int, machine: Machine) -> "Turns":
-        each = -(-programs // machine.sms)
-        together = min(residents, each)
-        return cls(each, together, -(-each // together))
-
-
 @dataclass
 class Time:
     """Simulated."""
@@ -45,24 +30,26 @@ class Time:
 def time_of(kernel: Kernel, machine: Machine, partial_bytes: float = 0.0) -> Time:
     """Of the kernel, and of the launch that adds up so many bytes of its partial sums. CannotModel as `simulate`."""
     residents = kernel.residents(machine)
-    turns = Turns.of(kernel.programs, residents, machine)
-    kept = min(turns.waves, TURNS)
+    each = -(-kernel.programs // machine.sms)  # CTAs of the busiest SM, so many of them at a time, in so many waves
+    together = min(residents, each)
+    waves = -(-each // together)
+    kept = min(waves, TURNS)
 
-    def run(together, waves, sm=machine.sms // 2):
+    def run(slots, turns, sm=machine.sms // 2):
         """CTAs of an SM in the middle, or of another, spread over its whole list."""
-        order = [number * turns.each // (kept * turns.together) for number in range(together * waves)]
+        order = [number * each // (kept * together) for number in range(slots * turns)]
         places = [min(sm + machine.sms * number, kernel.programs - 1) for number in order]
-        return simulate(kernel, machine, [places[slot::together] for slot in range(together)])
+        return simulate(kernel, machine, [places[slot::slots] for slot in range(slots)])
 
-    full = run(turns.together, kept)
-    if turns.each == 1:  # a persistent kernel, perhaps: its first CTA has the most tiles
+    full = run(together, kept)
+    if each == 1:  # a persistent kernel, perhaps: its first CTA has the most tiles
         full = max(full, run(1, 1, sm=0), key=lambda result: result.clocks)
     clocks, tensor, written = _figures(full)
     changes = []  # further turns, and the last one where it is not full
-    if turns.waves > kept:
-        changes.append((turns.waves - kept, full, run(turns.together, kept - 1)))
-    if rest := turns.each % turns.together:
-        changes.append((1, run(rest, 1), run(turns.together, 1)))
+    if waves > kept:
+        changes.append((waves - kept, full, run(together, kept - 1)))
+    if rest := each % together:
+        changes.append((1, run(rest, 1), run(together, 1)))
     for times, more, less in changes:
         for_clocks, for_tensor, for_written = (
             times * (a - b) for a, b in zip(_figures(more), _figures(less), strict=True)
@@ -76,7 +63,7 @@ def time_of(kernel: Kernel, machine: Machine, partial_bytes: float = 0.0) -> Tim
     causes, counts = (_mean([getattr(cta, name) for cta in full.ctas]) for name in ("spent", "counts"))
     phases = {name: sum(v for (phase, _), v in causes.items() if PHASES[phase] == name) for name in PHASES}
     return Time(
-        us, clocks, tensor / clocks, ghz, turns.waves, residents, phases, causes, counts,
+        us, clocks, tensor / clocks, ghz, waves, residents, phases, causes, counts,
         full.loop_tensor / len(full.ctas),
     )  # fmt: skip
 
