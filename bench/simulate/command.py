@@ -23,7 +23,7 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--ops", **some, default=OPS, help=f"{', '.join(OPS)}; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     parser.add_argument("--batch", default="256", metavar="N", help="images; default: %(default)s")
-    parser.add_argument("--tile", help="of the convolution, such as 'box=4,1,32 c=128 k=32 warps=8 stages=4 rows=2'")
+    parser.add_argument("--tile", help="of the convolution, in quotes, as --explain prints it")
     parser.add_argument("--explain", action="store_true", help="the tiles, and where each kernel's clocks go")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave simulated.json there")
     parser.add_argument("--check", action="store_true", help=_CHECK)

@@ -70,10 +70,8 @@ def decode(text: str, high: int) -> Instruction:
         guard, text = match[1], text[match.end() :]
     op, _, rest = text.partition(" ")
     operands = tuple(part.strip().replace(".reuse", "") for part in rest.split(",")) if rest else ()
-    if op.startswith("BRA") and len(operands) > 1 and re.fullmatch(r"!?U?P[\dT]+", operands[0]):
-        if guard:
-            op = "BRA.GUARDED"  # by two predicates
-        guard = operands[0]
+    if op.startswith("BRA") and re.fullmatch(r"!?U?P[\dT]+", operands[0]):
+        guard, op = operands[0], "BRA.GUARDED" if guard else op  # by two predicates
     return Instruction(
         text, op, guard, operands,
         stall=max(1, control & 0xF), sets=control >> 5 & 7, reads=control >> 8 & 7,

@@ -24,12 +24,8 @@ from .state import Box, Kernel
 
 PARAMETERS = 0x210  # of the constant bank of sm_90, where the arguments begin
 WINDOW = 0x198  # holds the address of the arguments: taken to be their place, so that the two are the same
-_TILE = {
-    "WALK": "walk", "BOX": "box", "BLOCK_C": "c", "BLOCK_K": "k", "BLOCK_CO": "co", "BLOCK_CI": "ci",
-    "num_warps": "warps", "num_stages": "stages", "GROUPS": "groups", "ROWS": "rows", "SKIPS": "skips", "FOLD": "fold",
-}  # fmt: skip
-_DEFAULTS = {"GROUPS": 1, "ROWS": 1, "SKIPS": False, "FOLD": False}
-_FIELDS = {"c": "block_c", "k": "block_k", "warps": "num_warps", "stages": "num_stages"}  # of ConvConfig
+_TILE = ("walk", "box", *(f"block_{side}" for side in ("c", "k", "co", "ci")), "num_warps", "num_stages")
+_UNUSUAL = ("groups", "rows", "skips", "fold")  # most tiles have 1, 1, 0 and 0 of them
 
 
 @dataclass(frozen=True)
@@ -72,32 +68,31 @@ def launched(shape: Shape, op: str, dtype: torch.dtype, tile: ConvConfig | None 
 
 def _run(shape, op, dtype):
     """The operation, on meta tensors."""
-
-    def meta(*sizes):
-        return torch.empty(sizes, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-    def channels(count):
-        return torch.empty(count, device="meta")
-
     size = -(-shape.size // shape.stride)
     spec = ConvBNActSpec(
         stride=(shape.stride,) * 2,
         padding=(shape.kernel // 2,) * 2,
         shortcut_channels=min(shape.c_in, shape.c_out) // 2,
     )
-    x = meta(shape.batch, shape.c_in, shape.size, shape.size)
-    z = meta(shape.batch, shape.c_out, size, size)
-    weight = meta(shape.c_out, shape.c_in, shape.kernel, shape.kernel)
+    x, z, weight = (
+        torch.empty(sizes, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        for sizes in (
+            (shape.batch, shape.c_in, shape.size, shape.size),
+            (shape.batch, shape.c_out, size, size),
+            (shape.c_out, shape.c_in, shape.kernel, shape.kernel),
+        )
+    )
+    inputs, outputs = (torch.empty(count, device="meta") for count in (shape.c_in, shape.c_out))
     layer = {"bias": None, "residuals": (), "spec": spec}
     if op == "train":
         conv.conv_train(x, weight, **layer)
     elif op == "infer":
-        norm = dict.fromkeys(("mean", "var", "gamma", "beta"), channels(shape.c_out))
+        norm = dict.fromkeys(("mean", "var", "gamma", "beta"), outputs)
         conv.conv_infer(x, weight, **layer, **norm, save_z=False)
     elif op == "dgrad":
         conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
     elif op == "dgsums":
-        upstream = batchnorm.Upstream(x, *[channels(shape.c_in)] * 4, relu=True)
+        upstream = batchnorm.Upstream(x, *[inputs] * 4, relu=True)
         _, sums = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
         if sums is None:
             raise CannotModel("the data gradient of this layer computes no sums")
@@ -178,25 +173,20 @@ def _leaves(kind, value):
 
 
 def described(options: dict) -> str:
-    """A tile as `--tile` takes it, such as "box=4,1,32 c=128 k=32 warps=8 stages=4 rows=2"."""
-    parts = []
-    for name, label in _TILE.items():
-        value = options.get(name)
-        if value is not None and value != _DEFAULTS.get(name):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            parts.append(f"{label}={text.replace('True', '1')}")
-    return " ".join(parts)
+    """A tile as `--tile` takes it, such as "box=4,1,32 block_c=128 block_k=32 num_warps=8 num_stages=4 rows=2"."""
+    options = {name.lower(): value for name, value in options.items()}
+    parts = {name: options[name] for name in _TILE if name in options}
+    parts |= {name: int(options[name]) for name in _UNUSUAL if options.get(name, 0) > (name in ("groups", "rows"))}
+    return " ".join(f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in parts.items())
 
 
 def tile_of(text: str) -> ConvConfig:
-    """The convolution's tile that `described` gives; ValueError where it is none."""
+    """The convolution's tile of such a text; ValueError where it is none."""
     fields = {}
     try:
-        for part in text.split():
-            label, _, value = part.partition("=")
-            numbers = tuple(map(int, value.split(",")))
-            fields[_FIELDS.get(label, label)] = numbers if label == "box" else numbers[0]
-        return ConvConfig(**fields)._replace(skips=bool(fields.get("skips")), fold=bool(fields.get("fold")))
+        for name, _, value in (part.partition("=") for part in text.split()):
+            fields[name] = tuple(map(int, value.split(","))) if name == "box" else int(value)
+        return ConvConfig(**fields)
     except (ValueError, TypeError) as error:
-        expected = "box=4,1,32 c=128 k=32 warps=8 stages=4, and groups, rows, skips=1 or fold=1"
+        expected = "'box=4,1,32 block_c=128 block_k=32 num_warps=8 num_stages=4', and groups, rows, skips=1 or fold=1"
         raise ValueError(f"--tile: expected {expected}, got {text!r} ({error})") from None

@@ -299,13 +299,13 @@ class _Multiprocessor:
             self._begin(self.now + self.machine.cta_exit + self.machine.cta_start, cta.slot, cta.turn + 1)
 
     def _barrier(self, warp, where):
-        at = warp.read(where) & 0xFFFFFFFF
-        if at not in warp.cta.barriers:
-            raise CannotModel(f"an mbarrier at {at:#x} that nothing has initialized")
-        return warp.cta.barriers[at]
+        return _found(warp.cta.barriers, warp.read(where) & 0xFFFFFFFF, "an mbarrier", "that nothing has initialized")
 
     def _box(self, warp, where):
-        at = warp.read(where)
-        if at not in self.kernel.descriptors:
-            raise CannotModel(f"a descriptor at {at:#x} that is no argument of the kernel")
-        return self.kernel.descriptors[at]
+        return _found(self.kernel.descriptors, warp.read(where), "a descriptor", "that is no argument of the kernel")
+
+
+def _found(table, at, what, fault):
+    if at not in table:
+        raise CannotModel(f"{what} at {at:#x} {fault}")
+    return table[at]

@@ -93,15 +93,11 @@ def _written(ins) -> list[Register]:
     """The registers that an instruction may write whose results are not followed."""
     if ins.op.startswith(_STORES):
         return []
-    width = 1
+    width = 2 if "WIDE" in ins.op or ins.op == "CS2R" else 1
     if ins.is_wgmma:
         width = int(re.match(r"HGMMA\.\d+x(\d+)", ins.op)[1]) // 2
-    elif match := re.search(r"\.(64|128)\b", ins.op):
-        width = int(match[1]) // 32
-    elif ins.op.startswith("LDSM"):
-        width = int(ins.op.rsplit(".", 1)[1])
-    elif "WIDE" in ins.op or ins.op == "CS2R":
-        width = 2
+    elif match := re.search(r"\.(64|128)\b|LDSM.*\.(\d)", ins.op):
+        width = int(match[2] or int(match[1]) // 32)
     written: list[Register] = []
     for token in ins.operands[:2] if "SETP" in ins.op or "PLOP3" in ins.op else ins.operands[:3]:
         if found := register(token):

@@ -8,9 +8,6 @@ from .operands import PREDICATE, M, name, pair, predicate, value
 
 Assignments = list[tuple[str, str]]  # registers and expressions, all of which are read before any is written
 
-_UNIFORM = {
-    "UIADD3", "UIMAD", "ULEA", "ULOP3", "UISETP", "USEL", "USHF", "USGXT", "UPRMT", "UMOV", "ULDC", "UPLOP3",
-}  # fmt: skip
 _COMPARE = {"EQ": "==", "NE": "!=", "LT": "<", "LE": "<=", "GT": ">", "GE": ">="}
 _JOIN = {"AND": "&", "OR": "|", "XOR": "^"}
 # what they change is not modelled, or is elsewhere
@@ -24,7 +21,8 @@ _LOGIC = {0xC0: "{0}&{1}", 0xFC: "{0}|{1}", 0x3C: "{0}^{1}", 0x33: "{1}^M", 0xF8
 def assignments(ins: Instruction) -> Assignments | None:
     """What the instruction writes; None where its results are not followed."""
     op, *flags = ins.op.split(".")
-    op = op[1:] if op in _UNIFORM else op
+    if op.startswith("U") and op[1:] in _ARITHMETIC | _OTHERS:  # of the uniform registers
+        op = op[1:]
     if op in _INERT:
         return []
     try:

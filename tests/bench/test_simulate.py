@@ -288,7 +288,7 @@ def test_no_other_command_takes_it_for_a_measurement(simulated, capsys):
     assert block(simulated.parent.parent, simulated.parent) == NOTHING
     with pytest.raises(ResultsError, match="no results in"):
         load_all(simulated.parent)
-    with pytest.raises(ResultsError, match="expected times of the benchmark, got results of the kind 'simulated'"):
+    with pytest.raises(ResultsError, match="expected a suite's times, got results of the kind 'simulated'"):
         load(simulated)
     for command in (["compare", simulated, simulated], ["report", simulated], ["choose", simulated]):
         with pytest.raises(SystemExit):
