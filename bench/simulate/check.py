@@ -1,4 +1,4 @@
-"""`python -m bench simulate --check`: is the simulation as good as it was on matmuls that others have measured?"""
+"""`python -m bench simulate --check`: does the simulation still match matmuls that others have measured?"""
 
 from bench import console
 

@@ -216,27 +216,29 @@ def test_waves(monkeypatch):
     queues = []
 
     def fake(_kernel, _machine, given):
-        """A place's CTAs follow each other by 1,000 clocks, after 500; in half of them products run."""
+        """500 clocks, 1,000 for each CTA of the longest place, 10 for each place; in half of them products run."""
         queues.append(given)
-        clocks = 500.0 + 1000 * max(map(len, given))
+        clocks = 500.0 + 1000 * max(map(len, given)) + 10 * len(given)
         return Run(clocks, clocks / 2, 0.0, 0.0, [Group(None, [])])
 
     monkeypatch.setattr(timing, "simulate", fake)
-    # 132 * 8 + 1 CTAs of 128 threads, 168 registers: 65536 // (128 * 168) is 3 at a time on each of 132 SMs, 9 on the
-    # busiest in three waves; 15 CTAs of 132 * 14 + 1, in five
+    # of 128 threads with 168 registers an SM holds 65536 // (128 * 168) = 3
     made = replace(kernel("1; EXIT"), registers=168)
+    # the busiest of 132 SMs has 9 in three full waves, the last of them further apart than there are CTAs
     nine = timing.time_of(replace(made, programs=132 * 8 + 1), BASE)
-    assert (nine.residents, nine.waves, nine.clocks) == (3, 3, 3500)
-    assert queues == [[[66, 66 + 132 * 3, 66 + 132 * 6], [66 + 132, 66 + 132 * 4, 66 + 132 * 7],
-                       [66 + 132 * 2, 66 + 132 * 5, 132 * 8]]]  # fmt: skip
+    assert (nine.residents, nine.waves, nine.clocks) == (3, 3, 3530)
+    places = [min(66 + 132 * number, 132 * 8) for number in range(9)]
+    assert queues == [[places[0::3], places[1::3], places[2::3]]]
     # half of the time products, so 1.9 - 0.76 * (0.5 - 0.45) GHz; a launch is 0.9 us
-    assert nine.us == pytest.approx(3500 / 1.862 / 1e3 + 0.9)
-    assert timing.time_of(replace(made, programs=132 * 14 + 1), BASE).clocks == 3500 + 2 * 1000
-    # 10 CTAs are three waves and one CTA more, which takes what one of its own takes less a full wave: here the same
-    assert timing.time_of(replace(made, programs=132 * 9 + 1), BASE).waves == 4
-    # 4 bytes of partial sums at 4.3 TB/s, and the launch that adds them up
+    assert nine.us == pytest.approx(3530 / 1.862 / 1e3 + 0.9)
+    # 15 in five waves: two more than are simulated, each as long as the third
+    assert timing.time_of(replace(made, programs=132 * 14 + 1), BASE).clocks == 3530 + 2 * 1000
+    # 10 in four, of which the last has one CTA where others have three: 1,510 clocks instead of 1,530
+    ten = timing.time_of(replace(made, programs=132 * 9 + 1), BASE)
+    assert (ten.waves, ten.clocks) == (4, 3530 + 1000 - 20)
+    # 4.3 MB of partial sums at 4.3 TB/s, in a launch that takes 2 us besides
     more = timing.time_of(replace(made, programs=1), BASE, partial_bytes=4.3e6)
-    assert more.us == pytest.approx(1500 / 1.862 / 1e3 + 0.9 + 2.0 + 1.0)
+    assert more.us == pytest.approx(1510 / 1.862 / 1e3 + 0.9 + 2.0 + 1.0)
 
 
 def test_a_box_at_the_edge_moves_what_lies_inside():
