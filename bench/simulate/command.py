@@ -36,13 +36,13 @@ def _simulate(options, arguments):
 
         return 0 if check() else 1
     from .run import run
+    from .tiles import tile_of
 
     ops = known("--ops", options.ops, OPS)
     if options.tile and "wgrad" in ops:
         raise ValueError("--tile is the convolution's: name --ops without wgrad")
+    tile = tile_of(options.tile) if options.tile else None
     table = [named_shape(name) for name in options.shapes] or SHAPE_TABLE
     shapes = [dataclasses.replace(shape, batch=batch_of(options.batch)) for shape in table]
-    good = run(
-        shapes, ops, options.dtype, tile=options.tile, explain=options.explain, out=options.out, command=arguments
-    )
+    good = run(shapes, ops, options.dtype, tile=tile, explain=options.explain, out=options.out, command=arguments)
     return 0 if good else 1

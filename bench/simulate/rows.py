@@ -6,6 +6,7 @@ import torch
 
 from bench.results import DTYPES
 from rir_kernels.triton.shapes import Shape
+from rir_kernels.triton.tile import ConvConfig
 
 from .decoded import PHASES
 from .disassembly import CannotModel
@@ -18,7 +19,7 @@ _COUNTED = {
 }  # fmt: skip
 
 
-def row_of(shape: Shape, op: str, dtype: str, tile: str | None) -> dict:
+def row_of(shape: Shape, op: str, dtype: str, tile: ConvConfig | None) -> dict:
     """The figures, or the `error` for which there are none. For a process that launches nothing else.
 
     By the names that README.md in the folder above has; `explained`, lines of text, stays out of the file.
@@ -33,9 +34,9 @@ def row_of(shape: Shape, op: str, dtype: str, tile: str | None) -> dict:
 
 
 def _figures(shape, op, dtype, tile):
-    from .kernels import launched, tile_of
+    from .kernels import launched
 
-    launch = launched(shape, op, getattr(torch, DTYPES[dtype]), tile_of(tile) if tile else None)
+    launch = launched(shape, op, getattr(torch, DTYPES[dtype]), tile)
     kernel = launch.kernel
     base, best, worst = (time_of(kernel, each, launch.partial_bytes) for each in (BASE, OPTIMISTIC, PESSIMISTIC))
     # a kernel that is understood computes what the layer needs, on the SM that has most to do

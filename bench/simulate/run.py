@@ -11,6 +11,7 @@ from bench import console, provenance
 from bench.results import now, save_json
 from bench.speedup import geometric_mean
 from rir_kernels.triton.shapes import Shape
+from rir_kernels.triton.tile import ConvConfig
 
 from .machine import BASE, OPTIMISTIC, PESSIMISTIC
 from .rows import row_of
@@ -21,8 +22,8 @@ _HEADER = ["simulated", "CTAs", "waves", "start", "loop", "end", "tensor", "us (
 
 
 def run(
-    shapes: Sequence[Shape], ops: Sequence[str], dtype: str, *, tile: str | None, explain: bool, out: Path | None,
-    command: Sequence[str],
+    shapes: Sequence[Shape], ops: Sequence[str], dtype: str, *, tile: ConvConfig | None, explain: bool,
+    out: Path | None, command: Sequence[str],
 ) -> bool:  # fmt: skip
     """Simulates and prints them, leaves `out`/simulated.json where a folder is given; whether every row came out.
 
@@ -34,9 +35,12 @@ def run(
     for op in ops:
         of_op = [row for row in rows if row["op"] == op]
         good = [row for row in of_op if "error" not in row]
-        console.table(f"{op}, {dtype}: simulated us", _HEADER, list(map(_cells, good)))
-        for name in ("simulated_us", "simulated_ratio_to_floor") if good else ():
-            console.say(f"geometric mean of {name}: {geometric_mean([row[name] for row in good]):.2f}")
+        if good:
+            console.table(f"{op}, {dtype}: simulated us", _HEADER, list(map(_cells, good)))
+            us, ratio = (
+                geometric_mean([row[f"simulated_{name}"] for row in good]) for name in ("us", "ratio_to_floor")
+            )
+            console.say(f"geometric means, simulated: {us:.1f} us, {ratio:.2f} times the floor\n")
         for row in of_op:
             if "error" in row:
                 console.say(f"{row['shape']} x{row['batch']} {op}: {row['error']}")

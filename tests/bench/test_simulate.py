@@ -20,6 +20,8 @@ from bench.simulate.machine import BASE
 from bench.simulate.multiprocessor import Run, simulate
 from bench.simulate.program import Partial, Program, Warp, either
 from bench.simulate.state import Box, Group, Kernel
+from bench.simulate.tiles import described, tile_of
+from rir_kernels.triton.tile import ConvConfig
 
 
 def control(stall, sets=7, reads=7, waits=0):
@@ -298,12 +300,20 @@ def test_no_other_command_takes_it_for_a_measurement(simulated, capsys):
         assert "of the kind 'simulated'" in capsys.readouterr().err
 
 
+def test_a_tile_is_what_its_text_says():
+    options = {"BOX": (4, 1, 32), "BLOCK_C": 128, "BLOCK_K": 32, "GROUPS": 1, "ROWS": 2, "SKIPS": False, "FOLD": True}
+    text = described({**options, "num_warps": 8, "num_stages": 4, "KERNEL": (3, 3)})
+    assert text == "box=4,1,32 block_c=128 block_k=32 num_warps=8 num_stages=4 rows=2 fold=1"
+    assert tile_of(text) == ConvConfig((4, 1, 32), 128, 32, 8, 4, rows=2, fold=True)
+
+
 def test_what_cannot_be_asked_for(capsys):
     for arguments, message in (
         (["--ops", "step"], "--ops: unknown 'step'; there are train, infer"),
         (["--shapes", "97@32"], "unknown shape '97@32'"),
         (["--batch", "0"], "--batch: expected numbers of images"),
         (["--tile", "box=1,8,32"], "--tile is the convolution's: name --ops without wgrad"),
+        (["--ops", "train", "--tile", "box=1,8,32 c=64"], "--tile: expected 'box=4,1,32 block_c=128"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["simulate", *arguments])
