@@ -1,8 +1,8 @@
 """Operands of instructions as Python expressions.
 
 They are over the registers R and U (uniform), the predicates P and Q (uniform), the constant bank C and the warp X. A
-register is an integer of 32 bits, a predicate 0 or 1; None stands for what is not followed, and raises TypeError where
-it is computed with.
+register is an integer of 32 bits, a predicate 0 or 1. What is not followed raises TypeError where it is computed with:
+None in a predicate, and in a register a `program.Partial`, of which single bits may be known.
 """
 
 import re

@@ -5,12 +5,12 @@ import struct
 from collections import defaultdict
 
 from .disassembly import CannotModel, Instruction
-from .operands import FUNCTIONS, guard_of, register, registers_of
+from .operands import FUNCTIONS, M, guard_of, register, registers_of
 from .semantics import assignments
 
 Register = tuple[str, int]
 # of computing with what is not followed, and of numbers that only such a computation gives
-_UNKNOWN = (TypeError, KeyError, ValueError, ZeroDivisionError, OverflowError, struct.error)
+_NOT_FOLLOWED = (TypeError, KeyError, ValueError, ZeroDivisionError, OverflowError, struct.error)
 _STORES = ("ST", "UTMA", "SYNCS", "BAR", "BRA", "RED", "EXIT", "CALL", "RET", "LDGSTS")
 
 
@@ -31,18 +31,24 @@ class Partial:
             return True
         raise TypeError("not known")
 
+    def __eq__(self, other):
+        return not self != other
+
     __hash__ = None
     __rand__, __ror__ = __and__, __or__
 
 
+UNKNOWN = Partial(0, M)
+
+
 def _partial(known, unknown):
+    if isinstance(unknown, Partial):
+        raise TypeError("of two that are not known")
     return Partial(known, unknown) if unknown else known
 
 
 def either(a, b):
-    """What is known of a value that is one of two."""
-    if a is None or b is None:
-        return None
+    """What is known of an integer that is one of two."""
     (a, of_a), (b, of_b) = ((x.known, x.unknown) if isinstance(x, Partial) else (x, 0) for x in (a, b))
     return _partial(a, of_a | of_b | a ^ b)
 
@@ -115,7 +121,7 @@ class Warp:
 
     def __init__(self, cta, first_thread: int, constants: dict):
         self.cta, self.first_thread, self.constants = cta, first_thread, constants
-        self.files = {"R": [None] * 260, "U": [None] * 68, "P": [None] * 8, "Q": [None] * 8}
+        self.files = {"R": [UNKNOWN] * 260, "U": [UNKNOWN] * 68, "P": [None] * 8, "Q": [None] * 8}
 
     def special(self, name):
         if name == "SR_TID.X":
@@ -143,16 +149,17 @@ class Warp:
             if not program.effects[index]:
                 raise KeyError
             program.effects[index](*self.files.values(), self.constants, self)
-        except _UNKNOWN:
+        except _NOT_FOLLOWED:
             for file, place in outputs:
-                self.files[file][place] = None
+                self.files[file][place] = UNKNOWN if file in "RU" else None
         if runs is None:
             for (file, place), old in zip(outputs, before, strict=True):
-                self.files[file][place] = either(old, self.files[file][place])
+                new = self.files[file][place]
+                self.files[file][place] = either(old, new) if file in "RU" else old if old == new else None
 
     def read(self, expression) -> int:
         """The value of a compiled expression; CannotModel where it is not known."""
         try:
             return eval(expression, FUNCTIONS, {**self.files, "C": self.constants}) + 0
-        except _UNKNOWN:
+        except _NOT_FOLLOWED:
             raise CannotModel("an address or a count depends on what is not followed") from None

@@ -141,7 +141,30 @@ def test_bits_that_are_not_known_leave_the_others_known():
     assert warp.holds("P1") is True and warp.holds("!P1") is False and warp.holds("P2") is None
     both = either(0b1100, 0b1010)
     assert isinstance(both, Partial) and (both.known, both.unknown) == (0b1000, 0b0110)
-    assert both & 0b1001 == 0b1000 and either(5, 5) == 5 and either(5, None) is None
+    assert both & 0b1001 == 0b1000 and (both | 0b0110) == 0b1110 and either(5, 5) == 5
+    for compute in (lambda: both == 8, lambda: both & 6 != 0, lambda: both + 1, lambda: both & both, lambda: both < 9):
+        with pytest.raises(TypeError):
+            compute()
+    # predicates that two paths set differently are not known, and the same they are
+    found, _ = instructions("1; @P0 ISETP.EQ.AND P1, P2, RZ, RZ, PT")
+    program, warp = Program(found, {("P", 1), ("P", 2)}), Warp(SimpleNamespace(index=0), 0, {})
+    warp.files["P"][1:3] = [0, 0]
+    warp.run(program, 0, "P0")
+    assert warp.files["P"][1:3] == [None, 0]
+
+
+def test_predicates_packed_into_a_register_that_nothing_has_set():
+    found, _ = instructions("""
+        1; ISETP.EQ.AND P0, PT, RZ, RZ, PT
+        1; LOP3.LUT R0, R0, 0xfffffffd, RZ, 0xc0, !PT
+        1; @P0 LOP3.LUT R0, R0, 0x2, RZ, 0xfc, !PT
+        1; LOP3.LUT P1, RZ, R0, 0x2, RZ, 0xc0, !PT
+        1; LOP3.LUT P2, RZ, R0, 0x4, RZ, 0xc0, !PT
+    """)
+    program, warp = Program(found, {("P", 1), ("P", 2)}), Warp(SimpleNamespace(index=0), 0, {})
+    for index, ins in enumerate(found):
+        warp.run(program, index, ins.guard)
+    assert warp.holds("P1") is True and warp.holds("P2") is None
 
 
 LOOP = """
