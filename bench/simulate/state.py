@@ -92,7 +92,7 @@ class Group:
         self.queue: list[float] = []  # starts of products
         self.commits: list[float] = []  # ends of groups of copies
         self.copying = 0.0
-        self.passed = False  # the named barrier at `at`
+        self.passed = False  # the barrier at `at`
         self.seen: set[int] = set()
         self.spent: dict[tuple[int, str], float] = defaultdict(float)  # clocks by (phase, cause)
         self.counts: dict[tuple[int, str], int] = defaultdict(int)  # by (phase, kind of instruction)
