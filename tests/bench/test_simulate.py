@@ -153,18 +153,22 @@ def test_bits_that_are_not_known_leave_the_others_known():
     assert warp.files["P"][1:3] == [None, 0]
 
 
-def test_predicates_packed_into_a_register_that_nothing_has_set():
-    found, _ = instructions("""
-        1; ISETP.EQ.AND P0, PT, RZ, RZ, PT
+@pytest.mark.parametrize("set_", [True, False])
+def test_predicates_packed_into_a_register_that_nothing_has_set(set_):
+    found, _ = instructions(f"""
+        1; ISETP.{"EQ" if set_ else "NE"}.AND P0, PT, RZ, RZ, PT
         1; LOP3.LUT R0, R0, 0xfffffffd, RZ, 0xc0, !PT
         1; @P0 LOP3.LUT R0, R0, 0x2, RZ, 0xfc, !PT
         1; LOP3.LUT P1, RZ, R0, 0x2, RZ, 0xc0, !PT
         1; LOP3.LUT P2, RZ, R0, 0x4, RZ, 0xc0, !PT
+        1; SEL R1, RZ, 0x1, P2
     """)
-    program, warp = Program(found, {("P", 1), ("P", 2)}), Warp(SimpleNamespace(index=0), 0, {})
+    program, warp = Program(found, {("P", 1), ("P", 2), ("R", 1)}), Warp(SimpleNamespace(index=0), 0, {})
     for index, ins in enumerate(found):
         warp.run(program, index, ins.guard)
-    assert warp.holds("P1") is True and warp.holds("P2") is None
+    assert warp.holds("P1") is set_ and warp.holds("P2") is None
+    with pytest.raises(CannotModel, match="depends on what is not followed"):
+        warp.read("R[1]")
 
 
 LOOP = """
