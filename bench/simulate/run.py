@@ -18,7 +18,7 @@ from .rows import row_of
 from .workers import each
 
 KIND, SCHEMA = "simulated", 1
-_HEADER = ["simulated", "CTAs", "waves", "start", "loop", "end", "tensor", "us (range)", "floor", "ratio"]
+_HEADER = ["", "CTAs", "waves", "start", "loop", "end", "tensor", "us (range)", "floor", "ratio"]
 
 
 def run(
