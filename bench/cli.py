@@ -10,11 +10,13 @@ import torch
 
 from .first import STEPS
 from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
+from .selection import Selection, batch_of, known
+from .simulate.command import add_simulate
 
 ROOT = Path(__file__).resolve().parent
 STAND_IN = "on a stand-in for a GPU: what is measured means nothing"
 PIECES = ("first", "gpu")
-DOCUMENTS = ("choose", "report", "compare", "check", "headline", "memory", "architectures")
+DOCUMENTS = ("choose", "report", "compare", "check", "headline", "memory", "architectures", "simulate")
 COMMANDS = ("all", *SUITES, *PIECES, "tune", *DOCUMENTS)
 
 
@@ -72,6 +74,7 @@ def _parser():
     architectures.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     architectures.add_argument("--only", **_some, help="networks with this in their names, such as timm/resnet")
     architectures.set_defaults(run=_architectures)
+    add_simulate(commands)
     return parser
 
 
@@ -125,20 +128,19 @@ def _measure(options, arguments):
             return _measure(options, arguments)
     from . import console
     from .run import refused_ours, run_suite
-    from .selection import Selection
 
     if options.name and len(options.suites) > 1:
         raise ValueError("--name is for one suite: pass kernels, layers or models before it")
     suites = {suite: importlib.import_module(f"bench.suites.{suite}") for suite in options.suites}
     selection = Selection(
         device_type=options.device,
-        ops=_known("--ops", options.ops, tuple(op for suite in suites.values() for op in suite.OPS)),
+        ops=known("--ops", options.ops, tuple(op for suite in suites.values() for op in suite.OPS)),
         shapes=tuple(options.shapes),
-        batches=tuple(_batch(text) for text in options.batch),
-        dtypes=_known("--dtype", options.dtype, tuple(DTYPES)),
+        batches=tuple(batch_of(text) for text in options.batch),
+        dtypes=known("--dtype", options.dtype, tuple(DTYPES)),
         quick=options.quick,
     )
-    impls = _known("--impl", options.impl, IMPLS) or _default_impls(options)
+    impls = known("--impl", options.impl, IMPLS) or _default_impls(options)
     cases = {name: found for name, suite in suites.items() if (found := suite.cases(selection))}
     if not cases:
         raise ValueError("nothing to measure: no case has these --ops, --shapes and --batch together")
@@ -162,19 +164,6 @@ def _measure(options, arguments):
 def _default_impls(options):
     # its search takes minutes, where a first look is to take seconds
     return tuple(impl for impl in IMPLS if not (options.quick and impl == "compile_max_autotune"))
-
-
-def _known(option, names, known):
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option}: unknown {name!r}; there are {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
-
-
-def _batch(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--batch: expected numbers of images, at least 1, got {text!r}")
-    return int(text)
 
 
 def _first(options, arguments):
@@ -202,15 +191,14 @@ def _gpu(options, _arguments):
 
 def _tune(options, _arguments):
     from . import console, timing
-    from .selection import Selection
     from .tune import tune
 
     if not torch.cuda.is_available():
         raise ValueError("tune: tiles are measured on a CUDA device, and there is none")
-    selection = Selection("cuda", shapes=tuple(options.shapes), batches=tuple(_batch(text) for text in options.batch))
+    selection = Selection("cuda", shapes=tuple(options.shapes), batches=tuple(batch_of(text) for text in options.batch))
     path = tune(
         selection.chosen_shapes(quick=()),
-        _known("--dtype", options.dtype, tuple(DTYPES)) or ("bf16", "fp16"),
+        known("--dtype", options.dtype, tuple(DTYPES)) or ("bf16", "fp16"),
         torch.device("cuda"),
         options.out,
         candidates=options.candidates,
@@ -278,8 +266,8 @@ def _memory(options, arguments):
     from .memory.networks import NETWORKS
     from .memory.run import run
 
-    names = _known("--networks", options.networks, tuple(NETWORKS))
-    path = run(names, _batch(options.batch), options.out, command=arguments)
+    names = known("--networks", options.networks, tuple(NETWORKS))
+    path = run(names, batch_of(options.batch), options.out, command=arguments)
     console.say(f"wrote {path}" if path else "nothing could be counted")
     return 0 if path else 1
 

@@ -96,6 +96,10 @@ class ResultsError(ValueError):
 def load(path: str | Path) -> Results:
     """The file's contents; ResultsError where it is something else, with what and how to mend it."""
     data = read_json(path)
+    if isinstance(data, dict) and "kind" in data:
+        raise ResultsError(
+            f"{path}: expected a suite's times, got results of the kind {data['kind']!r}: name another file"
+        )
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ResultsError(f"{path}: expected schema {SCHEMA}, got {found}: measure again with this version")

@@ -60,3 +60,18 @@ def named_shape(name: str) -> Shape:
         hint = f": did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown shape {name!r}{hint}; there are {', '.join(map(repr, table))}")
     return table[name]
+
+
+def known(option: str, names, there: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, each once; ValueError for one that is not there."""
+    for name in names:
+        if name not in there:
+            raise ValueError(f"{option}: unknown {name!r}; there are {', '.join(there)}")
+    return tuple(dict.fromkeys(names))
+
+
+def batch_of(text: str) -> int:
+    """Images, at least one; ValueError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch: expected numbers of images, at least 1, got {text!r}")
+    return int(text)

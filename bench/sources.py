@@ -16,7 +16,8 @@ from .syntax import Module, read_module
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rir_kernels"
 
-_LAUNCHERS = ("rir_kernels.triton.launch.conv", "rir_kernels.triton.launch.wgrad", "rir_kernels.vendor")
+_CONVOLUTIONS = ("rir_kernels.triton.launch.conv", "rir_kernels.triton.launch.wgrad")
+_LAUNCHERS = (*_CONVOLUTIONS, "rir_kernels.vendor")
 _LAYERS = ("rir_kernels.modules",)
 _NETWORKS = (*_LAYERS, "rir_kernels.surgery")
 _GPU = {"type": "cuda"}
@@ -36,6 +37,7 @@ KINDS = {
     "training": Kind(_LAYERS),
     "ablation": Kind(_LAYERS),
     "memory": Kind(_NETWORKS, _GPU),  # bytes are counted anywhere, and are those of the kernels
+    "simulated": Kind(_CONVOLUTIONS, _GPU),  # of a GPU that need not be there
     "first": Kind(_NETWORKS),
     "matrix": Kind((*_NETWORKS, "rir_kernels.triton.inspect"), _GPU),
 }

@@ -73,7 +73,7 @@ def test_results_of_another_kind_in_the_folder(tmp_path):
     (tmp_path / "memory.json").write_text('{"kind": "memory", "rows": []}')
     with pytest.raises(ResultsError, match="no results in"):
         load_all(tmp_path)
-    with pytest.raises(ResultsError, match="expected schema 1, got None"):
+    with pytest.raises(ResultsError, match="expected a suite's times, got results of the kind 'memory'"):
         load_all(tmp_path / "memory.json")  # who names it means it
     written = results()
     written.save(tmp_path / "layers.json")
