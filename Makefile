@@ -25,7 +25,7 @@ OUT ?= bench/results/h200
 MINUTES ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train bench first gpu paper test test-long mutants fuzz soak matrix sanitize audit lint format inspect clean
+.PHONY: help demo train bench first gpu paper test test-long machine mutants fuzz soak matrix sanitize audit lint format inspect clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
@@ -50,11 +50,18 @@ gpu: $(READY) ## on a GPU: everything measured into OUT, in pieces of MINUTES: c
 paper: $(READY) ## on a GPU: the paper's networks on DATA, into OUT, in pieces: call it again until it says no run is missing
 	$(PY) -m models.reproduce --data $(DATA) --graphs --peers --minutes 9 --out $(OUT)/paper $(ARGS)
 
+# without a GPU the kernels run in Triton's interpreter first, and then a part of the tests on compiled code
 test: $(READY) ## the tests, without those marked long
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup $(or $(ARGS),tests)
+ifeq ($(TORCH)$(ARGS),cpu)
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --emulated --sample 24 tests
+endif
 
 test-long: $(READY) ## all tests
 	$(PY) -m pytest -q -n $(WORKERS) --dist loadgroup --long $(or $(ARGS),tests)
+
+machine: $(READY) ## the compiled kernels, executed on this CPU: all that a GPU's tests can show there; hours, ARGS=quick minutes
+	$(PY) -m tests.machine $(ARGS)
 
 mutants: $(READY) ## kernels and fuse_ broken on purpose, one fault at a time: do their tests see it? ARGS="--list"
 	$(PY) -m tests.mutants $(ARGS)

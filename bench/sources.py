@@ -38,6 +38,7 @@ KINDS = {
     "ablation": Kind(_LAYERS),
     "memory": Kind(_NETWORKS, _GPU),  # bytes are counted anywhere, and are those of the kernels
     "simulated": Kind(_CONVOLUTIONS, _GPU),  # of a GPU that need not be there
+    "machine": Kind(_NETWORKS, _GPU),  # what the emulated GPU's tests are about
     "first": Kind(_NETWORKS),
     "matrix": Kind((*_NETWORKS, "rir_kernels.triton.inspect"), _GPU),
 }

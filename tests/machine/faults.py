@@ -20,7 +20,9 @@ def in_loop(pattern, replacement):
     """Replaces all matches in the loop around the products."""
 
     def change(ptx):
-        back = [m for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx) if 0 <= ptx.find(f"\n{m[1]}:") < m.start()]
+        back = [
+            m for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx) if 0 <= ptx.find(f"\n{m[1]}:") < m.start()
+        ]
         loops = [(ptx.find(f"\n{m[1]}:"), m.end()) for m in back]
         inner = [loop for loop in loops if "wgmma.mma_async" in ptx[slice(*loop)]]
         if not inner:

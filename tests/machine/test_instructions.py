@@ -168,9 +168,11 @@ def test_approximate_arithmetic(name):
     np.testing.assert_allclose(found["d"], function(torch.from_numpy(x).double()).numpy(), rtol=2.0**-22)
 
 
-COMPARED = {"eq": np.equal, "ne": lambda a, b: (a < b) | (a > b), "lt": np.less, "le": np.less_equal, "gt": np.greater,
-            "ge": np.greater_equal, "ltu": lambda a, b: ~(a >= b), "neu": np.not_equal,
-            "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b)}  # fmt: skip
+COMPARED = {
+    "eq": np.equal, "ne": lambda a, b: (a < b) | (a > b), "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "ge": np.greater_equal, "ltu": lambda a, b: ~(a >= b), "neu": np.not_equal,
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", COMPARED)
@@ -264,7 +266,7 @@ mad.lo.u32 %r3, %r4, 16, %r3;
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_of_eight_by_eight_halves(transposed):
-    """Lane 4 * row + pair holds two of a row's halves, or of a column's: written by one instruction, read by the other."""
+    """Lane 4 * row + pair holds two of a row's halves, or of a column's."""
     trans = ".trans" * transposed
     values = np.arange(2 * 4 * 64, dtype=np.uint16).reshape(2, 4, 8, 8)  # [warp, matrix, row, column]
     body = f"""{ROW}mad.lo.u32 %r5, %r60, 16, %r1;

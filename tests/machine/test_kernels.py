@@ -1,4 +1,4 @@
-"""The compiled kernels of one layer against fp64: a shape for each of their variants, and for --long the whole table."""
+"""The compiled kernels of one layer against fp64: a shape for each variant, and with --long the whole table."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_variants(dtype, c_in, c_out, size, n, kernel, stride, operation):
 @pytest.mark.long
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", [BF16, FP16, TF32], ids=["bf16", "fp16", "tf32"])
-@pytest.mark.parametrize("shape", TABLE, ids=lambda shape: "{}-{}@{} {}x{}/{}".format(*shape[:3], *shape[4:5] * 2, shape[5]))
+@pytest.mark.parametrize("shape", TABLE, ids=lambda s: f"{s[0]}-{s[1]}@{s[2]} {s[4]}x{s[4]}/{s[5]}")
 def test_table(shape, dtype, operation):
     Layer(dtype, *shape).check(operation)
 

@@ -60,7 +60,8 @@ def _assert_exact(found, tensors, options, dy):
     # on which side of zero an input of the ReLU falls is a matter of rounding: the kernels' own mask
     relu = options.get("activation", "relu") == "relu"
     mask = found["y"] > 0 if relu else torch.ones_like(dy, dtype=torch.bool)
-    golden = run(conv_bn_act, tensors, options | {"impl": "reference", "activation": None}, (dy * mask).double(), torch.float64)
+    exact = options | {"impl": "reference", "activation": None}
+    golden = run(conv_bn_act, tensors, exact, (dy * mask).double(), torch.float64)
     golden["y"] = golden["y"].relu() if relu else golden["y"]
     for key, value in found.items():
         # what the bias adds the batch's mean takes away: its gradient is zero, and what is there is rounding
