@@ -49,8 +49,10 @@ def watched():
 
 @contextlib.contextmanager
 def standing_for(gpu: str, kind: str = "meta"):
-    """Within it tensors on devices of that kind count, in this thread, as tensors on a GPU that runs the kernels; "": of
-    no known name."""
+    """Within it tensors on devices of that kind count, in this thread, as tensors on a GPU that runs the kernels.
+
+    gpu: its name, or "".
+    """
     _state.stand_in, saved = (kind, gpu), _state.stand_in
     try:
         yield

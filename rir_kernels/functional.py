@@ -279,7 +279,7 @@ def _values(statistics):
 
 def _update_running(running_mean, running_var, mean, var, momentum, count):
     # as torch does it, in fp32, rounded once to the buffers' dtype; both at a time, since every launch counts beside a
-    # small layer. The kernel that a plan updates them by (triton.batchnorm) fuses products and sums: an ulp apart at times
+    # small layer. A plan's kernel (triton.batchnorm) fuses product and sum: an ulp apart at times
     running = [_values(running_mean), _values(running_var)]
     batch = torch._foreach_mul([mean.detach(), var.detach()], [momentum, momentum * count / (count - 1)])
     if mean.dtype == running_mean.dtype == running_var.dtype:

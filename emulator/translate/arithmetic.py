@@ -94,7 +94,7 @@ def extreme(code, i):
 
 @instruction("and", "or", "xor")
 def logic(code, i):
-    binary(code, i, code.known(i), f"{{a}} {dict(zip(('and', 'or', 'xor'), '&|^'))[i.name]} {{b}}")
+    binary(code, i, code.known(i), {"and": "{a} & {b}", "or": "{a} | {b}", "xor": "{a} ^ {b}"}[i.name])
 
 
 @instruction("not", "neg", "abs", "sqrt", "ex2", "rcp", "rsqrt")

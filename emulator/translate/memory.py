@@ -14,9 +14,8 @@ def vector(operand):
 def space_of(i, *known):
     """The state space, where every other modifier is known, or says how caches should behave."""
     space = next((m.split("::")[0] for m in i.modifiers if m.split("::")[0] in ("param", *WIDTHS)), None)
-    hints = ("L1::", "L2::")
-    if space is None or [m for m in i.modifiers[:-1]
-                         if m not in ("v2", "v4", space, f"{space}::cta", *known) and not m.startswith(hints)]:  # fmt: skip
+    known = ("v2", "v4", space, f"{space}::cta", *known)
+    if space is None or any(m not in known and not m.startswith(("L1::", "L2::")) for m in i.modifiers[:-1]):
         raise i.refused()
     return space
 

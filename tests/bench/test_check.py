@@ -75,7 +75,8 @@ def test_nothing_to_compare(tmp_path):
         (
             {"kind": "poem"},
             "a.json",
-            "unknown kind 'poem', expected one of ablation, first, hessian, machine, matrix, memory, simulated, training",
+            "unknown kind 'poem', expected one of ablation, first, hessian, machine, matrix, memory, simulated, "
+            "training",
         ),
         ('{"epoch": 1}\n{', "a.jsonl", "cannot be read as JSON lines"),
         ('{"step": 1}\n', "a.jsonl", "unknown: expected a training run's log"),

@@ -36,7 +36,7 @@ def in_loop(pattern, replacement):
 def without_barrier_before_store(ptx):
     store = ptx.rfind("cp.async.bulk.tensor.4d.global")
     barrier = ptx.rfind("bar.sync", 0, store)
-    return ptx[:barrier] + ptx[ptx.index(";", barrier) + 1 :] if 0 < barrier else None
+    return ptx[:barrier] + ptx[ptx.index(";", barrier) + 1 :] if barrier > 0 else None
 
 
 def with_wait_behind(ptx):
@@ -66,7 +66,9 @@ FAULTS = {
     "a TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 0)),
     "a later TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 3)),
     "a product begins before its operand is waited for": (FORWARD, "plain", with_wait_behind),
-    "too many bytes are expected": (FORWARD, "plain", nth(r"(expect_tx\.shared\.b64 _, \[%r\d+\], )\d+;", r"\g<1>8208;", 1)),
+    "too many bytes are expected": (
+        FORWARD, "plain", nth(r"(expect_tx\.shared\.b64 _, \[%r\d+\], )\d+;", r"\g<1>8208;", 1),
+    ),
     "no proxy fence before the TMA store": (FORWARD, "plain", nth(r"fence\.proxy\.async\.shared::cta;", "", -1)),
     "the TMA store is not waited for": (FORWARD, "plain", nth(r"cp\.async\.bulk\.wait_group\.read\s+0;", "", -1)),
     "no barrier before the TMA store": (FORWARD, "plain", without_barrier_before_store),
@@ -91,5 +93,7 @@ FAULTS = {
         WEIGHT, "wgrad", lambda ptx: re.sub(WAIT, "wgmma.wait_group.sync.aligned 7;", ptx),
     ),
     "weight gradient: a TMA load is not waited for": (WEIGHT, "wgrad", nth(LANDED, "", 0)),
-    "weight gradient: an operand is not transposed": (WEIGHT, "wgrad", nth(r"(wgmma\.mma_async[^;]*), 1, 1;", r"\1, 1, 0;", 0)),
+    "weight gradient: an operand is not transposed": (
+        WEIGHT, "wgrad", nth(r"(wgmma\.mma_async[^;]*), 1, 1;", r"\1, 1, 0;", 0),
+    ),
 }  # fmt: skip

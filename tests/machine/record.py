@@ -23,7 +23,7 @@ class _Writer:
     """Where the tests are dealt out, or run if they are not."""
 
     def __init__(self):
-        self._file = Path(os.environ[RECORD]).open("a")
+        self._path = Path(os.environ[RECORD])
         self._tests = {}
 
     def pytest_runtest_logreport(self, report):
@@ -38,8 +38,8 @@ class _Writer:
             ends |= {"outcome": report.outcome, "why": why.removeprefix("Skipped: ")}
         if report.when == "teardown":
             line = {"test": _name(report.nodeid), **self._tests.pop(report.nodeid)}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def pytest_configure(config):

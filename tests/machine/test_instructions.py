@@ -10,14 +10,17 @@ from emulator.ptx import Unsupported, parse
 
 from .snippets import execute
 
-I32 = np.array([0, 1, -1, 2, -2, 7, -7, 31, 32, 33, 100, -100, 65535, 65536, -65536, 12345, -54321, 2**30, -(2**30), 2**31 - 1,
-                -(2**31), -(2**31) + 1, 3, 5, 9, 17, -17, 64, 255, 256, -255, 4096], dtype=np.int32)  # fmt: skip
+I32 = np.array([
+    0, 1, -1, 2, -2, 7, -7, 31, 32, 33, 100, -100, 65535, 65536, -65536, 12345, -54321, 2**30, -(2**30), 2**31 - 1,
+    -(2**31), -(2**31) + 1, 3, 5, 9, 17, -17, 64, 255, 256, -255, 4096,
+], dtype=np.int32)  # fmt: skip
 J32 = np.roll(I32, 5)
 NONZERO = np.where(J32 == 0, 11, J32)
 COUNTS = np.arange(32, dtype=np.uint32) * 2  # of bits, past the register too
-F32 = np.array([0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 3.25, -3.75, 1e-3, 1e3, 1e10, -1e10, 1e-30, 1e-40, math.inf, -math.inf,
-                math.nan, 65504.0, 65520.0, 1e38, 3.4e38, 0.1, 0.2, 0.3, 1.0039062, 1.0117188, -7.0, 255.5, 2**31, -(2.0**31)],
-               dtype=np.float32)  # fmt: skip
+F32 = np.array([
+    0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 3.25, -3.75, 1e-3, 1e3, 1e10, -1e10, 1e-30, 1e-40, math.inf, -math.inf,
+    math.nan, 65504.0, 65520.0, 1e38, 3.4e38, 0.1, 0.2, 0.3, 1.0039062, 1.0117188, -7.0, 255.5, 2**31, -(2.0**31),
+], dtype=np.float32)  # fmt: skip
 G32 = np.roll(F32, 3)
 HALVES = torch.from_numpy(F32).half().numpy()
 BF16 = torch.from_numpy(F32).bfloat16()
