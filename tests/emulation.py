@@ -13,14 +13,17 @@ from rir_kernels import dispatch
 
 NAME = "an emulated sm_90"
 
-emulator: run.Emulator | None = None  # this process's
+# this process's
+driver: Driver | None = None
+emulator: run.Emulator | None = None
 
 
 def start() -> None:
     """Before anything imports Triton."""
-    global emulator
+    global driver, emulator
     os.environ["TRITON_INTERPRET"] = "0"
-    emulator = run.Emulator(Driver())
+    driver = Driver()
+    emulator = run.Emulator(driver)
     dispatch.all_stand_for(NAME, "cpu")
 
 

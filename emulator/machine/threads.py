@@ -44,8 +44,8 @@ class Launch:
 class Threads:
     """Warps `first` to `first + warps` of each of the programs, which have a slot of shared memory each.
 
-    `run` goes on until every thread has ended, waits at a barrier, or has looked at an mbarrier in vain. Translated blocks
-    call the methods that take a mask `m`; None stands for all threads.
+    `run` goes on until every thread has ended, waits at a barrier, or has looked at an mbarrier in vain. Translated
+    code calls the methods that take a mask `m`; None stands for all threads.
     """
 
     def __init__(self, launch: Launch, shared: Shared, programs: range, first: int, warps: int):
