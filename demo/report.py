@@ -143,7 +143,7 @@ def _kernels(results):
         f"{title}<p>The Triton kernels of single layers, forward and backward, {escape(tables.where(results))}. "
         "Errors of the output and of the convolutions' gradients, beside those PyTorch makes; a layer's name is its "
         "channels, /2 for stride 2, and its image.</p>"
-        + _table(tables.KERNEL_HEADER, tables.kernel_rows(results), text=3, failed=_failed_cases(cases))
+        + _table(tables.KERNEL_HEADER, tables.kernel_rows(cases), text=3, failed=_failed_cases(cases))
         + _figure(
             plots.errors(groups, "Error of every tensor of the layers, PyTorch's own, and the budget"),
             "Every tensor of these layers, in both modes.",
@@ -180,6 +180,10 @@ def _compiled(results):
 
 
 def _speeds(results):
+    if cases := results["emulated"]:
+        return f"<h2>The compiled kernels, emulated</h2><p>{escape(tables.EMULATED)}</p>" + _table(
+            tables.KERNEL_HEADER, tables.kernel_rows(cases), text=3, failed=_failed_cases(cases)
+        )
     title = "<h2>The kernels' speed</h2>"
     if not results["speeds"]:
         return title + _skipped(results, "speeds")

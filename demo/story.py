@@ -13,7 +13,7 @@ from rir_kernels import dispatch
 from rir_kernels.triton.inspect import ARCHS
 from rir_kernels.triton.shapes import SHAPE_TABLE
 
-from . import console, data, kernels, speeds, tables, training
+from . import console, data, emulated, kernels, speeds, tables, training
 
 SCHEMA = 1
 WIDTHS = {"cpu": (16, 32, 64), "cuda": (96, 192, 384)}  # the paper's thin and wide networks
@@ -39,8 +39,8 @@ def tell(args) -> dict:
         _check_kernels(device, results)
     with _chapter(results, f"The kernels, compiled for {kernels.ARCH}"):
         _compile(results)
-    with _chapter(results, "The kernels' speed"):
-        _measure(device, results)
+    with _chapter(results, "The kernels' speed" if device.type == "cuda" else "The compiled kernels, emulated"):
+        _measure(device, results) if device.type == "cuda" else _emulate(results)
 
     results["passed"] = not results["failures"]
     return results
@@ -155,7 +155,7 @@ def _check_kernels(device, results):
         for case in cases:
             results["kernels"] += kernels.check(*case, device)
             advance()
-    console.table(tables.KERNEL_HEADER, tables.kernel_rows(results), left=3)
+    console.table(tables.KERNEL_HEADER, tables.kernel_rows(results["kernels"]), left=3)
     tensors = [row for case in results["kernels"] for row in case["rows"]]
     passed = sum(row["passed"] for row in tensors)
     failed = [f"{case['title']} in {case['dtype']}" for case in results["kernels"] if not case["passed"]]
@@ -177,10 +177,23 @@ def _compile(results):
     _require(results, not failed, f"{len(rows) - len(failed)} of {len(rows)} kernels pass the gate")
 
 
+def _emulate(results):
+    results["speeds"], results["emulated"] = [], []
+    if missing := emulated.obstacle():
+        return _skip(
+            results, "speeds", f"No speed was measured: that takes a GPU. Nor is one emulated: that needs {missing}."
+        )
+    console.note(tables.EMULATED)
+    with console.steps(f"executing what was compiled for {kernels.ARCH}, in bf16", None):
+        results["emulated"] = emulated.check()
+    console.table(tables.KERNEL_HEADER, tables.kernel_rows(results["emulated"]), left=3)
+    tensors = [row["passed"] for case in results["emulated"] for row in case["rows"]]
+    text = f"{sum(tensors)} of {len(tensors)} tensors in bf16 are within their budgets, emulated"
+    _require(results, all(tensors), text)
+
+
 def _measure(device, results):
-    results["speeds"] = []
-    if device.type != "cuda":
-        return _skip(results, "speeds", "No speed of the kernels was measured: that takes a GPU, and none is here.")
+    results["speeds"], results["emulated"] = [], []
     if missing := kernels.obstacle(device):
         return _skip(results, "speeds", f"Not measured: the kernels need {missing}.")
     with console.steps("measuring", len(SHAPE_TABLE)) as advance:

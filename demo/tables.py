@@ -120,7 +120,13 @@ def where(results) -> str:
     return "on the GPU" if results["device"]["type"] == "cuda" else "in Triton's interpreter, on the CPU"
 
 
-def kernel_rows(results) -> list[list[str]]:
+EMULATED = (
+    "No GPU is here, so no speed was measured. What Triton compiled for one was executed instead, instruction by "
+    "instruction, on this CPU: emulated, and in bf16, which the interpreter has not."
+)
+
+
+def kernel_rows(cases) -> list[list[str]]:
     return [
         [
             case["title"],
@@ -130,7 +136,7 @@ def kernel_rows(results) -> list[list[str]]:
             *_pair(row for row in case["rows"] if row["kind"] == "param grad" and "conv" in row["name"]),
             f"{max(map(used, case['rows'])):.0%}",
         ]
-        for case in results["kernels"]
+        for case in cases
     ]
 
 
@@ -179,7 +185,7 @@ def speed_rows(results) -> list[list[str]]:
 
 def closing(results) -> str:
     """The whole demo in a line."""
-    reports = [*results["equivalence"], *results["kernels"]]
+    reports = [*results["equivalence"], *results["kernels"], *results["emulated"]]
     tensors = [row["passed"] for report in reports for row in report["rows"]]
     parts = [
         f"equivalent: {'yes' if results['passed'] else 'NO'}",

@@ -24,12 +24,13 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests marked long as well")
     emulated = "run the tests marked gpu on an emulated GPU, those of tests/machine, and no others"
     parser.addoption("--emulated", action="store_true", help=emulated)
+    parser.addoption("--arch", type=int, default=90, help="with --emulated: 90 for sm_90, or 80")
     parser.addoption("--sample", type=int, default=1, metavar="N", help="with --emulated: one in N of those marked gpu")
 
 
 def pytest_configure(config):
     if config.getoption("--emulated"):
-        emulation.start()
+        emulation.start(config.getoption("--arch"))
     elif not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -40,7 +41,7 @@ def _interpreting():
 
 def pytest_report_header(config):
     if config.getoption("--emulated"):
-        return f"kernels run on {emulation.NAME}, on this CPU: nothing is seen on a GPU"
+        return f"kernels run on an emulated sm_{emulation.driver.arch}, on this CPU: nothing is seen on a GPU"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -1,4 +1,4 @@
-"""`pytest --emulated`: tests marked gpu run what Triton compiles for sm_90 on this machine's CPU, by `emulator/`.
+"""`pytest --emulated`: tests marked gpu run what Triton compiles for a GPU on this machine's CPU, by `emulator/`.
 
 A CPU's tensors stand for a GPU's. What such a test shows is what the compiled code computes, not how a GPU runs it.
 """
@@ -11,20 +11,18 @@ from emulator import run
 from emulator.driver import Driver
 from rir_kernels import dispatch
 
-NAME = "an emulated sm_90"
-
 # this process's
 driver: Driver | None = None
 emulator: run.Emulator | None = None
 
 
-def start() -> None:
-    """Before anything imports Triton."""
+def start(arch: int) -> None:
+    """Before anything imports Triton. arch: the GPU's, 90 for sm_90."""
     global driver, emulator
     os.environ["TRITON_INTERPRET"] = "0"
-    driver = Driver()
+    driver = Driver(arch)
     emulator = run.Emulator(driver)
-    dispatch.all_stand_for(NAME, "cpu")
+    dispatch.all_stand_for(f"an emulated sm_{arch}", "cpu")
 
 
 def gpu() -> torch.device:

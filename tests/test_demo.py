@@ -186,7 +186,7 @@ def results():
         "training": training.summary(curves, accuracies, training.judge(curves, accuracies, EPS, tested=300)),
         "kernels": [{"title": "8 to 8", "dtype": "float32", **equivalence(True)}],
         "compiled": {"arch": "sm_90", "shared_kb": 227, "rows": [kernel]},
-        "speeds": [],
+        "speeds": [], "emulated": [],
     }  # fmt: skip
 
 
@@ -218,6 +218,13 @@ def test_page_with_speeds_and_without_kernels(results):
     results["kernels"], results["compiled"]["rows"] = [], []
     results["skipped"] = {"kernels": "no kernels", "compiled": "no compiler"}
     assert "no compiler" in report.build(results)
+
+
+def test_page_with_what_was_emulated(results):
+    results["emulated"] = [{"title": "8 to 9", "dtype": "bfloat16", **equivalence(True)}]
+    page = report.build(results)
+    assert "The compiled kernels, emulated" in page and "8 to 9" in page and "bf16" in page
+    assert "No GPU &amp; no speed." not in page
 
 
 def test_files(results, tmp_path):

@@ -15,14 +15,16 @@ RECORD, PASSED = "MACHINE_RECORD", "MACHINE_PASSED"
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     passed = set(Path(os.environ[PASSED]).read_text().splitlines())
-    config.hook.pytest_deselected(items=[item for item in items if _name(item.nodeid) in passed])
-    items[:] = [item for item in items if _name(item.nodeid) not in passed]
+    arch = config.getoption("--arch")
+    config.hook.pytest_deselected(items=[item for item in items if _name(item.nodeid, arch) in passed])
+    items[:] = [item for item in items if _name(item.nodeid, arch) not in passed]
 
 
 class _Writer:
     """Where the tests are dealt out, or run if they are not."""
 
-    def __init__(self):
+    def __init__(self, arch):
+        self._arch = arch
         self._path = Path(os.environ[RECORD])
         self._tests = {}
 
@@ -37,16 +39,16 @@ class _Writer:
             )
             ends |= {"outcome": report.outcome, "why": why.removeprefix("Skipped: ")}
         if report.when == "teardown":
-            line = {"test": _name(report.nodeid), **self._tests.pop(report.nodeid)}
+            line = {"test": _name(report.nodeid, self._arch), **self._tests.pop(report.nodeid)}
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Writer())
+        config.pluginmanager.register(_Writer(config.getoption("--arch")))
 
 
-def _name(nodeid):
-    """Without the group that pytest-xdist adds."""
-    return nodeid.partition("@tests/")[0]
+def _name(nodeid, arch):
+    """Without the group that pytest-xdist adds, and with the GPU."""
+    return f"sm_{arch} {nodeid.partition('@tests/')[0]}"

@@ -23,7 +23,11 @@ def step():
     def run():
         layers.load_state_dict(state)
         y = layers(x)
-        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), list(layers.parameters())), *layers.buffers()]
+        return [
+            y.detach(),
+            *torch.autograd.grad(y.float().square().sum(), list(layers.parameters())),
+            *layers.buffers(),
+        ]
 
     for _ in range(2):
         run()
@@ -36,7 +40,9 @@ def host_calls(*names):
     calls = []
 
     def noting(name, function):
-        return lambda *args, **options: calls.append((name, len(emulation.emulator.records))) or function(*args, **options)
+        return lambda *args, **options: (
+            calls.append((name, len(emulation.emulator.records))) or function(*args, **options)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
