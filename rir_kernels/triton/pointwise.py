@@ -28,7 +28,8 @@ def load_channels(ptr, channels, C, default):
     """A per-channel fp32 vector, or `default` where the argument is None (no affine parameters)."""
     if ptr is None:
         return tl.full(channels.shape, default, tl.float32)
-    return tl.load(ptr + channels, mask=channels < C, other=default).to(tl.float32)
+    else:  # Triton compiles what follows a return, but not the branch that is not taken
+        return tl.load(ptr + channels, mask=channels < C, other=default).to(tl.float32)
 
 
 @triton.jit
