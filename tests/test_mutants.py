@@ -19,7 +19,7 @@ SOUND = Mutant(
 
 
 def test_table():
-    assert len(MUTANTS) >= 36
+    assert len(MUTANTS) >= 36 and sum(mutant.emulated for mutant in MUTANTS) >= 15
     assert problems(MUTANTS, ROOT) == []
 
 
@@ -37,6 +37,7 @@ def test_what_is_wrong_with_a_table():
     assert "invalid syntax" in _problem(new="consumers: int = =")
     assert _problem(file="rir_kernels/none.py").startswith("one: ")
     assert _problem(tests=("tests/none.py",)) == "one: no file tests/none.py"
+    assert _problem(unseen=("tests/none.py",)) == "one: no file tests/none.py"
     assert _problem(tests=("tests/test_mutants.py::test_none[x::y]",)) == "one: no test_none in tests/test_mutants.py"
 
 
@@ -50,14 +51,23 @@ def test_what_counts_as_killed():
         late = Outcome(out_of_time, LIMIT, "")
         assert verdict(late, passed) == ("killed", "out of time")
         assert verdict(late, late)[0] == "error"
+    assert verdict(failed, unseen=passed) == (
+        "killed",
+        "kernels/test_x.py::test_y[a b] (emulated), unseen by the interpreter",
+    )
+    assert verdict(passed, unseen=passed) == ("SURVIVED", "")
+    for seen in (failed, Outcome(5, 1.0, "")):
+        assert verdict(failed, unseen=seen)[0] == "error"
     for status in (2, 3, 4, 5):  # interrupted, internal error, usage, nothing collected: no test has judged
         assert verdict(Outcome(status, 1.0, "why"))[0] == "error"
 
 
 @pytest.mark.long
 def test_a_run_sees_the_fault_and_a_run_without_it_does_not():
-    """In a process of its own, as the command has it: it forks, and has imported nothing of the checkout."""
-    command = [sys.executable, "-m", "tests.mutants", "--only", "joined streams: gradients swapped"]
+    """One fault of each kind, in a process of its own, as the command has it: nothing of the checkout imported."""
+    names = ["joined streams: gradients swapped", "compiled: the default stream"]
+    command = [sys.executable, "-m", "tests.mutants", "--only", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "killed 1 of 1"
+    assert done.stdout.splitlines()[-1] == "killed 2 of 2"
+    assert done.stdout.count("(emulated), unseen by the interpreter") == 1

@@ -27,10 +27,9 @@ def wait_ahead(OVERLAP: tl.constexpr):
 def load_channels(ptr, channels, C, default):
     """A per-channel fp32 vector, or `default` where the argument is None (no affine parameters)."""
     if ptr is None:
-        values = tl.full(channels.shape, default, tl.float32)
-    else:  # not after a return: what follows one is compiled all the same
-        values = tl.load(ptr + channels, mask=channels < C, other=default).to(tl.float32)
-    return values
+        return tl.full(channels.shape, default, tl.float32)
+    else:  # Triton compiles what follows a return, but not the branch that is not taken
+        return tl.load(ptr + channels, mask=channels < C, other=default).to(tl.float32)
 
 
 @triton.jit

@@ -29,9 +29,9 @@ def recorded(monkeypatch):
 def test_the_op_repeats_its_plans(target, recorded):
     """One plan a direction for each kind of call, and the bits of launches that are made anew."""
     layer = rir.ConvBNAct(8, 8, 3, impl="triton", device=target[0], dtype=target[1])
-    layer.to(memory_format=torch.channels_last)
     scaled = rir.ConvBNAct(8, 8, 3, impl="triton", branch_scale=0.5, device=target[0], dtype=target[1])
-    scaled.load_state_dict(layer.state_dict())
+    for module in (layer, scaled):  # alike but for the options
+        module.to(memory_format=torch.channels_last).load_state_dict(layer.state_dict())
     calls = {"first": (layer, 2), "again": (layer, 2), "batch": (layer, 3), "options": (scaled, 2)}
     kinds = 0
     for seed, (name, (module, batch)) in enumerate(calls.items()):

@@ -35,7 +35,8 @@ def main(argv=None) -> int:
     mutants = [mutant for mutant in MUTANTS if not arguments.only or mutant.name in arguments.only]
     if arguments.list:
         for mutant in mutants:
-            console.print(escape(f"{mutant.name}  {mutant.file}  {' '.join(mutant.tests)}"), soft_wrap=True)
+            where = "emulated" if mutant.emulated else "interpreted"
+            console.print(escape(f"{mutant.name}  {where}  {mutant.file}  {' '.join(mutant.tests)}"), soft_wrap=True)
         return 0
 
     width = max(len(mutant.name) for mutant in mutants)

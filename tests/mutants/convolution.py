@@ -140,7 +140,7 @@ CONVOLUTION = [
     ),
     Mutant(
         "statistics: sums beyond the image left as they are", CONV,
-        "if count < P * ROWS:", "if count < 0:", STATISTICS,
+        "if count < P * ROWS:", "if count < 0:", _tiles("odd channels-two groups"),
     ),
     Mutant(
         "statistics: lanes beyond the image in M2", CONV,

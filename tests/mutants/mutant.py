@@ -9,13 +9,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mutant:
-    """`file` with `new` in place of `old`; `tests` are the arguments of pytest that must notice it."""
+    """`file` with `new` in place of `old`; `tests` are the arguments of pytest that must notice it.
+
+    They run in Triton's interpreter. Where `unseen` names tests that pass there all the same, it is a fault of the
+    compiled path: `tests` run what Triton compiles, on the emulated GPU.
+    """
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+
+    @property
+    def emulated(self) -> bool:
+        return bool(self.unseen)
 
     def source(self, root: Path) -> str:
         """The file's text with the fault in it. ValueError where `old` is not there exactly once."""
@@ -37,7 +46,7 @@ def problems(mutants: list[Mutant], root: Path) -> list[str]:
             wrong.append(str(error))
         except (OSError, SyntaxError) as error:
             wrong.append(f"{mutant.name}: {error}")
-        wrong += [f"{mutant.name}: {missing}" for missing in _missing_tests(mutant.tests, root)]
+        wrong += [f"{mutant.name}: {missing}" for missing in _missing_tests(mutant.tests + mutant.unseen, root)]
     return wrong
 
 

@@ -104,10 +104,10 @@ NORMS = [
     ),
     Mutant(
         "batches counted by every program", NORM,
-        "tl.load(batches_ptr) + 1, mask=tl.program_id(0) == 0)", "tl.load(batches_ptr) + 1)", MERGE,
+        "is_first = tl.program_id(0) == 0", "is_first = tl.program_id(0) >= 0", MERGE,
     ),
     Mutant(
-        "batches not counted", NORM, "tl.load(batches_ptr) + 1,", "tl.load(batches_ptr),", MERGE,
+        "batches not counted", NORM, "mask=is_first, other=0) + 1", "mask=is_first, other=0)", MERGE,
     ),
     Mutant(
         "cumulative average: the batch not counted", "rir_kernels/norm_state.py",

@@ -1,7 +1,8 @@
 """Runs selections of tests in copies of the checkout, each with a fault in one file or without.
 
-A run is a fork of this process, which has imported what takes long and is the same for all, and nothing of the checkout
-that a fault could be in. Limits are of processor time: on a busy machine the verdicts are the same.
+A run is a fork of this process, which has imported what takes long and is the same for all: nothing of the checkout
+that a fault could be in, and not Triton, which must be told first whether to interpret kernels. Compiled kernels are
+kept in Triton's cache, by their source. Limits are of processor time: on a busy machine the verdicts are the same.
 """
 
 import importlib.util
@@ -19,8 +20,9 @@ from pathlib import Path
 from .mutant import Mutant
 
 LIMIT = 20  # seconds of a run
+EMULATED_LIMIT = 120  # likewise, where kernels are compiled, and emulated in two timings
 ASLEEP = 30 * LIMIT  # until one that waits for something is ended
-COPIED = ("rir_kernels", "tests", "models", "bench", "demo", "pyproject.toml")
+COPIED = ("rir_kernels", "emulator", "tests", "models", "bench", "demo", "pyproject.toml")
 PASSED, FAILED = 0, 1  # pytest's; every other status means that no test has judged
 OUT_OF_TIME = -signal.SIGXCPU, -signal.SIGALRM
 
@@ -32,6 +34,7 @@ class Run:
     tests: tuple[str, ...]
     mutant: Mutant | None = None
     limit: int | None = LIMIT
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,7 @@ class Outcome:
 
 def outcomes(root: Path, runs: Iterable[Run], workers: int) -> Iterator[tuple[Run, Outcome]]:
     """Each run's, as they end; `workers` at a time."""
-    os.environ["TRITON_INTERPRET"] = "1"  # the tests are chosen by what runs there, on a GPU's machine too
-    for name in ("numpy", "pytest", "torch", "triton.language"):
+    for name in ("numpy", "pytest", "torch"):
         importlib.import_module(name)
     waiting, running = list(runs), {}
     while waiting or running:
@@ -99,26 +101,33 @@ def _pytest(folder, run):
     if run.limit is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (run.limit, run.limit + 5))
     os.chdir(folder)
-    os.environ |= {"PYTHONPATH": str(folder), "COLUMNS": "200"}
+    # the tests are chosen by what runs there, on a GPU's machine too
+    interpret = "0" if run.emulated else "1"
+    os.environ |= {"PYTHONPATH": str(folder), "COLUMNS": "200", "TRITON_INTERPRET": interpret}
     sys.path[:] = [str(folder), *(path for path in sys.path if path and not Path(path, "rir_kernels").is_dir())]
     for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
         del sys.modules[name]
     options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "tests.mutants.imported"]
-    return pytest.main([*options, *run.tests])
+    return pytest.main([*options, *["--emulated"] * run.emulated, *run.tests])
 
 
-def verdict(mutated: Outcome, alone: Outcome | None = None) -> tuple[str, str]:
+def verdict(mutated: Outcome, alone: Outcome | None = None, unseen: Outcome | None = None) -> tuple[str, str]:
     """("killed", by what), ("SURVIVED", "") or ("error", why no test has judged).
 
     alone: where the run was out of time, the same tests without the fault, in half of the time.
+    unseen: of the tests that must not notice the fault, in the interpreter.
     """
     if mutated.status == PASSED:
         return "SURVIVED", ""
     if mutated.status in OUT_OF_TIME and (alone is None or alone.status != PASSED):
-        return "error", f"out of time, and without the fault the tests take more than {LIMIT // 2} s too"
-    if mutated.status == FAILED or mutated.status < 0:
+        return "error", "out of time, and without the fault the tests take more than half of it too"
+    if mutated.status != FAILED and mutated.status >= 0:
+        return "error", f"pytest ended with status {mutated.status}: {mutated.first_failure}"
+    if unseen is None:
         return "killed", mutated.first_failure
-    return "error", f"pytest ended with status {mutated.status}: {mutated.first_failure}"
+    if unseen.status != PASSED:
+        return "error", f"killed (emulated), but not unseen by the interpreter: {unseen.first_failure}"
+    return "killed", f"{mutated.first_failure} (emulated), unseen by the interpreter"
 
 
 def run_all(root: Path, mutants: list[Mutant], workers: int, report) -> int:
@@ -126,33 +135,52 @@ def run_all(root: Path, mutants: list[Mutant], workers: int, report) -> int:
 
     Returns how many were killed: none where a test fails without a fault.
     """
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    # every selection once, many to a run
-    shares = [Run(tuple(tests[worker::workers]), limit=None) for worker in range(min(workers, len(tests)))]
     passed = True
-    for _, outcome in outcomes(root, shares, workers):
+    for _, outcome in outcomes(root, _without_faults(mutants, workers), workers):
         good = outcome.status == PASSED
         report(None, "passed" if good else "error", "" if good else outcome.first_failure, outcome.seconds)
         passed &= good
     if not passed:
         return 0
 
-    killed, late = 0, {}
-    for run, outcome in outcomes(root, (Run(mutant.tests, mutant) for mutant in mutants), workers):
-        if outcome.status in OUT_OF_TIME:
-            late[run.mutant] = outcome
+    killed, late, met = 0, {}, {}
+    for run, outcome in outcomes(root, [run for mutant in mutants for run in _runs(mutant)], workers):
+        mutant = run.mutant
+        met[mutant, run.emulated] = outcome
+        if not all((mutant, other.emulated) in met for other in _runs(mutant)):
             continue
-        killed += _reported(report, run.mutant, outcome)
-    alone = {run.tests: outcome for run, outcome in outcomes(root, _without_fault(late), workers)}
-    return killed + sum(_reported(report, mutant, late[mutant], alone[mutant.tests]) for mutant in late)
+        if met[mutant, mutant.emulated].status in OUT_OF_TIME:
+            late[mutant] = None
+        else:
+            killed += _reported(report, mutant, met)
+    again = {run: outcome for run, outcome in outcomes(root, dict.fromkeys(map(_alone, late)), workers)}
+    return killed + sum(_reported(report, mutant, met, again[_alone(mutant)]) for mutant in late)
 
 
-def _without_fault(mutants):
-    return [Run(tests, limit=LIMIT // 2) for tests in dict.fromkeys(mutant.tests for mutant in mutants)]
+def _without_faults(mutants, workers):
+    """Every selection once, many to a run."""
+    for emulated in (True, False):
+        tests = {test for mutant in mutants for run in _runs(mutant) if run.emulated == emulated for test in run.tests}
+        for worker in range(min(workers, len(tests))):
+            yield Run(tuple(sorted(tests)[worker::workers]), limit=None, emulated=emulated)
 
 
-def _reported(report, mutant, outcome, alone=None) -> bool:
+def _runs(mutant):
+    limit = EMULATED_LIMIT if mutant.emulated else LIMIT
+    yield Run(mutant.tests, mutant, limit, mutant.emulated)
+    if mutant.emulated:
+        yield Run(mutant.unseen, mutant)
+
+
+def _alone(mutant):
+    """What judges the fault, without it and in half of the time."""
+    run = next(_runs(mutant))
+    return Run(run.tests, None, run.limit // 2, run.emulated)
+
+
+def _reported(report, mutant, met, alone=None) -> bool:
     """Whether the mutant was killed."""
-    word, text = verdict(outcome, alone)
-    report(mutant, word, text, outcome.seconds)
+    mutated, unseen = met[mutant, mutant.emulated], met[mutant, False] if mutant.emulated else None
+    word, text = verdict(mutated, alone, unseen)
+    report(mutant, word, text, mutated.seconds + (unseen.seconds if unseen else 0.0))
     return word == "killed"
