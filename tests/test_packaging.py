@@ -43,7 +43,7 @@ def test_data_of_the_package_are_shipped(tmp_path):
 def test_the_source_distribution_can_be_tested():
     """The builder adds pyproject.toml, README.md and LICENSE by itself."""
     found = files_of(SdistBuilder)
-    assert sources("rir_kernels", "tests", "docs") | {"Makefile", "CHANGELOG.md"} <= found
+    assert sources("rir_kernels", "tests", "docs", "emulator") | {"Makefile", "CHANGELOG.md"} <= found
     assert {"bench/__main__.py", "models/train.py", "demo/__main__.py", "scripts/setup-venv.sh"} <= found
 
 
