@@ -76,7 +76,7 @@ def _stands_in(device):
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether x is on a GPU, or stands for a tensor that is."""
-    return x.is_cuda or _stands_in(x.device)
+    return x.device.type == "cuda" or _stands_in(x.device)
 
 
 def plainly_eager() -> bool:
@@ -148,7 +148,7 @@ def _choose(x, weight, spec, training):
         return "torch", "the kernels take float16, bfloat16 and float32"
     if _transformed():
         return "torch", "the kernels have no rules for torch.func and forward-mode AD"
-    if missing := _missing_on(x.device.index) if x.is_cuda else triton_missing():
+    if missing := _missing_on(x.device.index) if x.device.type == "cuda" else triton_missing():
         warn_once(f"rir_kernels falls back to plain PyTorch: {missing}")
         return "torch", missing
     if weight is None:
@@ -162,7 +162,7 @@ def _choose(x, weight, spec, training):
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)
-    name = _device_name(x.device.index) if x.is_cuda else _state.stand_in[1] if _state.stand_in else ""
+    name = _device_name(x.device.index) if x.device.type == "cuda" else _state.stand_in[1] if _state.stand_in else ""
     measured = measured_choice(name, key)
     return (measured, "measured to be faster here") if measured else ("triton", "")
 
