@@ -13,9 +13,9 @@ from rir_kernels import dispatch
 from rir_kernels.chaining import Link
 from rir_kernels.joining import split
 
-from .targets import FP16_LONG, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
-targets = pytest.mark.parametrize("target", FP16_LONG)
+targets = pytest.mark.parametrize("target", TARGETS)
 
 
 @pytest.fixture

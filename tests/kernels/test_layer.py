@@ -9,7 +9,7 @@ from helpers import assert_within_budget, formula, make_call, output_gradient, r
 import rir_kernels as rir
 from rir_kernels import functional, reference
 
-from .targets import FP16_LONG, TARGETS, crossed, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, crossed, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
 targets = pytest.mark.parametrize("target", TARGETS)
 impls = pytest.mark.parametrize("impl", ["triton", "hybrid"])
@@ -52,7 +52,7 @@ def test_within_the_budget(case, target, impl, training, poisoned):
 
 
 @impls
-@pytest.mark.parametrize("target", FP16_LONG)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_per_channel_vectors_with_gaps(impl, target, training):
     """Every other value of a buffer: the same bits as from dense vectors, gradients and running statistics too."""
@@ -84,7 +84,7 @@ def test_inputs_are_left_as_they_were(target, impl):
 
 
 @impls
-@pytest.mark.parametrize("target", FP16_LONG)
+@pytest.mark.parametrize("target", TARGETS)
 def test_same_bits_in_both_memory_formats_and_output_in_the_inputs(impl, target):
     tensors, options, dy = _call(CASES["P4 residual before the norm"], target, True)
     last = run(_fused(impl), tensors, options, dy)

@@ -8,9 +8,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import rir_kernels as rir
 
-from .targets import FP16_LONG, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
-targets = pytest.mark.parametrize("target", FP16_LONG)
+targets = pytest.mark.parametrize("target", TARGETS)
 impls = pytest.mark.parametrize("impl", ["triton", "hybrid"])
 
 

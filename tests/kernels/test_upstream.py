@@ -9,7 +9,7 @@ from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.config import holds_upstream, use_tile
 from rir_kernels.triton.tile import ConvConfig
 
-from .targets import FP16_LONG, TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
+from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 from .test_tiles import TILES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -158,7 +158,7 @@ def test_where_they_are_not_computed(target):
 
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("target", FP16_LONG)
+@pytest.mark.parametrize("target", TARGETS)
 def test_two_layers_by_way_of_each_other(target, impl, training):
     """The second layer's backward hands its sums to the first, whose gradients are those of its own reduction."""
     from rir_kernels.triton.launch import batchnorm
