@@ -6,7 +6,6 @@ import numpy as np
 
 from emulator.ptx import Program, Unsupported
 from emulator.translate import Translator
-from emulator.translate.code import PARAMETERS
 from emulator.translate.numbers import LANES
 
 from . import Fault
@@ -36,7 +35,7 @@ class Launch:
 
     def tensor_map(self, address: int) -> TensorMap:
         if address not in self._maps:
-            offset = address - PARAMETERS
+            offset = address & 0xFFFFFFFF  # from PARAMETERS, or extended from 32 bits
             self._maps[address] = TensorMap(self.parameters[offset : offset + 128])
         return self._maps[address]
 
@@ -176,3 +175,9 @@ class Threads:
             raw = self.launch.parameters[offset : offset + np.dtype(kind).itemsize]
             self._parameters[key] = self.full(np.frombuffer(raw, dtype=kind)[0])
         return self._parameters[key]
+
+    def parameter_at(self, addresses, kind):
+        """The one that each thread has chosen."""
+        offsets = addresses.astype(np.int64) & 0xFFFFFFFF
+        raw = np.frombuffer(self.launch.parameters, dtype=np.uint8)
+        return raw[offsets[:, None] + np.arange(np.dtype(kind).itemsize)].view(kind).reshape(-1)

@@ -116,7 +116,8 @@ class Code:
         if operand == "global_smem":
             return dtype(SHARED)
         if operand in self.program.parameters:
-            return np.uint64(PARAMETERS + self.program.parameters[operand][0])
+            # as a number of 32 bits it is the offset, as PARAMETERS has none of these set
+            return dtype(PARAMETERS + self.program.parameters[operand][0] & (1 << 8 * dtype(0).itemsize) - 1)
         if found := re.match(r"0[fF]([0-9A-Fa-f]{8})$", operand):
             raw = bytes.fromhex(found.group(1))
             return (

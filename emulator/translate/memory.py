@@ -25,6 +25,11 @@ def ld(code, i):
     kind = i.modifiers[-1]
     space = space_of(i, "nc", "relaxed", "acquire", "gpu")
     targets = vector(i.operands[0])
+    if space == "param" and code.is_register(i.operands[1][0].split("+")[0].strip()):
+        register = i.operands[1][0].split("+")[0].strip()
+        address = code.address(i.operands[1], code.program.registers[register][1])
+        code.write(i, targets[0], f"T.parameter_at({address}, {named(dtype_of(kind))})", kind)
+        return
     if space == "param":
         name, offset = re.match(r"(\w+)(?:\s*\+\s*(\d+))?$", i.operands[1][0]).groups()
         offset = code.program.parameters[name][0] + int(offset or 0)

@@ -40,9 +40,9 @@ def shift_right(a, amount):
 
 def high_half(a, b):
     """The upper half of a product."""
-    if a.itemsize == 4:
+    if a.itemsize < 8:
         wide = np.int64 if a.dtype.kind == "i" else np.uint64
-        return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(a.dtype)
+        return (np.multiply(a, b, dtype=wide) >> wide(8 * a.itemsize)).astype(a.dtype)
     a, b = np.broadcast_arrays(a, b)
     bits = (1 << 64) - 1
     return np.array([int(x) * int(y) >> 64 & bits for x, y in zip(a, b, strict=True)], dtype=np.uint64)

@@ -68,6 +68,8 @@ with np.errstate(all="ignore"):
         "mul.lo.s32 {d}, {a}, {b};": ((I32, J32), s32(lambda a, b: a * b)),
         "mul.hi.s32 {d}, {a}, {b};": ((I32, J32), s32(lambda a, b: a * b >> 32)),
         "mul.hi.u32 {d}, {a}, {b};": ((unsigned(I32), unsigned(J32)), u32(lambda a, b: a * b >> 32)),
+        "mul.hi.u16 {d}, {a}, 21846;": ((I32.astype(np.uint16),), wrapped(16, False, lambda a: a * 21846 >> 16)),
+        "mul.hi.s16 {d}, {a}, 21846;": ((I32.astype(np.int16),), wrapped(16, True, lambda a: a * 21846 >> 16)),
         "mul.wide.s32 {d}, {a}, {b};": ((I32, J32), wrapped(64, True, lambda a, b: a * b)),
         "mul.wide.u32 {d}, {a}, {b};": ((unsigned(I32), unsigned(J32)), wrapped(64, False, lambda a, b: a * b)),
         "mad.lo.s32 {d}, {a}, {b}, {a};": ((I32, J32), s32(lambda a, b: a * b + a)),
@@ -257,6 +259,21 @@ mov.u32 %r4, 9;
     found, _ = execute(body, {"table": table[:20]}, {"d": np.uint32})
     rows = table[:20].reshape(5, 4)
     np.testing.assert_array_equal(found["d"], [*(rows[:, 1] + rows[:, 3]), *[9] * 27])
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_parameter_that_each_thread_chooses(width):
+    register, others = {32: ("%r1", "%r2"), 64: ("%d14", "%d15")}[width]
+    body = f"""setp.lt.u32 %p1, %r60, 9;
+mov.b{width} {register}, snippet_param_0;
+mov.b{width} {others}, snippet_param_1;
+selp.b{width} {register}, {register}, {others}, %p1;
+ld.param.b64 %d16, [{register}];
+mul.wide.u32 %d17, %r60, 4;
+add.s64 %d16, %d16, %d17;
+ld.global.b32 {{d}}, [%d16];"""
+    found, _ = execute(body, {"a": I32, "b": J32}, {"d": np.int32})
+    np.testing.assert_array_equal(found["d"], np.where(LANE < 9, I32, J32))
 
 
 ROW = """mov.u32 %r1, global_smem;
