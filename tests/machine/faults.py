@@ -53,7 +53,14 @@ def with_wait_behind(ptx):
 def with_slice_twice(ptx):
     """The second slice of k begins where the first does."""
     found = re.search(r"(add\.s64\s+%rd\d+, %rd\d+, )(-?\d{15,});", ptx)
-    return found and ptx[: found.start()] + f"{found[1]}{int(found[2]) - 2};" + ptx[found.end() :]
+    if found:
+        return ptx[: found.start()] + f"{found[1]}{int(found[2]) - 2};" + ptx[found.end() :]
+    # since Triton 3.9 each descriptor is put together by itself: those of A and B in turn
+    descriptors = list(re.finditer(r"(or\.b64\s+%rd\d+, )(%rd\d+)(, -?\d{15,};)", ptx))
+    if len(descriptors) < 3:
+        return None
+    first, second = descriptors[0], descriptors[2]
+    return ptx[: second.start()] + second[1] + first[2] + second[3] + ptx[second.end() :]
 
 
 FORWARD, WEIGHT, STATISTICS = "_conv_fwd_kernel", "_conv_bwd_weight_kernel", "_bn_stats_fwd_kernel"
@@ -67,10 +74,10 @@ FAULTS = {
     "a later TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 3)),
     "a product begins before its operand is waited for": (FORWARD, "plain", with_wait_behind),
     "too many bytes are expected": (
-        FORWARD, "plain", nth(r"(expect_tx\.shared\.b64 _, \[%r\d+\], )\d+;", r"\g<1>8208;", 1),
+        FORWARD, "plain", nth(r"(expect_tx\.shared(?:::cta)?\.b64 _, \[%r\d+\], )\d+;", r"\g<1>8208;", 1),
     ),
     "no proxy fence before the TMA store": (FORWARD, "plain", nth(r"fence\.proxy\.async\.shared::cta;", "", -1)),
-    "the TMA store is not waited for": (FORWARD, "plain", nth(r"cp\.async\.bulk\.wait_group\.read\s+0;", "", -1)),
+    "the TMA store is not waited for": (FORWARD, "plain", nth(r"cp\.async\.bulk\.wait_group(?:\.read)?\s+0;", "", -1)),
     "no barrier before the TMA store": (FORWARD, "plain", without_barrier_before_store),
     "no barrier frees a stage": (FORWARD, "plain", in_loop(r"bar\.sync\s+0;", "")),
     "a matrix descriptor has another swizzle": (
