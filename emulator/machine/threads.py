@@ -176,8 +176,9 @@ class Threads:
             self._parameters[key] = self.full(np.frombuffer(raw, dtype=kind)[0])
         return self._parameters[key]
 
-    def parameter_at(self, addresses, kind):
+    def parameter_at(self, addresses, kind, m):
         """The one that each thread has chosen."""
         offsets = addresses.astype(np.int64) & 0xFFFFFFFF
+        offsets = offsets if m is None else np.where(m, offsets, 0)
         raw = np.frombuffer(self.launch.parameters, dtype=np.uint8)
         return raw[offsets[:, None] + np.arange(np.dtype(kind).itemsize)].view(kind).reshape(-1)

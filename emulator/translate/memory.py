@@ -28,7 +28,7 @@ def ld(code, i):
     if space == "param" and code.is_register(i.operands[1][0].split("+")[0].strip()):
         register = i.operands[1][0].split("+")[0].strip()
         address = code.address(i.operands[1], code.program.registers[register][1])
-        code.write(i, targets[0], f"T.parameter_at({address}, {named(dtype_of(kind))})", kind)
+        code.write(i, targets[0], f"T.parameter_at({address}, {named(dtype_of(kind))}, {code.condition(i)})", kind)
         return
     if space == "param":
         name, offset = re.match(r"(\w+)(?:\s*\+\s*(\d+))?$", i.operands[1][0]).groups()
