@@ -30,10 +30,8 @@ def check() -> list[dict]:
 
 def _main():
     from emulator.run import Emulator
-    from rir_kernels import dispatch
 
     emulator = Emulator(driver.Driver())
-    dispatch.all_stand_for("an emulated sm_90", "cpu")
     torch.set_num_threads(1)
     cases = [case for layer in kernels.SMALL[::2] for case in kernels.check(torch.bfloat16, layer, torch.device("cpu"))]
     assert emulator.records, "nothing was launched"

@@ -25,7 +25,15 @@ def tell(args) -> dict:
     """Run every chapter. The results are plain data; results["failures"] says what was not equivalent."""
     device = torch.device("cuda" if torch.cuda.is_available() and not dispatch.interpreting() else "cpu")
     torch.manual_seed(args.seed)
-    results = {"schema": SCHEMA, "passed": False, "failures": [], "skipped": {}, "seconds": {}}
+    results = {
+        "schema": SCHEMA,
+        "passed": False,
+        "failures": [],
+        "skipped": {},
+        "seconds": {},
+        "speeds": [],
+        "emulated": [],
+    }
 
     with _chapter(results, "Environment"):
         images = _set_up(args, device, results)
@@ -178,7 +186,6 @@ def _compile(results):
 
 
 def _emulate(results):
-    results["speeds"], results["emulated"] = [], []
     if missing := emulated.obstacle():
         return _skip(
             results, "speeds", f"No speed was measured: that takes a GPU. Nor is one emulated: that needs {missing}."
@@ -193,7 +200,6 @@ def _emulate(results):
 
 
 def _measure(device, results):
-    results["speeds"], results["emulated"] = [], []
     if missing := kernels.obstacle(device):
         return _skip(results, "speeds", f"Not measured: the kernels need {missing}.")
     with console.steps("measuring", len(SHAPE_TABLE)) as advance:

@@ -9,7 +9,6 @@ import torch
 
 from emulator import run
 from emulator.driver import Driver
-from rir_kernels import dispatch
 
 # this process's
 driver: Driver | None = None
@@ -22,7 +21,6 @@ def start(arch: int) -> None:
     os.environ["TRITON_INTERPRET"] = "0"
     driver = Driver(arch)
     emulator = run.Emulator(driver)
-    dispatch.all_stand_for(f"an emulated sm_{arch}", "cpu")
 
 
 def gpu() -> torch.device:

@@ -64,7 +64,7 @@ def test_what_counts_as_killed():
 
 @pytest.mark.long
 def test_a_run_sees_the_fault_and_a_run_without_it_does_not():
-    """One fault of each kind, in a process of its own, as the command has it: nothing of the checkout imported."""
+    """One fault of each kind, in a new process, as the command has it: nothing of the checkout imported."""
     names = ["joined streams: gradients swapped", "compiled: the default stream"]
     command = [sys.executable, "-m", "tests.mutants", "--only", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,10 +1,9 @@
 """A CUDA driver without a GPU: all of Triton's launch path runs, and what it launches is handed to a function.
 
 `Driver` must be made before Triton starts anything, with TRITON_INTERPRET unset. It builds `libcuda.c` with the C
-compiler that Triton itself needs. Tensors are a CPU's.
+compiler that Triton itself needs. A CPU's tensors then stand for a GPU's, in all of the process.
 """
 
-import contextlib
 import ctypes
 import os
 import shutil
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from rir_kernels import dispatch
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 
@@ -71,6 +72,7 @@ class Driver:
         self._tensors: list[torch.Tensor] | None = None
         self._library = self._build()
         self._activate()
+        dispatch.all_stand_for(f"an emulated sm_{arch}", "cpu")
 
     @property
     def maps(self) -> int:
@@ -145,15 +147,6 @@ class Driver:
             self._library.driver_refuse(f"{type(error).__name__}: {error}".encode()[:4000])
             return _LAUNCH_FAILED
         return 0
-
-    @contextlib.contextmanager
-    def launching(self, function: Callable[[Request], None]):
-        """Within it each launch is handed to `function`."""
-        before, self.on_launch = self.on_launch, function
-        try:
-            yield
-        finally:
-            self.on_launch = before
 
 
 def _tensors(args):

@@ -89,9 +89,6 @@ class Products(Asynchronous):
     def reads_matrix(self, index, size, line):
         """For those who watch shared memory."""
 
-    def product_fence(self):
-        pass
-
     def product_commit(self):
         pass
 

@@ -1,7 +1,7 @@
 """Who wrote and read shared memory, and what was not ordered.
 
 PTX ISA 9.0, 8.7 to 8.9: order and races; 8.2.2: proxies, between which a fence orders. Order comes from bar.sync and
-mbarriers, by vector clocks: a warp's clock says, for each warp, up to which of its own steps it knows all writes.
+mbarriers, by vector clocks: a warp's clock says, for each warp, up to which step it knows all writes.
 """
 
 import numpy as np

@@ -25,15 +25,15 @@ def ld(code, i):
     kind = i.modifiers[-1]
     space = space_of(i, "nc", "relaxed", "acquire", "gpu")
     targets = vector(i.operands[0])
-    if space == "param" and code.is_register(i.operands[1][0].split("+")[0].strip()):
-        register = i.operands[1][0].split("+")[0].strip()
-        address = code.address(i.operands[1], code.program.registers[register][1])
-        code.write(i, targets[0], f"T.parameter_at({address}, {named(dtype_of(kind))}, {code.condition(i)})", kind)
-        return
     if space == "param":
-        name, offset = re.match(r"(\w+)(?:\s*\+\s*(\d+))?$", i.operands[1][0]).groups()
-        offset = code.program.parameters[name][0] + int(offset or 0)
-        code.write(i, targets[0], f"T.parameter({offset}, {named(dtype_of(kind))})", kind)
+        name, offset = re.match(r"([%\w]+)(?:\s*\+\s*(\d+))?$", i.operands[1][0]).groups()
+        dtype = named(dtype_of(kind))
+        if code.is_register(name):
+            address = code.address(i.operands[1], code.program.registers[name][1])
+            value = f"T.parameter_at({address}, {dtype}, {code.condition(i)})"
+        else:
+            value = f"T.parameter({code.program.parameters[name][0] + int(offset or 0)}, {dtype})"
+        code.write(i, targets[0], value, kind)
         return
     address = code.address(i.operands[1], WIDTHS[space])
     size = bits_of(kind) // 8

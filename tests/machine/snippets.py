@@ -68,4 +68,4 @@ def execute(body, inputs, outputs, *, threads=32, programs=1, shared=0, maps=(),
         lockstep.run(launch, shared)
     else:
         late.run(launch, shared, seed, seen)
-    return {name: arrays[name] for name in (*outputs, *(n for n in inputs if n.startswith("out")))}, list(seen)
+    return {name: arrays[name] for name in outputs}, list(seen)

@@ -1,4 +1,4 @@
-"""GPUs other than sm_90, each in a process of its own: --arch chooses what Triton compiles for."""
+"""GPUs other than sm_90, each in a new process: --arch chooses what Triton compiles for."""
 
 import subprocess
 import sys
