@@ -3,5 +3,6 @@
     ptx.py       text to blocks of instructions        machine/    threads, memory, barriers, copies, products; races
     translate/   a block to a Python function          driver/     the CUDA driver that Triton believes to launch on
 
-`emulator.driver.emulate()` starts it for a process. It says what kernels compute and whether they race, not how fast.
+`run.Emulator(driver.Driver(90))` starts it for a process, as an sm_90; 80 and 100 are known too. It says what kernels
+compute and whether they race, not how fast.
 """

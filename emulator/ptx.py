@@ -80,11 +80,12 @@ class _Parser:
 
     def program(self, name, parameters, threads) -> Program:
         scopes = 0
-        for number, raw in enumerate(self._lines, self._first):
-            line = raw.split("//")[0].strip()
+        lines = [raw.split("//")[0].strip() for raw in self._lines]
+        for index, line in enumerate(lines):
+            number = self._first + index
             if line == "{":
                 scopes += 1
-                self._scopes.append((scopes, set()))
+                self._scopes.append((scopes, _labels(lines[index + 1 :])))
             elif line == "}":
                 if not self._scopes:
                     break
@@ -128,6 +129,18 @@ class _Parser:
             for name in names:
                 statement = re.sub(rf"(?<![\w$.%]){re.escape(name)}(?![\w$#])", f"{name}#{number}", statement)
         return statement
+
+
+def _labels(lines):
+    """Those of a scope that begins there: they may be jumped to before they stand."""
+    labels, depth = set(), 0
+    for line in lines:
+        depth += (line == "{") - (line == "}")
+        if depth < 0:
+            break
+        if depth == 0 and (found := re.match(r"([\w$]+):", line)):
+            labels.add(found.group(1))
+    return labels
 
 
 def _instruction(number, text):

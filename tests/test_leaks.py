@@ -30,9 +30,12 @@ def assert_nothing_is_kept(before, after):
     assert after["mib"] <= before["mib"] + SLACK_MIB
 
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.real_gpu("an allocator that hands out the same addresses again")]
+
+
 @counts
 @pytest.mark.parametrize(
-    "impl", ["torch", "reference", *(pytest.param(impl, marks=pytest.mark.gpu) for impl in ("triton", "hybrid"))]
+    "impl", ["torch", "reference", *(pytest.param(impl, marks=ON_GPU) for impl in ("triton", "hybrid"))]
 )
 def test_steps(impl, steps):
     """Training, evaluation with gradients, and calls that are refused."""

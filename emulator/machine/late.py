@@ -1,7 +1,8 @@
 """The timing that a program must stand: what is asynchronous happens as late as it may, each warp runs by itself.
 
 TMA loads land at the last wait for them (after some in vain), products and their reads of shared memory happen when
-wait_group retires them, TMA stores read when wait_group.read does, cp.async lands at its own wait.
+wait_group retires them, or when their commit's mbarrier is waited for (tcgen05), TMA stores read when wait_group.read
+does, cp.async and copies of tensor memory land at their own wait.
 """
 
 import contextlib
@@ -12,10 +13,10 @@ import numpy as np
 from . import Fault
 from .global_memory import WatchedMemory
 from .lockstep import released
-from .products import Products
 from .races import Shadow
 from .shared import Shared
 from .tensor_map import CHUNK
+from .tensor_products import TensorProducts
 from .threads import LANES, Launch
 
 NAN = np.uint32(0xFFFFFFFF)
@@ -60,7 +61,11 @@ class _Program:
                 raise Fault(f"deadlock: warps {[w.first for w in ready]} wait for mbarriers")
             released(self.warps)
         if any(self.shared.loads.values()):
-            self.report("ends with TMA loads in flight")
+            self.report("ends with TMA loads or products in flight")
+        if any(self.shared.products):
+            self.report("ends with products in flight that no commit covers")
+        if self.shared.tensor.is_taken.any():
+            self.report("ends with tensor memory that it has not given back")
         for warp in self.warps:
             warp.finish()
 
@@ -71,7 +76,9 @@ class _Shared(Shared):
     def __init__(self, size):
         super().__init__(1, size)
         self.loads: dict[int, list] = {}  # mbarrier: what lands there
+        self.commits: dict[int, int] = {}  # how much of that arrives when it does
         self.vain: dict[int, int] = {}  # so many looks in vain until then
+        self.products: list[list] = [[]]  # of tensor memory, in flight: those that a commit covers; at last the others
         self.arrived: dict[int, tuple] = {}  # (clock, waited) of all who arrived
         self.ended: dict[int, tuple] = {}  # the same at the end of the last phase
 
@@ -83,7 +90,7 @@ class _Shared(Shared):
                 self.ended[barrier] = self.arrived[barrier]
 
 
-class _Warp(Products):
+class _Warp(TensorProducts):
     def __init__(self, program: _Program, launch, number, warp, warps):
         super().__init__(launch, program.shared, range(number, number + 1), warp, 1)
         self._program, self._shadow = program, program.shadow
@@ -92,6 +99,7 @@ class _Warp(Products):
         self._waited = np.zeros_like(program.shared.phase)
         self._open: dict[str, list] = {"copy": [], "bulk": [], "product": []}  # not committed yet
         self._groups: dict[str, list] = {"copy": [], "bulk": [], "product": []}
+        self._sums: dict[str, list] = {"ld": [], "st": []}  # copies of tensor memory
 
     # order
 
@@ -129,20 +137,23 @@ class _Warp(Products):
 
     def barrier_arrive(self, addresses, sizes, m, line):
         for thread in self._those(m):
-            barrier = int(addresses[thread]) // 8
-            clock, waited = self.shared.arrived.get(barrier, (self._clock, self._waited))
-            self.shared.arrived[barrier] = np.maximum(clock, self._clock), np.maximum(waited, self._waited)
+            self._comes(int(addresses[thread]) // 8)
         super().barrier_arrive(addresses, sizes, m, line)
         self._step()
+
+    def _comes(self, barrier):
+        """Who waits for the mbarrier will know what this warp knows now."""
+        clock, waited = self.shared.arrived.get(barrier, (self._clock, self._waited))
+        self.shared.arrived[barrier] = np.maximum(clock, self._clock), np.maximum(waited, self._waited)
 
     def barrier_test(self, addresses, parities, m, line):
         for barrier in map(int, np.unique(addresses[self._those(m)] // 8)):
             loads = self.shared.loads.get(barrier)
-            if loads and self.shared.pending[barrier] == 0:
+            if loads and self.shared.pending[barrier] == self.shared.commits[barrier]:
                 if self.shared.vain[barrier]:
                     self.shared.vain[barrier] -= 1
                 else:
-                    self.shared.loads[barrier] = []
+                    self.shared.loads[barrier], self.shared.commits[barrier] = [], 0
                     for land in loads:
                         land()
         ended = super().barrier_test(addresses, parities, m, line)
@@ -163,7 +174,7 @@ class _Warp(Products):
         self._shadow.read(self._halves(index, size), self.first, self._clock, self._waited, what, asynchronous)
 
     def reads_matrix(self, index, size, line):
-        self.reads(index, size, f"line {line}: wgmma", True)
+        self.reads(index, size, f"line {line}: a product", True)
 
     @contextlib.contextmanager
     def writing(self, index, size, what):
@@ -213,13 +224,14 @@ class _Warp(Products):
             what = f"line {line}: TMA load"
             self._shadow.write(halves, self.first, self._clock, what, asynchronous=True, valid=False)
             self.shared.words[2][halves] = 0xFFFF
-            if not self.shared.loads.get(barrier):
-                self.shared.loads[barrier] = []
-                self.shared.vain[barrier] = int(self._program.random.integers(4 * len(self._program.warps)))
             phase = int(self.shared.phase[barrier])
-            self.shared.loads[barrier].append(
-                functools.partial(self._land, tensor, where, chunks, halves, barrier, phase)
-            )
+            self._lands_at(barrier, functools.partial(self._land, tensor, where, chunks, halves, barrier, phase))
+
+    def _lands_at(self, barrier, land):
+        if not self.shared.loads.get(barrier):
+            self.shared.loads[barrier], self.shared.commits[barrier] = [], 0
+            self.shared.vain[barrier] = int(self._program.random.integers(4 * len(self._program.warps)))
+        self.shared.loads[barrier].append(land)
 
     def _land(self, tensor, where, chunks, halves, barrier, phase):
         self.shared.words[CHUNK][chunks // CHUNK] = tensor.read(self.launch.memory, where)
@@ -247,9 +259,9 @@ class _Warp(Products):
         _, a, b, _, kind, columns, a_transposed, b_transposed = args[:8]
         # shared memory may be read from now on: it must be there already
         leaders = np.flatnonzero(self.whole_warps(m, line))
-        self.operand(b, leaders, kind, columns, b_transposed, None, line)
+        self._right(b, leaders, kind, columns, b_transposed, line)
         if not isinstance(a, list):
-            self.operand(a, leaders, kind, 64, a_transposed, 1, line)
+            self._left(a, leaders, kind, a_transposed, line)
         self._open["product"].append(self._product(*args))
 
     def product_commit(self):
@@ -259,8 +271,47 @@ class _Warp(Products):
         for compute in self._retired("product", most):
             compute()
 
+    def sums_take(self, *args):
+        super().sums_take(*args)
+        # the manual names no proxy for the address; once it is read Triton lets TMA overwrite it without a fence
+        self.fence_async(None)
+
+    def sums_load(self, *args):
+        self._sums["ld"].append(self._sums_load(*args))
+
+    def sums_store(self, *args):
+        self._sums["st"].append(self._sums_store(*args))
+
+    def sums_wait(self, what):
+        for work in self._sums[what]:
+            work()
+        self._sums[what] = []
+
+    def sums_product(self, *args):
+        if len(self._those(args[-2])):
+            self.shared.products[-1].append(self._sums_product(*args))
+
+    def sums_commit(self, barriers, m, line):
+        if not len(which := self._those(m)):
+            return
+        for barrier in self.shared.barriers(barriers[which], self.base[which], line).tolist():
+            self._comes(barrier)
+            self._lands_at(barrier, functools.partial(self._products_land, self.shared.products[-1], barrier))
+            self.shared.commits[barrier] += 1
+            self.shared.products.append([])
+        self._step()
+
+    def _products_land(self, covered, barrier):
+        """These, and those before them, which run in order."""
+        while any(covered is products for products in self.shared.products):
+            for work in self.shared.products.pop(0):
+                work()
+        self.shared.arrive(np.array([barrier]), 0)
+
     def finish(self):
         """The program has ended."""
+        if any(self._sums.values()):
+            self._program.report("ends with copies of tensor memory in flight")
         if self._open["product"] or self._groups["product"]:
             self._program.report("ends with matrix products in flight")
         for group in self._groups["bulk"]:

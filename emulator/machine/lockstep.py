@@ -3,8 +3,8 @@
 import numpy as np
 
 from . import Fault
-from .products import Products
 from .shared import Shared
+from .tensor_products import TensorProducts
 from .threads import LANES, Launch
 
 MOST_THREADS = 4096  # that run together: more no longer pays in NumPy
@@ -26,7 +26,7 @@ def run(launch: Launch, shared: int) -> None:
 
 
 def _run(launch, shared, programs):
-    threads = Products(launch, shared, programs, 0, launch.kernel.program.threads // LANES)
+    threads = TensorProducts(launch, shared, programs, 0, launch.kernel.program.threads // LANES)
     settled = -1
     while True:
         threads.run()

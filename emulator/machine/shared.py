@@ -1,11 +1,14 @@
 """Shared memory of some programs that run at once, and the mbarriers in it (PTX ISA 9.0, 9.7.13: mbarrier)."""
 
+import functools
+
 import numpy as np
 
 from emulator.translate.code import SHARED
 
 from . import Fault
 from .global_memory import WORDS
+from .tensor_memory import TensorMemory
 
 
 class Shared:
@@ -20,6 +23,11 @@ class Shared:
         # bytes to come, phases that have ended
         self.count, self.pending, self.bytes, self.phase = (np.zeros(len(raw) // 8, dtype=np.int64) for _ in range(4))
         self.settled = 0  # phases that have ended, of all
+        self._slots = slots
+
+    @functools.cached_property
+    def tensor(self) -> TensorMemory:
+        return TensorMemory(self._slots)
 
     def index(self, addresses, bases, size: int, word: int, line: int):
         """Indices of words of `word` bytes, where accesses of `size` bytes begin."""

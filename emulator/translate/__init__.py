@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 from emulator.ptx import Program, Unsupported
 
-from . import arithmetic, asynchronous, conversions, memory, products, warps  # noqa: F401  each registers its instructions
+from . import (  # noqa: F401  each registers its instructions
+    arithmetic,
+    asynchronous,
+    conversions,
+    memory,
+    products,
+    tensor_memory,
+    warps,
+)
 from .code import INSTRUCTIONS, Code
 
 

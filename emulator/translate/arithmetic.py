@@ -25,8 +25,15 @@ def binary(code, i, kind, form):
         parts = [form.format(a=x, b=y) for x, y in zip(halves(code, a, kind), halves(code, b, kind), strict=True)]
         low, high = (f"to_bf16({part})" if kind == "bf16x2" else f"({part}).view(np.uint16)" for part in parts)
         code.write(i, target, f"pair({high}, {low})", "u32")
+    elif kind == "f32x2":
+        code.write(i, target, f"({form.format(a=two_floats(code, a), b=two_floats(code, b))}).view(np.uint64)", "u64")
     else:
         code.write(i, target, form.format(a=code.source(a, kind), b=code.source(b, kind)), kind)
+
+
+def two_floats(code, operand):
+    """Both of every thread, one after the other."""
+    return f"{code.full(operand, 'u64')}.view(np.float32)"
 
 
 @instruction("add", "sub")
@@ -65,6 +72,9 @@ def fma(code, i):
     kind = code.known(i, "rn")
     if kind == "f32":
         code.write(i, i.operands[0], f"fma({', '.join(code.source(o, kind) for o in i.operands[1:])})", kind)
+    elif kind == "f32x2":
+        terms = ", ".join(two_floats(code, o) for o in i.operands[1:])
+        code.write(i, i.operands[0], f"fma({terms}).view(np.uint64)", "u64")
     elif kind in ("bf16x2", "f16x2"):
         terms = zip(*(halves(code, o, kind) for o in i.operands[1:]), strict=True)
         low, high = (f"to_{kind[:-2]}(fma({', '.join(part)}))" for part in terms)
@@ -123,6 +133,15 @@ def bfe(code, i):
     kind = code.known(i)
     start, length = map(int, i.operands[2:])
     code.write(i, i.operands[0], f"bit_field({code.source(i.operands[1], kind)}, {start}, {length})", kind)
+
+
+@instruction("prmt")
+def prmt(code, i):
+    """Bytes of two words, each chosen by four bits of a constant."""
+    if i.modifiers != ("b32",) or code.is_register(i.operands[3]):
+        raise i.refused()
+    a, b = (code.full(o, "u32") for o in i.operands[1:3])
+    code.write(i, i.operands[0], f"chosen_bytes({a}, {b}, {int(i.operands[3].rstrip('U'), 0)})", "u32")
 
 
 @instruction("setp")

@@ -57,6 +57,18 @@ def bit_field(a, start, length):
     return (a << kind(bits - start - length)) >> kind(bits - length) if length else np.zeros_like(a)
 
 
+def chosen_bytes(a, b, selector):
+    """prmt: for each byte of the result, the one of a (0 to 3) or b (4 to 7), or its sign spread out (8 more)."""
+    result = np.zeros_like(a)
+    for place in range(4):
+        which = selector >> 4 * place & 0xF
+        byte = ((b if which & 4 else a) >> np.uint32(8 * (which & 3))) & np.uint32(0xFF)
+        if which & 8:
+            byte = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        result |= byte << np.uint32(8 * place)
+    return result
+
+
 def to_bf16(a):
     """The bits, rounded to nearest even."""
     bits = np.ascontiguousarray(a).view(np.uint32)

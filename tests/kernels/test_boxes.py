@@ -59,7 +59,10 @@ def _results(target, shape):
     y, saved = conv.conv_infer(
         x, weight, bias=None, residuals=(), spec=spec, save_z=True, **dict(zip(names, norm, strict=True))
     )
-    return z, moments.mean, moments.m2, moments.count, dx, partial, dw, y, saved
+    return {
+        "z": z, "mean": moments.mean, "m2": moments.m2, "count": moments.count,
+        "dx": dx, "partial": partial, "dw": dw, "y": y, "saved": saved,
+    }  # fmt: skip
 
 
 def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
@@ -70,9 +73,12 @@ def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
         ours = _results(target, shape)
         monkeypatch_off()
         by_descriptor = _results(target, shape)
-    for one, other in zip(ours, by_descriptor, strict=True):
-        # the sums of the layer upstream are left out where a GPU has no room for them
-        assert one is None or torch.equal(one, other)
+    for name, one in ours.items():
+        if one is None:  # the sums of the layer upstream are left out where a GPU has no room for them
+            continue
+        # compiled code adds up a tile in the order of the product's layout, which may differ: fp32, at most 256 terms
+        slack = 2**-18 * by_descriptor[name].abs().max().item() if name in ("m2", "partial") else 0.0
+        torch.testing.assert_close(one, by_descriptor[name], rtol=0.0, atol=slack, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.usefixtures("poisoned", "pointers")
@@ -83,7 +89,7 @@ def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
 )
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.id != "cpu-float16"])  # it takes minutes
 def test_pointers_read_what_descriptors_do(target, shape, monkeypatch):
-    """Every tensor that a layer's launches write, bit for bit."""
+    """Every tensor that a layer's launches write: bit for bit, but for sums of inexact terms."""
     _assert_same_results(target, shape, monkeypatch.undo, TILES["one box"], WGRAD_TILES["images"])
 
 

@@ -24,7 +24,12 @@ from .record import PASSED, RECORD
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "bench/results/emulated"
 QUICK = [["--sample", "32", "tests"]]
-FULL = [["tests"], ["--long", "tests/machine"], ["--arch", "80", "tests/kernels"]]
+FULL = [
+    ["tests"],
+    ["--long", "tests/machine"],
+    ["--arch", "80", "tests/kernels"],
+    ["--arch", "100", "tests/kernels", "tests/machine"],
+]
 
 
 def main(argv: list[str] | None = None) -> int:

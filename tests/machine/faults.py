@@ -24,7 +24,7 @@ def in_loop(pattern, replacement):
             m for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx) if 0 <= ptx.find(f"\n{m[1]}:") < m.start()
         ]
         loops = [(ptx.find(f"\n{m[1]}:"), m.end()) for m in back]
-        inner = [loop for loop in loops if "wgmma.mma_async" in ptx[slice(*loop)]]
+        inner = [loop for loop in loops if re.search(r"wgmma\.mma_async|tcgen05\.mma", ptx[slice(*loop)])]
         if not inner:
             return None
         start, end = inner[0]
@@ -63,11 +63,23 @@ def with_slice_twice(ptx):
     return ptx[: second.start()] + second[1] + first[2] + second[3] + ptx[second.end() :]
 
 
+def with_commit_ahead(ptx):
+    """The loop's commit, moved ahead of the product before it."""
+    commit = list(re.finditer(r"\n[^\n]*tcgen05\.commit[^\n]*", ptx))[-1]
+    product = ptx.rindex("\n", 0, ptx.rindex("tcgen05.mma", 0, commit.start()))
+    address = re.search(r"\[(%rd\d+)\]", commit[0])[1]
+    written = re.search(rf"\n[^\n]*{address}, %r\d+;", ptx[: commit.start()])
+    if written is None:
+        return None
+    return ptx[:product] + written[0] + commit[0] + ptx[product : commit.start()] + ptx[commit.end() :]
+
+
 FORWARD, WEIGHT, STATISTICS = "_conv_fwd_kernel", "_conv_bwd_weight_kernel", "_bn_stats_fwd_kernel"
 WAIT = r"wgmma\.wait_group\.sync\.aligned \d+;"
 LANDED = r"@!complete bra\.uni waitLoop;"
-# name: (kernel, operation of `layer`, fault)
-FAULTS = {
+# by architecture; name: (kernel, operation of `layer`, fault)
+FAULTS = {}
+FAULTS[90] = {
     "a product is not waited for": (FORWARD, "plain", nth(WAIT, "", -1)),
     "no product of the loop is waited for": (FORWARD, "plain", in_loop(WAIT, "wgmma.wait_group.sync.aligned 7;")),
     "a TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 0)),
@@ -102,5 +114,27 @@ FAULTS = {
     "weight gradient: a TMA load is not waited for": (WEIGHT, "wgrad", nth(LANDED, "", 0)),
     "weight gradient: an operand is not transposed": (
         WEIGHT, "wgrad", nth(r"(wgmma\.mma_async[^;]*), 1, 1;", r"\1, 1, 0;", 0),
+    ),
+}  # fmt: skip
+FAULTS[100] = {
+    "the last products are not waited for": (FORWARD, "plain", nth(LANDED, "", -1)),
+    "products of the loop are not waited for": (FORWARD, "plain", nth(LANDED, "", 2)),
+    "a commit covers all but the last product": (FORWARD, "plain", with_commit_ahead),
+    "zeros are not waited for": (FORWARD, "plain", nth(r"tcgen05\.wait::st\.sync\.aligned;", "", 0)),
+    "sums are not waited for": (FORWARD, "plain", nth(r"tcgen05\.wait::ld\.sync\.aligned;", "", 0)),
+    "tensor memory is not given back": (FORWARD, "plain", nth(r"@%p\d+ tcgen05\.dealloc[^;]*;", "", 0)),
+    "too little tensor memory": (FORWARD, "plain", nth(r"(tcgen05\.(?:de)?alloc[^;]*), 128;", r"\1, 64;", 0)),
+    "sums are read a column further": (FORWARD, "plain", nth(r"(tcgen05\.ld[^;]* \+) 0\]", r"\1 1]", 0)),
+    "a product is of 32 columns only": (
+        FORWARD, "plain", lambda ptx: re.sub(r"(mov\.b32\s+%r\d+, )69207184;", r"\g<1>67634320;", ptx),
+    ),
+    "sums are not added to": (FORWARD, "plain", nth(r"(tcgen05\.mma[^;]*), %p\d+;", r"\1, 0;", -1)),
+    "a matrix descriptor has another swizzle": (
+        FORWARD, "plain", nth(r"(or\.b64\s+%rd\d+, %rd\d+, )461\d{16};", r"\g<1>-9223301393232691200;", 0),
+    ),
+    "a TMA load is not waited for": (FORWARD, "plain", nth(LANDED, "", 0)),
+    "weight gradient: products are not waited for": (WEIGHT, "wgrad", nth(LANDED, "", -1)),
+    "weight gradient: an operand is not transposed": (
+        WEIGHT, "wgrad", lambda ptx: re.sub(r"(mov\.b32\s+%r\d+, )67470480;", r"\g<1>67404944;", ptx),
     ),
 }  # fmt: skip

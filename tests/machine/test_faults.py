@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from .faults import FAULTS
+from tests import emulation
+
+from .faults import FAULTS as FAULTS_OF
 from .judge import assert_no_race
 from .layer import Layer
 
 pytestmark = pytest.mark.machine
+FAULTS = FAULTS_OF[emulation.driver.arch if emulation.driver else 90]
 # as small as can be with a loop of products that are waited for later
 BF16 = torch.bfloat16
 LAYERS = {"plain": (BF16, 192, 64, 8, 1), "norm": (BF16, 64, 64, 8, 1), "wgrad": (BF16, 16, 64, 8, 2)}

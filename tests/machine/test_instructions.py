@@ -59,8 +59,14 @@ def unsigned(array):
     return array.view(np.uint32)
 
 
+def two_at_once(function):
+    """Of fp32, for words of 64 bits."""
+    return lambda a, b: function(a.copy().view(np.float32), b.copy().view(np.float32)).view(np.uint64)
+
+
 with np.errstate(all="ignore"):
     PAIRS = np.stack([HALVES, np.roll(HALVES, 1)], 1).reshape(-1).view(np.uint32)  # of f16, the lower one first
+    TWO = np.stack([np.linspace(-3, 3, 32), np.geomspace(1e-3, 1e3, 32)], 1).astype(np.float32).view(np.uint64)[:, 0]
     # instruction: what {a}, {b}, {c} are, what {d} becomes
     CASES = {
         "add.s32 {d}, {a}, {b};": ((I32, J32), s32(lambda a, b: a + b)),
@@ -92,6 +98,10 @@ with np.errstate(all="ignore"):
         "shl.b32 {d}, {a}, 32;": ((unsigned(I32),), u32(lambda a: 0)),
         "bfe.u32 {d}, {a}, 5, 9;": ((unsigned(I32),), u32(lambda a: a >> 5 & 511)),
         "bfe.s32 {d}, {a}, 28, 9;": ((I32,), s32(lambda a: a >> 28)),
+        "prmt.b32 {d}, {a}, {b}, 0x7632U;": ((unsigned(I32), unsigned(J32)), u32(
+            lambda a, b: a >> 16 | b >> 16 << 16)),
+        "prmt.b32 {d}, {a}, {b}, 0x91;": ((unsigned(I32), unsigned(J32)), u32(
+            lambda a, b: (a >> 8 & 255) | 255 * (a >> 15 & 1) << 8 | (a & 255) * 0x1010000)),
         "add.s64 {d}, {a}, {b};": ((I32.astype(np.int64) << 20, J32.astype(np.int64) << 28),
                                    wrapped(64, True, lambda a, b: a + b)),
         "mul.hi.u64 {d}, {a}, {b};": ((I32.astype(np.uint64), J32.astype(np.uint64)),
@@ -126,6 +136,11 @@ with np.errstate(all="ignore"):
         "add.bf16 {d}, {a}, {b};": ((bits(BF16), bits(CF16)), lambda a, b: bits(BF16 + CF16)),
         "mul.bf16 {d}, {a}, {b};": ((bits(BF16), bits(CF16)), lambda a, b: bits(BF16 * CF16)),
         "add.f16x2 {d}, {a}, {a};": ((PAIRS,), lambda a: (a.view(np.float16) * 2).view(np.uint32)),
+        "add.rn.f32x2 {d}, {a}, {b};": ((TWO, TWO[::-1]), two_at_once(np.add)),
+        "sub.f32x2 {d}, {a}, {b};": ((TWO, TWO[::-1]), two_at_once(np.subtract)),
+        "mul.rn.f32x2 {d}, {a}, {b};": ((TWO, TWO[::-1]), two_at_once(np.multiply)),
+        "fma.rn.f32x2 {d}, {a}, {b}, {a};": ((TWO, TWO[::-1]), two_at_once(
+            lambda a, b: np.float32(a.astype(np.float64) * b + a))),
         # the ten bits of TF32, to nearest, ties away from zero
         "cvt.rna.tf32.f32 {d}, {a};": ((np.float32([1 + k * 2.0**-11 for k in range(32)]),), lambda a: np.float32(
             [1 + math.floor(k / 2 + 0.5) * 2.0**-10 for k in range(32)])),
