@@ -92,6 +92,7 @@ def test_integers_bit_for_bit(target, tile, shape):
 def test_as_exact_as_the_reduction(target, tile, norm):
     """Sums of the dx that is stored, rounded; scaled as `bn_sum` is told."""
     from rir_kernels.triton.launch import batchnorm, conv
+    from rir_kernels.triton.launch.runtime import gpu_of
 
     relu, affine = norm
     spec, z, weight, dz = _operands(SHAPES["over the edges"], target, rand)
@@ -103,6 +104,8 @@ def test_as_exact_as_the_reduction(target, tile, norm):
         z = z.contiguous(memory_format=torch.channels_last)
     upstream = batchnorm.Upstream(z, *norm, relu=relu)
     dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)
+    if partial is None and gpu_of(z).arch < 90:
+        pytest.skip("before Hopper there is no room for the sums in blocks of pixels")
     sums = batchnorm.bn_sum(partial, 0.7)
     _, *terms = _terms(dx, z, *norm, relu)
     pixels = z[:, 0].numel()
