@@ -3,6 +3,9 @@
 from .code import instruction
 from .memory import vector
 
+COMMIT = ("cta_group::1", "mbarrier::arrive::one")
+COMMITS = ((*COMMIT, "b64"), (*COMMIT, "shared::cluster", "b64"))  # a program is a cluster here
+
 
 @instruction("tcgen05")
 def tcgen05(code, i):
@@ -21,7 +24,7 @@ def tcgen05(code, i):
         operands = code.address(sums, 32), code.full(a, "u64"), code.full(b, "u64"), code.full(description, "u32")
         adds = code.source(adds, "pred")
         code.emit(f"T.sums_product({', '.join(operands)}, {adds}, '{modifiers[1]}', {condition}, {i.line})")
-    elif what == "commit" and modifiers == ("cta_group::1", "mbarrier::arrive::one", "b64"):
+    elif what == "commit" and modifiers in COMMITS:
         code.emit(f"T.sums_commit({code.address(i.operands[0], 32)}, {condition}, {i.line})")
     elif what not in ("relinquish_alloc_permit", "fence::before_thread_sync", "fence::after_thread_sync"):
         raise i.refused()
