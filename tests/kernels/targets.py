@@ -18,6 +18,7 @@ def _target(device, name, *marks):
 TARGETS = [_target("cpu", "float32"), _target("cpu", "float16", pytest.mark.long)] + [
     _target("cuda", name) for name in ("bfloat16", "float16", "float32")
 ]
+INTERPRETED_HALF = _target("cpu", "float16")  # for what fp32 cannot show, and a GPU's code does not need to
 
 
 def crossed(share, **axes):
