@@ -101,6 +101,9 @@ class _Warp(TensorProducts):
         self._groups: dict[str, list] = {"copy": [], "bulk": [], "product": []}
         self._sums: dict[str, list] = {"ld": [], "st": []}  # copies of tensor memory
 
+    def note(self, text):
+        self._program.report(f"note: {text}")
+
     # order
 
     def _join(self, clock, waited):

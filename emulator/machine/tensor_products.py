@@ -27,7 +27,7 @@ class TensorProducts(Products):
             self.shared.tensor.give_back(self.slot[LANES * warp], int(addresses[LANES * warp]), columns)
 
     def _cells(self, addresses, count, shape, split, m, line):
-        """The threads that take part, and (program, row, column) of their words [threads, count]."""
+        """The threads that take part, (program, row, column) of their words [threads, count], and what is wrong."""
         warps = np.flatnonzero(self.whole_warps(m, line))
         threads = (LANES * warps[:, None] + np.arange(LANES)).reshape(-1)
         row, column = addresses[threads] >> np.uint32(16), addresses[threads] & np.uint32(0xFFFF)
@@ -38,23 +38,27 @@ class TensorProducts(Products):
             within = lane
         else:
             raise Unsupported(f"line {line}: the shape {shape}")
-        if (row // 32 != self.tid[threads] // LANES % 4).any() or (row % 32 + within >= 32).any():
-            raise Fault(f"line {line}: rows of tensor memory that another warp of four has access to")
         cells = self.slot[threads, None], (row + within)[:, None], column[:, None] + np.arange(count)
-        self._exist(cells, line)
-        return threads, cells
+        wrong = self._not_allocated(cells)
+        if (row // 32 != self.tid[threads] // LANES % 4).any() or (row % 32 + within >= 32).any():
+            wrong = "rows of tensor memory that another warp of four has access to"
+        return threads, cells, f"line {line}: {wrong}" if wrong else ""
 
-    def _exist(self, cells, line):
+    def _not_allocated(self, cells):
         programs, _, columns = cells
-        if (columns >= COLUMNS).any() or not self.shared.tensor.is_taken[programs, columns].all():
-            raise Fault(f"line {line}: columns of tensor memory that were not allocated")
+        if (columns < COLUMNS).all() and self.shared.tensor.is_taken[programs, columns].all():
+            return ""
+        return "columns of tensor memory that were not allocated"
 
     def sums_load(self, *args):
         self._sums_load(*args)()
 
     def _sums_load(self, targets, addresses, shape, split, m, line):
-        """What does it. The registers are other ones from now on."""
-        threads, cells = self._cells(addresses, len(targets), shape, split, m, line)
+        """What does it. The registers are other ones from now on.
+
+        Sums that are not there are NaN, and no fault: Triton 3.6 loads those of a part -1 too, and uses them nowhere.
+        """
+        threads, cells, wrong = self._cells(addresses, len(targets), shape, split, m, line)
         after = np.full((len(targets), self.width), 0xFFFFFFFF, dtype=np.uint32)
         if len(threads) < self.width:
             after[...] = np.stack([self.registers[index] for index in targets])
@@ -65,13 +69,18 @@ class TensorProducts(Products):
         def load():
             after[:, threads] = self.shared.tensor.words[cells].T
 
+        if wrong:
+            self.note(f"{wrong} are loaded")
+            return lambda: None
         return load
 
     def sums_store(self, *args):
         self._sums_store(*args)()
 
     def _sums_store(self, addresses, values, shape, split, m, line):
-        threads, cells = self._cells(addresses, len(values), shape, split, m, line)
+        threads, cells, wrong = self._cells(addresses, len(values), shape, split, m, line)
+        if wrong:
+            raise Fault(wrong)
         words = np.stack([value[threads] for value in values], axis=1)
 
         def store():
@@ -108,7 +117,8 @@ class TensorProducts(Products):
             raise Fault(f"line {line}: a product of {rows} rows from row {first} of tensor memory on")
         places = first + (HALF_ROWS if rows == 64 else np.arange(rows))
         cells = self.slot[threads][:, None, None], places[None, :, None], column + np.arange(columns)
-        self._exist(cells, line)
+        if wrong := self._not_allocated(cells):
+            raise Fault(f"line {line}: {wrong}")
 
         def compute():
             total = multiply(self.numbers(left, numbers).swapaxes(1, 2), self.numbers(right, numbers))

@@ -161,6 +161,9 @@ class Threads:
         if (lanes != 0xFFFFFFFF).any():
             raise Unsupported(f"line {line}: parts of a warp")
 
+    def note(self, text: str) -> None:
+        """Something that the manual leaves undefined, and that shows in the results if it matters."""
+
     def met(self, groups: list) -> None:
         """Called where warps of these have met at a barrier."""
 

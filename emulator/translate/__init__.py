@@ -31,7 +31,7 @@ class Translator:
 
     def _translated(self, block, masked):
         code = Code(self._program, masked)
-        for i in self._program.blocks[block].body:
+        for i in tensor_memory.with_early_waits(self._program.blocks[block].body):
             if i.name not in INSTRUCTIONS:
                 raise i.refused("no such instruction is known")
             try:

@@ -1,10 +1,38 @@
 """PTX ISA 9.0, 9.7.16: tcgen05, products whose sums lie in tensor memory."""
 
+import re
+
+from emulator.ptx import Instruction
+
 from .code import instruction
 from .memory import vector
 
 COMMIT = ("cta_group::1", "mbarrier::arrive::one")
 COMMITS = ((*COMMIT, "b64"), (*COMMIT, "shared::cluster", "b64"))  # a program is a cluster here
+
+
+def with_early_waits(body: list[Instruction]) -> list[Instruction]:
+    """A block's instructions, with one more tcgen05.wait::ld ahead of each that uses its registers too early.
+
+    The manual leaves them undefined before the wait, and Triton 3.6 lets LLVM move conversions ahead of it: to
+    ptxas they are registers like any other, which the conversion waits for. A wait that is missing stays missing.
+    """
+    ordered: list[Instruction] = []
+    loaded: set[str] = set()  # and neither waited for nor used
+    early: list[int] = []  # where they are used
+    for i in body:
+        what = i.modifiers[0] if i.name == "tcgen05" else ""
+        if what == "wait::ld":
+            for place in reversed(early):
+                ordered.insert(place, i)
+            loaded, early = set(), []
+        elif loaded & set(re.findall(r"%\w+", i.text)):
+            loaded = set()
+            early.append(len(ordered))
+        if what == "ld":
+            loaded |= {register for o in i.operands if isinstance(o, tuple) for register in o}
+        ordered.append(i)
+    return ordered
 
 
 @instruction("tcgen05")

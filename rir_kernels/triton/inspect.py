@@ -244,8 +244,8 @@ def assemble(compiled) -> tuple[int, int, tuple[str, ...]]:
 
 
 def waits_first(ptx: str) -> bool:
-    """Whether `griddepcontrol.wait` stands before the first access to memory other than the arguments."""
-    access = re.search(r"\b(ld|st|cp|red|atom|multimem)\.(?!param)", ptx)
+    """Whether `griddepcontrol.wait` stands before the first access to global memory."""
+    access = re.search(r"(?<![\w.])(cp\.|(ld|st|red|atom|multimem)\.(?!param|[\w.]*shared))", ptx)
     return "griddepcontrol.wait" in ptx[: access.start() if access else None]
 
 

@@ -182,10 +182,18 @@ print(len({row.kernel for row in rows}), {row.waits for row in rows}, [row.fault
 
 
 def test_an_access_before_the_wait_is_seen():
-    load, wait, argument = "ld.global.b32 %r1, [%rd1];", "griddepcontrol.wait;", "ld.param.b64 %rd1, [p];"
-    assert inspect.waits_first("\n".join([argument, wait, load]))
-    assert not inspect.waits_first("\n".join([argument, load, wait]))
-    assert not inspect.waits_first("\n".join([argument, load]))
+    loads = ("ld.global.b32 %r1, [%rd1];", "@%p1 ld.volatile.b32 %r1, [%rd1];",
+             "cp.async.cg.shared.global [%r1], [%rd1], 16;")  # fmt: skip
+    wait = "griddepcontrol.wait;"
+    elsewhere = (
+        "ld.param.b64 %rd1, [p];",
+        "ld.shared.b32 %r2, [%r1];",
+        "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r1}, [%r2];",
+    )
+    for load in loads:
+        assert inspect.waits_first("\n".join([*elsewhere, wait, load]))
+        assert not inspect.waits_first("\n".join([*elsewhere, load, wait]))
+        assert not inspect.waits_first("\n".join([*elsewhere, load]))
 
 
 def test_main_loop_is_the_innermost_one_with_the_product():

@@ -104,8 +104,8 @@ def test_as_exact_as_the_reduction(target, tile, norm):
         z = z.contiguous(memory_format=torch.channels_last)
     upstream = batchnorm.Upstream(z, *norm, relu=relu)
     dx, partial = conv.conv_data_grad(dz, weight, shape=tuple(z.shape), spec=spec, upstream=upstream)
-    if partial is None and gpu_of(z).arch < 90:
-        pytest.skip("before Hopper there is no room for the sums in blocks of pixels")
+    if partial is None and gpu_of(z).arch // 10 != 9:  # Hopper has room for them beside each of these tiles
+        pytest.skip("this GPU's registers have no room for the sums beside blocks of pixels")
     sums = batchnorm.bn_sum(partial, 0.7)
     _, *terms = _terms(dx, z, *norm, relu)
     pixels = z[:, 0].numel()

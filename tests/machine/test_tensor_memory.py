@@ -113,6 +113,38 @@ def test_a_product_that_is_not_waited_for_is_not_there():
     assert any("in flight" in report for report in reports)
 
 
+def _loaded(place, after):
+    """32 bits that a thread has stored and loads from `place`, one added to them where `after` says so."""
+    body = f"""tcgen05.st.sync.aligned.32x32b.x1.b32 [%r4 + 0], {{{{{{a}}}}}};
+tcgen05.wait::st.sync.aligned;
+tcgen05.ld.sync.aligned.32x32b.x1.b32 {{{{%r20}}}}, [{place}];
+{after}"""
+    a = THREAD.astype(np.uint32)
+    found, reports = run(body, {"a": a}, {"d": np.uint32}, seed=0, programs=1)
+    return np.array_equal(found["d"], a + 1), found["d"], reports
+
+
+WAITED = "tcgen05.wait::ld.sync.aligned;"
+
+
+@pytest.mark.parametrize(
+    "after, is_right",
+    [(f"{WAITED}\nadd.u32 {{d}}, %r20, 1;", True), (f"add.u32 {{d}}, %r20, 1;\n{WAITED}", True),
+     ("add.u32 {d}, %r20, 1;", False)],
+    ids=["then used", "used ahead of the wait, as by LLVM", "never waited for"],
+)  # fmt: skip
+def test_loads_are_waited_for(after, is_right):
+    found, _, reports = _loaded("%r4 + 0", after)
+    assert found == is_right == (reports == [])
+
+
+@pytest.mark.parametrize("place, wrong", [("%r4 + 32", "not allocated"), ("%r2 + 0", "another warp of four")])
+def test_sums_that_are_not_there_are_nan_and_noted(place, wrong):
+    _, found, reports = _loaded(place, f"{WAITED}\nmov.b32 {{d}}, %r20;")
+    assert (found[32:] == 0xFFFFFFFF).all()
+    assert reports and all(report.startswith("note: ") and wrong in report for report in reports)
+
+
 def test_what_is_not_known_or_not_allowed_is_refused():
     with pytest.raises((Unsupported, Fault), match="a product of 32 rows"):
         _product(rows=32)
