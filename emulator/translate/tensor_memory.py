@@ -14,7 +14,7 @@ COMMITS = ((*COMMIT, "b64"), (*COMMIT, "shared::cluster", "b64"))  # a program i
 def with_early_waits(body: list[Instruction]) -> list[Instruction]:
     """A block's instructions, with one more tcgen05.wait::ld ahead of each that uses its registers too early.
 
-    The manual leaves them undefined before the wait, and Triton 3.6 lets LLVM move conversions ahead of it: to
+    The manual leaves them undefined before the wait, and Triton 3.6 and 3.9 let LLVM move conversions ahead of it: to
     ptxas they are registers like any other, which the conversion waits for. A wait that is missing stays missing.
     """
     ordered: list[Instruction] = []
