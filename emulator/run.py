@@ -107,14 +107,16 @@ def _storage(tensor):
 
 def _writable():
     """All memory of this process that is its own, as (address, bytes); what adjoins is one."""
+    # twice, as a line may be missing where another thread maps memory meanwhile
+    lines = {line for _ in range(2) for line in Path("/proc/self/maps").read_text().splitlines()}
+    places = []
+    for place, rights, *rest in map(str.split, lines):
+        if rights.startswith("rw") and not (len(rest) == 4 and rest[3].startswith("[v")):
+            places.append([int(address, 16) for address in place.split("-")])
     found: list[list[int]] = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, rights, *rest = line.split()
-        if not rights.startswith("rw") or (len(rest) == 4 and rest[3].startswith("[v")):
-            continue
-        start, end = (int(address, 16) for address in place.split("-"))
-        if found and found[-1][1] == start:
-            found[-1][1] = end
+    for start, end in sorted(places):
+        if found and start <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], end)
         else:
             found.append([start, end])
     return [(start, end - start) for start, end in found]
