@@ -1,4 +1,4 @@
-"""What "auto" should choose: the faster of ours, layer by layer, from results; `rir_kernels.choices` reads it.
+"""What "auto" should choose: the faster of ours, layer by layer, from results; `rir_kernels.dispatch.choices` reads it.
 
 A RiR layer's rows decide, in CUDA graphs with a warm cache, inference by "eval" and training by "step", at the largest
 batch that was measured. A difference within the noise is none: the kernels are chosen then.
@@ -7,8 +7,8 @@ batch that was measured. A difference within the noise is none: the kernels are 
 from collections.abc import Sequence
 from pathlib import Path
 
-from rir_kernels.choices import CANDIDATES, FOLDER, SCHEMA
-from rir_kernels.device_files import slug
+from rir_kernels.common.device_tables import slug
+from rir_kernels.dispatch.choices import CANDIDATES, FOLDER, SCHEMA
 
 from .results import DTYPES, Results, save_json
 from .selection import named_shape

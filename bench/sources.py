@@ -17,7 +17,7 @@ from .syntax import Module, read_module
 PACKAGE = Path(__file__).resolve().parent.parent / "rir_kernels"
 
 _CONVOLUTIONS = ("rir_kernels.triton.launch.conv", "rir_kernels.triton.launch.wgrad")
-_LAUNCHERS = (*_CONVOLUTIONS, "rir_kernels.vendor")
+_LAUNCHERS = (*_CONVOLUTIONS, "rir_kernels.backends.cudnn")
 _LAYERS = ("rir_kernels.modules",)
 _NETWORKS = (*_LAYERS, "rir_kernels.surgery")
 _GPU = {"type": "cuda"}
@@ -84,7 +84,7 @@ def _closure(package, entries, left_out) -> dict[str, Module]:
 
 def _measured_tiles(package, device_name) -> Iterator[str]:
     """Problems and their tiles, from `tiles/<device>.json`; which times they had decides nothing."""
-    from rir_kernels.device_files import slug
+    from rir_kernels.common.device_tables import slug
 
     for path in package.rglob(f"tiles/{slug(device_name)}.json"):
         try:

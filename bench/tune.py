@@ -1,4 +1,4 @@
-"""Which tiles are fastest, of convolution and weight gradient: writes what `rir_kernels.triton.measured` reads.
+"""Which tiles are fastest, of convolution and weight gradient: writes what `rir_kernels.triton.tiling.measured` reads.
 
 The analytic rule's best candidates take turns, in every use of the kernel that the shape has; each first passes the
 gate. All times are kept beside the rule's predictions, so that its constants can be mended by them.
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.device_files import slug
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import ranked_tiles, use_tile
-from rir_kernels.triton.cost import Problem
+from rir_kernels.common.device_tables import slug
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch.runtime import gpu_of
 from rir_kernels.triton.launch.wgrad import weight_grad_problem
-from rir_kernels.triton.measured import SCHEMA
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.wgrad_config import ranked_wgrad_tiles, use_wgrad_tile
+from rir_kernels.triton.tiling.conv_cost import Problem
+from rir_kernels.triton.tiling.conv_tiles import ranked_tiles, use_tile
+from rir_kernels.triton.tiling.measured import SCHEMA
+from rir_kernels.triton.tiling.wgrad_tiles import ranked_wgrad_tiles, use_wgrad_tile
 
 from . import console, provenance, timing
 from .results import DTYPES, ResultsError, jsonable, read_json, save_json

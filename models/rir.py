@@ -20,7 +20,7 @@ one, and they stay packed in one tensor through the whole network. Without, one 
 from torch import nn
 
 import rir_kernels
-from rir_kernels.arguments import check_choice, check_positive_int
+from rir_kernels.common.arguments import check_choice, check_positive_int
 
 from . import siblings
 

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import nn
 
-from rir_kernels.arguments import check_choice
+from rir_kernels.common.arguments import check_choice
 
 BRANCH_SCALINGS = (None, "uniform", "decreasing")
 

@@ -17,14 +17,14 @@ Nothing here imports triton or starts CUDA: kernels are loaded by the first call
 """
 
 from . import functional, reference, surgery
-from .calls import record_calls
+from .autograd.recomputation import recompute
+from .common.cuda_graphs import preserved_statistics
+from .dispatch.calls import record_calls
+from .dispatch.preference import use_impl
 from .env import env_report
 from .equivalence import EquivalenceReport, compare
-from .graphs import preserved_statistics
 from .modules import ConvBNAct, RiRBlock, RiRLayer
 from .precompiling import PrecompileReport, precompile
-from .preference import use_impl
-from .recomputing import recompute
 from .surgery import (
     FusionReport,
     FusionStatus,

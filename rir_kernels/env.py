@@ -5,10 +5,10 @@ import platform
 
 import torch
 
-from . import dispatch
-from .preference import IMPLS
-from .spec import ConvBNActSpec
-from .versions import untested
+from .common.spec import ConvBNActSpec
+from .common.versions import untested
+from .dispatch import choose
+from .dispatch.preference import IMPLS
 
 
 class EnvReport(dict):
@@ -42,8 +42,8 @@ def env_report() -> EnvReport:
         cuda=torch.version.cuda or "no (a build of torch without it)",
         cudnn=torch.backends.cudnn.version() if cuda else "not loaded",
         devices=[_describe(index) for index in range(torch.cuda.device_count())] if cuda else ["cpu"],
-        interpreter=dispatch.interpreting(),
-        tf32=dispatch.tf32_allowed(),
+        interpreter=choose.interpreting(),
+        tf32=choose.tf32_allowed(),
         impls={impl: _availability(impl, "cuda" if cuda else "cpu") for impl in IMPLS if impl != "auto"},
     )
 
@@ -63,7 +63,7 @@ def _describe(index) -> str:
 def _availability(impl, device) -> str:
     x = torch.empty(1, 1, 1, 1, device=device)
     try:  # as a call is answered
-        dispatch.resolve(impl, x, x, ConvBNActSpec())
+        choose.resolve(impl, x, x, ConvBNActSpec())
     except (ImportError, RuntimeError) as error:
         return f"no: {error}"
     return "yes"

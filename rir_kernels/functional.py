@@ -13,13 +13,16 @@ from collections.abc import Callable
 
 import torch
 
-from . import aten, calls, eager, ops, synchronized
-from .dispatch import plainly_eager, resolve
-from .layout import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
-from .preference import check_impl
+from .autograd import ops
+from .backends import aten
+from .common.memory_format import as_channels_last, as_rows, conv_format, is_channels_last, to_format, warn_of_copies
+from .common.spec import ConvBNActSpec
+from .dispatch import calls, plan_cache
+from .dispatch.choose import plainly_eager, resolve
+from .dispatch.preference import check_impl
+from .dispatch.tensors import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors, check_weight
+from .distributed import sync_statistics
 from .reference import functional as reference
-from .spec import ConvBNActSpec
-from .validation import FLOATS, as_residuals, autocast_dtype, build_spec, check_tensors, check_weight
 
 
 def conv_bn_act(
@@ -162,7 +165,7 @@ def apply(
     x, weight, bias, residuals = _autocast(x, weight, bias, residuals)
     tensors = (x, weight, bias, bn_weight, bn_bias, *residuals)
     buffers = (running_mean, running_var, num_batches_tracked)
-    kind = eager.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
+    kind = plan_cache.kind_of(tensors, buffers, spec, training, momentum, impl, torch_format)
     if kind is not None and (y := _repeated(kind, process_group, tensors, buffers, momentum)) is not None:
         return y
     try:
@@ -192,8 +195,8 @@ def apply(
     if impl != "triton" or x.shape[0] == 0 or len(residuals) != len(tensors) - 5:
         kind = None
     elif kind is not None and process_group is None:
-        eager.prepare(kind, tensors, buffers, spec, training, channels_last)
-        if (y := eager.repeat(kind, tensors, buffers, momentum)) is not None:
+        plan_cache.prepare(kind, tensors, buffers, spec, training, channels_last)
+        if (y := plan_cache.repeat(kind, tensors, buffers, momentum)) is not None:
             return y
     if calls.on():
         by = impl if kernels or (impl == "reference" and process_group is None) else "torch"
@@ -207,7 +210,7 @@ def apply(
     if process_group is not None:
         if not kernels:
             impl, tensors = "torch", (*tensors[:5], *residuals)
-        return synchronized.conv_bn_act(
+        return sync_statistics.conv_bn_act(
             process_group, tensors, buffers, momentum, spec, impl, channels_last, by_kernels, kind
         )
     if kernels:
@@ -233,8 +236,8 @@ def apply(
 
 def _repeated(kind, process_group, tensors, buffers, momentum):
     if process_group is None:
-        return eager.repeat(kind, tensors, buffers, momentum)
-    return synchronized.repeat(kind, process_group, tensors, buffers, momentum)
+        return plan_cache.repeat(kind, tensors, buffers, momentum)
+    return sync_statistics.repeat(kind, process_group, tensors, buffers, momentum)
 
 
 def _dense(vector):

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import conversion, norm_state, reference
-from .arguments import check_block, check_conv_bn_act, check_layer
-from .joining import join, split
-from .preference import check_impl
-from .spec import ConvBNActSpec, spec_of_conv
-from .streams import (
+from . import reference
+from .common.arguments import check_block, check_conv_bn_act, check_layer
+from .common.spec import ConvBNActSpec, spec_of_conv
+from .common.stream_views import join, split
+from .common.streams import (
     PACKED,
     add_to_first_channels,
     as_streams,
@@ -23,7 +22,10 @@ from .streams import (
     pad_shortcut,
     split_channels,
 )
-from .validation import as_residuals, check_packed, check_projected, check_streams
+from .dispatch import bn_state
+from .dispatch.preference import check_impl
+from .dispatch.tensors import as_residuals, check_packed, check_projected, check_streams
+from .reference import convert
 
 
 class RiRLayer(nn.Module):
@@ -104,9 +106,7 @@ class RiRLayer(nn.Module):
             residuals.append(self.projection(split(x, self.in_residual)[0]))
         if outer is not None:
             residuals.append(outer)
-        y = norm_state.conv_bn_act(
-            self.bn, x, self.weight, spec=self._spec(), residuals=tuple(residuals), impl=self.impl
-        )
+        y = bn_state.conv_bn_act(self.bn, x, self.weight, spec=self._spec(), residuals=tuple(residuals), impl=self.impl)
         return y if packed else split(y, self.out_residual)
 
     def _spec(self) -> ConvBNActSpec:
@@ -121,7 +121,7 @@ class RiRLayer(nn.Module):
 
     def to_reference(self) -> "reference.RiRLayer":
         """An independent, exact copy as four convolutions and two norms; mode, device and requires_grad are kept."""
-        return conversion.layer_to_reference(self)
+        return convert.layer_to_reference(self)
 
     @classmethod
     def from_reference(cls, ref: "reference.RiRLayer", *, impl: str = "auto") -> "RiRLayer":
@@ -130,7 +130,7 @@ class RiRLayer(nn.Module):
         ValueError where `ref` cannot be packed: its four weights must agree in requires_grad, and its two norms in
         everything but their per-channel values.
         """
-        return conversion.layer_from_reference(cls, ref, impl)
+        return convert.layer_from_reference(cls, ref, impl)
 
     def extra_repr(self) -> str:
         return (
@@ -224,13 +224,13 @@ class RiRBlock(nn.Module):
 
     def to_reference(self) -> "reference.RiRBlock":
         """An independent, exact copy, as RiRLayer.to_reference."""
-        return conversion.block_to_reference(self)
+        return convert.block_to_reference(self)
 
     @classmethod
     def from_reference(cls, ref: "reference.RiRBlock", *, impl: str = "auto") -> "RiRBlock":
         """The reverse of `to_reference`, as RiRLayer.from_reference."""
         layers: Any = ref.layers  # a ModuleList does not say what it holds
-        return conversion.block_from_reference(cls, ref, [RiRLayer.from_reference(one, impl=impl) for one in layers])
+        return convert.block_from_reference(cls, ref, [RiRLayer.from_reference(one, impl=impl) for one in layers])
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, outer_shortcut={self.outer_shortcut!r}, outer_streams={self.outer_streams!r}"
@@ -302,7 +302,7 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x, residual=None):
         conv = self.conv
-        return norm_state.conv_bn_act(
+        return bn_state.conv_bn_act(
             self.bn,
             x,
             conv.weight,

@@ -24,9 +24,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import dispatch
-from .arguments import check_positive_int
-from .plans import Kinds
+from .backends.plans import Kinds
+from .common.arguments import check_positive_int
+from .dispatch import choose
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def precompile(
         check_positive_int("batch_sizes", batch)
     if workers is not None:
         check_positive_int("workers", workers)
-    if missing := dispatch.triton_missing():
+    if missing := choose.triton_missing():
         raise ImportError(f"precompile needs {missing}")
-    if dispatch.interpreting():
+    if choose.interpreting():
         raise RuntimeError("under TRITON_INTERPRET=1 nothing is compiled: unset it before Python starts")
     arch, gpu = _target(arch)
     jobs = dict.fromkeys(job for batch in batches for job in launches(model, example_inputs, batch, training, gpu))
@@ -95,7 +95,7 @@ def precompile(
 
 def _target(arch):
     """(architecture, GPU) that kernels are compiled for."""
-    gpus = importlib.import_module("rir_kernels.triton.gpus")
+    gpus = importlib.import_module("rir_kernels.triton.tiling.gpus")
     if arch is None:
         if not torch.cuda.is_available():
             raise ValueError('there is no GPU here: name the one that will be, as arch="sm_90"')

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels import reference
-from rir_kernels.streams import pack_weight
+from rir_kernels.common.streams import pack_weight
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy.ndimage import affine_transform  # scikit-learn, which brings the digits, needs SciPy
 
 from models.data import augment  # not its test_batches: pytest would take that for a test
-from rir_kernels.layout import is_channels_last
+from rir_kernels.common.memory_format import is_channels_last
 
 COUNT, PADDING = 1000, 2
 

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
-from rir_kernels import dispatch
+from rir_kernels.dispatch import choose
 
 # fp32, outputs and gradients of order one to a hundred: AOTAutograd decomposes the norm and sums in another order
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -180,12 +180,12 @@ def test_what_a_device_lacks_is_found_while_compiling(monkeypatch):
         open(os.devnull).close()  # which the compiler cannot trace
         return f"no GPU {index}"
 
-    monkeypatch.setattr(dispatch, "_find_missing_on", find)
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(choose, "_find_missing_on", find)
+    monkeypatch.setattr(choose, "_warned", set())
 
     def function(x):
-        if missing := dispatch._missing_on(0):
-            dispatch.warn_once(missing)
+        if missing := choose._missing_on(0):
+            choose.warn_once(missing)
             return x + 1
         return x
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels import reference
-from rir_kernels.streams import pack_weight
+from rir_kernels.common.streams import pack_weight
 from tests.helpers import scrambled
 
 CHANNELS = pytest.mark.parametrize(("in_channels", "out_channels"), [(6, 6), (4, 9), (9, 4), (1, 5)])

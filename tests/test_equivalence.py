@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import aten
+from rir_kernels.backends import aten
 from rir_kernels.equivalence import compare
 
 EPS = torch.finfo(torch.float32).eps

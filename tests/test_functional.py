@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rir_kernels as rir
-from rir_kernels.preference import meant_by
+from rir_kernels.dispatch.preference import meant_by
 from tests.helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 conv_bn_act = rir.functional.conv_bn_act

@@ -12,7 +12,7 @@ from models.quantized.integer import IntegerQuantizer, pack, unpack
 from models.quantized.layers import QuantizedLinear
 from models.quantized.quantizer import Quantizer
 from models.rir import RiR
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from tests import quantized_helpers as oracle
 
 # convolutions

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
 from rir_kernels import functional
-from rir_kernels.joining import join, split
-from rir_kernels.layout import is_channels_last
+from rir_kernels.common.memory_format import is_channels_last
+from rir_kernels.common.stream_views import join, split
 
 LAST = torch.channels_last
 N, C, H, W = 2, 4, 5, 3

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import rir_kernels as rir
-from rir_kernels.layout import to_format
+from rir_kernels.common.memory_format import to_format
 from tests.helpers import formula
 
 conv_bn_act = rir.functional.conv_bn_act

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import rir_kernels as rir
-from rir_kernels import dispatch, functional
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels import functional
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import choose
 from tests.helpers import assert_within_budget, make_norm_call, norm_formula, output_gradient, run
 from tests.refusals import refused
 
@@ -127,8 +128,8 @@ def test_within_autocast_a_residual_takes_the_dtype_of_x(impl):
 
 def test_auto(monkeypatch):
     """On a GPU our kernels, in fp32 without TF32 too; elsewhere, and in fp64, torch's operators."""
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: "")
-    monkeypatch.setattr(dispatch, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(choose, "_missing_on", lambda index: "")
+    monkeypatch.setattr(choose, "tf32_allowed", lambda: False)
 
     class Pretended:
         def __init__(self, device, dtype):
@@ -136,9 +137,9 @@ def test_auto(monkeypatch):
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for impl in ("auto", "triton", "hybrid"):
-            assert dispatch.resolve(impl, Pretended("cuda:0", dtype), None, ConvBNActSpec(), True) == "triton"
+            assert choose.resolve(impl, Pretended("cuda:0", dtype), None, ConvBNActSpec(), True) == "triton"
     for where in (("cuda:0", torch.float64), ("cpu", torch.float32)):
-        assert dispatch.resolve("auto", Pretended(*where), None, ConvBNActSpec()) == "torch"
+        assert choose.resolve("auto", Pretended(*where), None, ConvBNActSpec()) == "torch"
 
 
 # errors

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
-from rir_kernels import preference
-from rir_kernels.preference import meant_by, use_impl
+from rir_kernels.dispatch import preference
+from rir_kernels.dispatch.preference import meant_by, use_impl
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "hooks"])
 DEEP = 64  # levels of backward within backward: beyond 60 torch takes another thread

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import calls as recording
-from rir_kernels import dispatch
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import calls as recording
+from rir_kernels.dispatch import choose
 from rir_kernels.functional import conv_bn_act, norm_act
-from rir_kernels.spec import ConvBNActSpec
 from tests.citizen.networks import images, resnet_twins
 
 CPU = "x is not on a CUDA device"
@@ -173,27 +173,27 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_not_triton(reason, monkeypatch):
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: "")
-    monkeypatch.setattr(dispatch, "tf32_allowed", lambda: False)
-    monkeypatch.setattr(dispatch, "measured_choice", lambda *_: None)
-    monkeypatch.setattr(dispatch, "_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(choose, "_missing_on", lambda index: "")
+    monkeypatch.setattr(choose, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(choose, "measured_choice", lambda *_: None)
+    monkeypatch.setattr(choose, "_device_name", lambda index: "a GPU")
     x, weight, options = REASONS[reason]
     arguments = x, weight, ConvBNActSpec(**options), True
-    assert dispatch.why_not_triton(*arguments) == reason
-    assert (dispatch.resolve("auto", *arguments) == "triton") == (reason == "")
-    assert not dispatch.why_not_triton(OnGPU(), None, ConvBNActSpec(), True)
+    assert choose.why_not_triton(*arguments) == reason
+    assert (choose.resolve("auto", *arguments) == "triton") == (reason == "")
+    assert not choose.why_not_triton(OnGPU(), None, ConvBNActSpec(), True)
 
 
 def test_measured_and_missing(monkeypatch):
-    monkeypatch.setattr(dispatch, "_device_name", lambda index: "a GPU")
-    monkeypatch.setattr(dispatch, "measured_choice", lambda *_: "hybrid")
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: "")
+    monkeypatch.setattr(choose, "_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(choose, "measured_choice", lambda *_: "hybrid")
+    monkeypatch.setattr(choose, "_missing_on", lambda index: "")
     arguments = OnGPU(), WEIGHT, ConvBNActSpec(), True
-    assert dispatch.why_not_triton(*arguments) == "measured to be faster here"
+    assert choose.why_not_triton(*arguments) == "measured to be faster here"
     missing = "needs triton >= 3.6, found 3.0"
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: missing)
-    monkeypatch.setattr(dispatch, "_warned", {f"rir_kernels falls back to plain PyTorch: {missing}"})
-    assert dispatch.why_not_triton(*arguments) == missing
+    monkeypatch.setattr(choose, "_missing_on", lambda index: missing)
+    monkeypatch.setattr(choose, "_warned", {f"rir_kernels falls back to plain PyTorch: {missing}"})
+    assert choose.why_not_triton(*arguments) == missing
 
 
 def test_transforms():

@@ -12,7 +12,7 @@ from helpers import double_precision, pair  # noqa: F401 (an autouse fixture)
 from torch import nn
 
 from rir_kernels import reference
-from rir_kernels.streams import pack_weight
+from rir_kernels.common.streams import pack_weight
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.streams import (
+from rir_kernels.common.streams import (
     PACKED,
     add_to_first_channels,
     as_streams,

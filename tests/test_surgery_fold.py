@@ -8,7 +8,7 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels import reference
-from rir_kernels.folded_norm import FoldedNorm
+from rir_kernels.surgery.folded_norm import FoldedNorm
 from tests.surgery_helpers import CLOSE, fused_calls, randn, settle
 from tests.test_surgery_traced import Block, Generalized, PreBlock
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.shapes import Shape
 
 # the smallest first; 16@32 is folded, where Triton leaves out a fence between threads and the tensor cores' reads

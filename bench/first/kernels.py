@@ -14,9 +14,9 @@ from bench.ceilings import measure_ceilings
 from bench.l2 import l2_read_gbps
 from bench.suites import kernels
 from bench.tune import CONVOLUTION
-from rir_kernels.triton.config import use_tile
 from rir_kernels.triton.launch.runtime import gpu_of
 from rir_kernels.triton.shapes import SHAPE_TABLE, Shape
+from rir_kernels.triton.tiling.conv_tiles import use_tile
 
 SHAPES = (Shape(96, 96, 32), Shape(192, 192, 16), Shape(64, 64, 56))
 CONVOLUTIONS = ("conv_train", "conv_eval", "data_grad")

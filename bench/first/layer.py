@@ -13,9 +13,9 @@ import torch
 import rir_kernels as rir
 from bench import timing
 from bench.case import random_input
-from rir_kernels import eager
-from rir_kernels.dispatch import watched
-from rir_kernels.plans import Kinds
+from rir_kernels.backends.plans import Kinds
+from rir_kernels.dispatch import plan_cache
+from rir_kernels.dispatch.choose import watched
 from rir_kernels.triton.shapes import Shape
 
 # the running statistics are updated by a kernel in plans, by torch's operators without: three roundings, in two orders
@@ -66,7 +66,7 @@ class _Layer:
 def _compare(ours, theirs):
     """Of the second step: the first one records the plan."""
     results = [[layer.step(), layer.step()][1] for layer in (ours, theirs)]
-    plans = sum(plan is not None for plan in eager._planned.values())
+    plans = sum(plan is not None for plan in plan_cache._planned.values())
     if not plans:
         return {"status": "failed", "error": "no plan was recorded"}
     return _same(*results, ours.state(), theirs.state()) | {"plans": plans}

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels.layout import dense_channels_last
-from rir_kernels.spec import spec_of_conv
-from rir_kernels.validation import as_residuals, autocast_dtype
+from rir_kernels.common.memory_format import dense_channels_last
+from rir_kernels.common.spec import spec_of_conv
+from rir_kernels.dispatch.tensors import as_residuals, autocast_dtype
 
 from . import cudnn_ops
 

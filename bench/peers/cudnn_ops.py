@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from rir_kernels.layout import empty_channels_last
+from rir_kernels.common.memory_format import empty_channels_last
 
 from .cudnn_plans import fastest, layout, nhwc, run
 

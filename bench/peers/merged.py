@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels.validation import as_residuals
+from rir_kernels.dispatch.tensors import as_residuals
 
 
 class MergedRiRLayer(rir.RiRLayer):

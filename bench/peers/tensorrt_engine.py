@@ -11,8 +11,8 @@ import importlib
 import torch
 from torch import nn
 
-from rir_kernels.dispatch import tf32_allowed
-from rir_kernels.layout import dense_channels_last
+from rir_kernels.common.memory_format import dense_channels_last
+from rir_kernels.dispatch.choose import tf32_allowed
 
 from .tensorrt_network import TYPES, Translation
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 import rir_kernels as rir
-from rir_kernels.spec import spec_of_conv
+from rir_kernels.common.spec import spec_of_conv
 
 TYPES = {torch.float16: "HALF", torch.bfloat16: "BF16", torch.float32: "FLOAT"}
 

@@ -12,12 +12,12 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from bench.roofline import Pass, kernel_passes
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton import inspect
-from rir_kernels.triton.config import use_tile
 from rir_kernels.triton.launch import batchnorm, conv, runtime, wgrad
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.conv_tiles import use_tile
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .disassembly import CannotModel, run_on
 from .state import Box, Kernel

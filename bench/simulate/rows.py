@@ -6,7 +6,7 @@ import torch
 
 from bench.results import DTYPES
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .decoded import PHASES
 from .disassembly import CannotModel

@@ -11,7 +11,7 @@ from bench import console, provenance
 from bench.results import now, save_json
 from bench.speedup import geometric_mean
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .machine import BASE, OPTIMISTIC, PESSIMISTIC
 from .rows import row_of

@@ -1,6 +1,6 @@
 """Tiles as text: what `--explain` prints, and `--tile` takes."""
 
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 _TILE = ("walk", "box", *(f"block_{side}" for side in ("c", "k", "co", "ci")), "num_warps", "num_stages")
 _UNUSUAL = ("groups", "rows", "skips", "fold")  # most tiles have 1, 1, 0 and 0 of them

@@ -16,8 +16,8 @@ from bench.modules import latest
 from bench.results import DTYPES
 from bench.roofline import kernel_passes
 from bench.selection import Selection
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.equivalence.criterion import judge
-from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.shapes import Shape
 
 COMMON = ("merged", "compile", "triton")
@@ -101,11 +101,11 @@ def _call(impl, op, expression, tensors):
 
 
 def _launcher(impl, op, t):
-    from rir_kernels import vendor
+    from rir_kernels.backends import cudnn
     from rir_kernels.triton.launch import batchnorm, conv, wgrad
 
-    convolution = vendor if impl == "hybrid" else conv
-    gradient = vendor if impl == "hybrid" else wgrad
+    convolution = cudnn if impl == "hybrid" else conv
+    gradient = cudnn if impl == "hybrid" else wgrad
     spec = t.spec
     affine = {"gamma": t.gamma, "beta": t.beta}
     layer = {"bias": None, "residuals": (), "spec": spec}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.layout import to_format
+from rir_kernels.common.memory_format import to_format
 
 from .images import Jitter
 

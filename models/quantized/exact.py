@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 
 
 def largest_sum(weight_shape, x_high: int, w_high: int) -> int:

@@ -1,7 +1,8 @@
 """The quantized twins of RiRLayer, ConvBNAct, Conv2d and Linear.
 
 Each is its parent with the convolution left to a `quantizer` (formulas in `codes` and `quantizer`); what follows stays
-floating point: shortcuts, which carry the activations as they are, norm and ReLU, by `rir_kernels.norm_state.norm_act`.
+floating point: shortcuts, which carry the activations as they are, norm and ReLU, by
+`rir_kernels.dispatch.bn_state.norm_act`.
 Parameters and keys are the parent's; new are the buffers quantizer.bound and quantizer.batches. An integer network
 (`integer`) consists of the same classes with another `quantizer`, so that all that follows is the same by construction.
 """
@@ -12,11 +13,11 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import norm_state
-from rir_kernels.joining import join, split
-from rir_kernels.spec import ConvBNActSpec, spec_of_conv
-from rir_kernels.streams import PACKED, as_streams
-from rir_kernels.validation import as_residuals, check_packed, check_streams
+from rir_kernels.common.spec import ConvBNActSpec, spec_of_conv
+from rir_kernels.common.stream_views import join, split
+from rir_kernels.common.streams import PACKED, as_streams
+from rir_kernels.dispatch import bn_state
+from rir_kernels.dispatch.tensors import as_residuals, check_packed, check_streams
 
 from .quantizer import Quantizer
 
@@ -60,7 +61,7 @@ class QuantizedRiRLayer(Quantized, rir.RiRLayer):
             residuals.append(spec.shortcut(x))
         if outer is not None:
             residuals.append(outer)
-        y = norm_state.norm_act(self.bn, z, spec=_without_conv(spec), residuals=tuple(residuals), impl=self.impl)
+        y = bn_state.norm_act(self.bn, z, spec=_without_conv(spec), residuals=tuple(residuals), impl=self.impl)
         return y if packed else split(y, self.out_residual)
 
 
@@ -70,9 +71,7 @@ class QuantizedConvBNAct(Quantized, rir.ConvBNAct):
     def forward(self, x, residual=None):
         spec = spec_of_conv(self.conv, self.residual_at, self.branch_scale, self.activation, self.bn.eps)
         z = _with_bias(self.quantizer(x, self.conv.weight, spec), self.conv.bias)
-        return norm_state.norm_act(
-            self.bn, z, spec=_without_conv(spec), residuals=as_residuals(residual), impl=self.impl
-        )
+        return bn_state.norm_act(self.bn, z, spec=_without_conv(spec), residuals=as_residuals(residual), impl=self.impl)
 
 
 class QuantizedConv2d(Quantized, nn.Conv2d):

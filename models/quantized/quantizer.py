@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rir_kernels.layout import is_channels_last, to_format
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.validation import autocast_dtype, check_projected
+from rir_kernels.common.memory_format import is_channels_last, to_format
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch.tensors import autocast_dtype, check_projected
 
 from . import exact
 from .codes import check_bits, code_range, next_bound, scale_of, to_codes, weight_scale

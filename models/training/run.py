@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import rir_kernels as rir
 from models.data import augment
-from rir_kernels.layout import to_format
+from rir_kernels.common.memory_format import to_format
 
 from . import build, checkpoint, evaluation, report, state
 from .average import Average

@@ -4,7 +4,7 @@ import dataclasses
 import html
 import math
 
-from ..tables import aligned, html_table
+from ..common.tables import aligned, html_table
 
 SHORT = 16  # rows; a longer report prints a summary and its worst rows
 WORST = 8

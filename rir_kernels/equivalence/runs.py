@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..layout import is_channels_last, to_format
+from ..common.memory_format import is_channels_last, to_format
 from ..modules import RiRLayer
 from .criterion import is_floating
 

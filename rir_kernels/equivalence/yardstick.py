@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
+from ..dispatch.preference import use_impl
 from ..modules import ConvBNAct, RiRLayer
-from ..preference import use_impl
 from ..surgery.swap import is_covered, is_fused, swap_in
 from .criterion import GRADIENTS, is_floating, judge_all
 from .report import EquivalenceRow

@@ -10,8 +10,8 @@ The residual joins before or after the norm: two different functions in training
 import torch
 import torch.nn.functional as F
 
-from ..arguments import ACTIVATIONS, RESIDUAL_AT, check_choice
-from ..streams import add_to_first_channels
+from ..common.arguments import ACTIVATIONS, RESIDUAL_AT, check_choice
+from ..common.streams import add_to_first_channels
 
 
 def conv_bn_act(

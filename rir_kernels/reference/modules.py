@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from ..arguments import check_block, check_conv_bn_act, check_layer
-from ..streams import (
+from ..common.arguments import check_block, check_conv_bn_act, check_layer
+from ..common.streams import (
     PACKED,
     add_to_first_channels,
     as_streams,

@@ -9,9 +9,9 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..folded_norm import FoldedNorm
-from ..tables import THE_MODEL
+from ..common.tables import THE_MODEL
 from .classes import Conv2d
+from .folded_norm import FoldedNorm
 from .guards import conv_obstacle, norm_obstacle, relu_obstacle
 from .patterns import Refusal
 from .reads import child, path_of

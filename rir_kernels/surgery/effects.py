@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.modules import activation, batchnorm, conv, linear, pooling
 
-from ..folded_norm import FoldedNorm
 from ..sync_batchnorm import SyncBatchNorm2d
+from .folded_norm import FoldedNorm
 from .guards import bypass_obstacle
 from .registry import calls_in_turn
 from .swap import class_of

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..folded_norm import FoldedNorm
 from .coverage import is_norm
+from .folded_norm import FoldedNorm
 from .fuse import check_model, walk
 from .guards import norm_has_relu, norm_obstacle
 from .patterns import Refusal

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ..dispatch.preference import check_impl
 from ..equivalence.runs import as_inputs
-from ..folded_norm import FoldedNorm
-from ..preference import check_impl
 from .classes import subclass_obstacle
 from .coverage import Ledger
+from .folded_norm import FoldedNorm
 from .macs import macs_share
 from .patterns import PATTERNS, Match, Refusal, families
 from .recording import Untraceable, session

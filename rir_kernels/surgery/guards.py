@@ -12,10 +12,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..folded_norm import FoldedNorm
 from ..sync_batchnorm import SyncBatchNorm2d
 from .classes import BatchNorm2d, Conv2d, Identity, ReLU, know, patched
 from .fallback import GLOBAL_HOOK, HOOK, PARAMETRIZED, WRAPPED
+from .folded_norm import FoldedNorm
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)

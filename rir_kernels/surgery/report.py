@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..tables import THE_MODEL
+from ..common.tables import THE_MODEL
 from .swap import class_of
 
 _SHOWN = 4  # names of a group, before the rest is counted

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..tables import Table
+from ..common.tables import Table
 from .fuse import check_model
 from .guards import call_obstacle
 from .swap import changed_class, class_of, is_fused

@@ -11,8 +11,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .. import norm_state
-from ..spec import ConvBNActSpec
+from ..common.spec import ConvBNActSpec
+from ..dispatch import bn_state
 from .fallback import note
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
 
@@ -34,7 +34,7 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
     spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
     if reason := _misfit(x, residuals, weight, spec):
         return _instead(one_by_one, x, residuals, reason)
-    return norm_state.conv_bn_act(
+    return bn_state.conv_bn_act(
         bn,
         x,
         weight,
@@ -56,7 +56,7 @@ def bn_act(x, bn, act, *, impl="auto", acts=False, one_by_one=None):
     if reason := obstacle(bn, act, acts=acts):
         return _instead(one_by_one, x, (), reason, asked=False)
     otherwise, relu = functools.partial(_instead, one_by_one, x, ()), act is not None or norm_has_relu(bn)
-    return norm_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
+    return bn_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
 
 
 def obstacle(bn, act, *conv, acts=False) -> str:

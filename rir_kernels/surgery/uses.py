@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ..folded_norm import FoldedNorm
-from ..tables import THE_MODEL
+from ..common.tables import THE_MODEL
+from .folded_norm import FoldedNorm
 from .reach import asks_types, held_by, held_within, loads, name_that_reaches
 from .reads import child
 from .recording import Untraceable

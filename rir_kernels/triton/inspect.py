@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.barriers import unguarded_writes
-from rir_kernels.triton.gpus import ARCHITECTURES
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
+from rir_kernels.triton.tiling.gpus import ARCHITECTURES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 GATED = ("bf16", "fp16", "tf32")

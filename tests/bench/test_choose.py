@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from bench.choose import choose
-from rir_kernels import choices, dispatch, preference
-from rir_kernels.spec import ConvBNActSpec
+from bench.choose import choose as choose_by
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import choices, choose, preference
 from tests.bench.helpers import results, row
 
 NAME = "Made-up GPU"
@@ -29,7 +29,7 @@ def taken(c_in, c_out=None, rows=32, dtype="torch.bfloat16", training=True, kern
 
 
 def test_the_faster_one_is_taken(folder):
-    path = choose(
+    path = choose_by(
         [
             results(
                 [
@@ -53,18 +53,18 @@ def test_the_faster_one_is_taken(folder):
 
 
 def test_the_largest_batch_decides_and_graphs_alone(folder):
-    choose([results([*pair(0.1, 0.2, batch=1), *pair(0.2, 0.1, batch=512), *pair(0.1, 0.2, batch=32)])], folder)
+    choose_by([results([*pair(0.1, 0.2, batch=1), *pair(0.2, 0.1, batch=512), *pair(0.1, 0.2, batch=32)])], folder)
     assert taken(96) == "hybrid"
     with pytest.raises(ValueError, match="no RiR layer has graph times of both triton and hybrid"):
-        choose([results(pair(0.1, 0.2, graph=False))], folder)
+        choose_by([results(pair(0.1, 0.2, graph=False))], folder)
     with pytest.raises(ValueError, match="no RiR layer"):
-        choose([results([*pair(0.1, 0.2, passed=False)])], folder)
+        choose_by([results([*pair(0.1, 0.2, passed=False)])], folder)
 
 
 def test_auto_takes_it(folder, monkeypatch):
-    choose([results(pair(0.3, 0.2))], folder)
-    monkeypatch.setattr(dispatch, "_missing_on", lambda index: "")
-    monkeypatch.setattr(dispatch, "_device_name", lambda index: NAME)
+    choose_by([results(pair(0.3, 0.2))], folder)
+    monkeypatch.setattr(choose, "_missing_on", lambda index: "")
+    monkeypatch.setattr(choose, "_device_name", lambda index: NAME)
 
     class OnGPU:
         """As much of a tensor on a GPU as the choice looks at."""
@@ -73,11 +73,11 @@ def test_auto_takes_it(folder, monkeypatch):
         shape = (256, 96, 32, 32)
 
     weight, spec = torch.empty(96, 96, 3, 3), ConvBNActSpec()
-    assert dispatch.resolve("auto", OnGPU, weight, spec, training=True) == "hybrid"
-    assert dispatch.resolve("auto", OnGPU, weight, spec, training=False) == "triton"
-    assert dispatch.resolve("auto", OnGPU, torch.empty(64, 96, 3, 3), spec, training=True) == "triton"
+    assert choose.resolve("auto", OnGPU, weight, spec, training=True) == "hybrid"
+    assert choose.resolve("auto", OnGPU, weight, spec, training=False) == "triton"
+    assert choose.resolve("auto", OnGPU, torch.empty(64, 96, 3, 3), spec, training=True) == "triton"
     with preference.use_impl("torch"):
-        assert dispatch.resolve("auto", OnGPU, weight, spec, training=True) == "torch"
+        assert choose.resolve("auto", OnGPU, weight, spec, training=True) == "torch"
 
 
 GOOD = {

@@ -6,7 +6,7 @@ import pytest
 
 from bench import cli, run
 from bench.results import load
-from rir_kernels import aten
+from rir_kernels.backends import aten
 
 FAST = ["--device", "cpu", "--quick", "--ops", "rir_layer", "--batch", "2"]
 

@@ -21,7 +21,7 @@ from bench.simulate.multiprocessor import Run, simulate
 from bench.simulate.program import Partial, Program, Warp, either
 from bench.simulate.state import Box, Group, Kernel
 from bench.simulate.tiles import described, tile_of
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 
 def control(stall, sets=7, reads=7, waits=0):

@@ -11,10 +11,11 @@ from bench.roofline import kernel_passes, layer_passes
 from bench.runner import Runner
 from bench.selection import Selection, named_shape
 from bench.suites import kernels, layers, models
-from rir_kernels import aten, eager, plans
+from rir_kernels.backends import aten, plans
+from rir_kernels.dispatch import plan_cache
 from rir_kernels.equivalence import EquivalenceRow
 from rir_kernels.triton.launch import conv as conv_launcher
-from rir_kernels.triton.launch import plan
+from rir_kernels.triton.plan import plan
 from rir_kernels.triton.shapes import SHAPE_TABLE, Shape
 
 CPU = torch.device("cpu")
@@ -231,7 +232,7 @@ def test_layers_of_ours_pass_in_the_interpreter(op):
 @pytest.mark.parametrize(("training", "mode"), [(False, "eval"), (True, "step")])
 def test_the_gate_judges_the_very_plans_that_are_timed(training, mode, monkeypatch):
     """The check leaves plans, forward's and backward's; what is timed runs these and records no other."""
-    monkeypatch.setattr(eager, "_planned", plans.Kinds())
+    monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     ran, recorded = [], []
     run, record = plan.Plan.__call__, plan.record
     monkeypatch.setattr(plan.Plan, "__call__", lambda self, *args: ran.append(self) or run(self, *args))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from bench import cli, timing, tune
-from rir_kernels.triton import measured
-from rir_kernels.triton.config import conv_config, ranked_tiles
-from rir_kernels.triton.cost import Problem
-from rir_kernels.triton.gpus import H200, Gpu
 from rir_kernels.triton.launch import conv, wgrad
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.wgrad_config import wgrad_tile
-from rir_kernels.triton.wgrad_cost import WgradProblem
+from rir_kernels.triton.tiling import measured
+from rir_kernels.triton.tiling.conv_cost import Problem
+from rir_kernels.triton.tiling.conv_tiles import conv_config, ranked_tiles
+from rir_kernels.triton.tiling.gpus import H200, Gpu
+from rir_kernels.triton.tiling.wgrad_cost import WgradProblem
+from rir_kernels.triton.tiling.wgrad_tiles import wgrad_tile
 
 SHAPE = Shape(8, 8, 4, batch=2)
 PROBLEM = Problem(2, 4, 4, 8, 8, (3, 3), 4, (1, 1))

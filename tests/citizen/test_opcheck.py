@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rir_kernels import ops
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.autograd import ops
+from rir_kernels.common.spec import ConvBNActSpec
 from tests.emulation import gpu
 
 DEVICES = [

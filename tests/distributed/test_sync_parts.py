@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import dispatch, reference
+from rir_kernels import reference
+from rir_kernels.dispatch import choose
 from tests.distributed.ranks import (
     assert_same,
     counted_gathers,
@@ -145,7 +146,7 @@ def steps(tmp_path_factory):
     ],
 )
 def test_parts_of_a_batch_are_the_whole(steps, case, run):
-    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not dispatch.interpreting():
+    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not choose.interpreting():
         pytest.skip("kernels run on the GPU here: see test_on_gpus")
     _assert_parts_are_the_whole(case, steps(*run))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from torch import nn
 
-from rir_kernels import aten
+from rir_kernels.backends import aten
 from rir_kernels.surgery import fuse_
 from rir_kernels.surgery.report import FusionReport, Skipped
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -203,8 +203,8 @@ def test_programs_of_several_steps(target, monkeypatch):
 
     The mean moves from block to block, so that merging them is most of the variance.
     """
-    from rir_kernels.triton.config import RowsConfig
     from rir_kernels.triton.launch import batchnorm
+    from rir_kernels.triton.tiling.conv_tiles import RowsConfig
 
     monkeypatch.setattr(batchnorm, "rows_config", lambda m, c: RowsConfig(4, 8, 3, 4))
     z = rand((5, 8, 3, 3), target, seed=1) + torch.arange(5, device=target[0]).to(target[1])[:, None, None, None]

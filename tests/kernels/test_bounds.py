@@ -7,7 +7,7 @@ the interpreter always comes later; beyond the last row there is nobody.
 import pytest
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 

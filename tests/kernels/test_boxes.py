@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rir_kernels.triton.gpus import Gpu
-from rir_kernels.triton.tile import ConvConfig
-from rir_kernels.triton.wgrad_cost import WgradTile
+from rir_kernels.triton.tiling.gpus import Gpu
+from rir_kernels.triton.tiling.tile import ConvConfig
+from rir_kernels.triton.tiling.wgrad_cost import WgradTile
 
 from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -41,7 +41,7 @@ def pointers(monkeypatch):
 
 
 def _results(target, shape):
-    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.common.spec import ConvBNActSpec
     from rir_kernels.triton.launch import batchnorm, conv, wgrad
 
     n, c_in, c_out, h, w, kernel, stride = shape
@@ -66,8 +66,8 @@ def _results(target, shape):
 
 
 def _assert_same_results(target, shape, monkeypatch_off, tile, wgrad_tile):
-    from rir_kernels.triton.config import use_tile
-    from rir_kernels.triton.wgrad_config import use_wgrad_tile
+    from rir_kernels.triton.tiling.conv_tiles import use_tile
+    from rir_kernels.triton.tiling.wgrad_tiles import use_wgrad_tile
 
     with use_tile(tile), use_wgrad_tile(wgrad_tile):
         ours = _results(target, shape)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import rir_kernels as rir
-from rir_kernels import dispatch
-from rir_kernels.chaining import Link
-from rir_kernels.joining import split
+from rir_kernels.autograd.backward_fusion import Link
+from rir_kernels.common.stream_views import split
+from rir_kernels.dispatch import choose
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
@@ -51,7 +51,7 @@ def _gradients(layers, function, x, way=contextlib.nullcontext):
 def _assert_as_the_long_way(layers, function, x):
     """But for the order of the sums: in each, errors grow like the root of the number of terms, and dz is rounded."""
     eps = max(8 * torch.finfo(torch.float32).eps, 2 * torch.finfo(x.dtype).eps)
-    found, expected = (_gradients(layers, function, x, way) for way in (contextlib.nullcontext, dispatch.watched))
+    found, expected = (_gradients(layers, function, x, way) for way in (contextlib.nullcontext, choose.watched))
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=4 * eps * plain.abs().max().item())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from tests.emulation import gpu
 
 from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import use_tile
-from rir_kernels.triton.cost import Problem, clocks
-from rir_kernels.triton.gpus import H200
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.triton.tiling.conv_cost import Problem, clocks
+from rir_kernels.triton.tiling.conv_tiles import use_tile
+from rir_kernels.triton.tiling.gpus import H200
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
 

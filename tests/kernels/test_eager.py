@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, plans
-from rir_kernels.triton.launch import plan
+from rir_kernels.backends import plans
+from rir_kernels.dispatch import choose, plan_cache
+from rir_kernels.triton.plan import plan
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
@@ -18,7 +19,7 @@ targets = pytest.mark.parametrize("target", TARGETS)
 @pytest.fixture
 def taken(monkeypatch):
     """A list that grows by one with each call that takes the short way; nothing is known at the start."""
-    monkeypatch.setattr(eager, "_planned", plans.Kinds())
+    monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     calls = []
     run = plan.Plan.__call__
     monkeypatch.setattr(plan.Plan, "__call__", lambda *args: calls.append(1) or run(*args))
@@ -38,7 +39,7 @@ def test_both_ways_agree(target, training, taken):
     layers[1].load_state_dict(layers[0].state_dict())
     for seed in range(3):
         results = []
-        for layer, way in zip(layers, (contextlib.nullcontext, dispatch.watched), strict=True):
+        for layer, way in zip(layers, (contextlib.nullcontext, choose.watched), strict=True):
             x = rand((2, 8, 4, 4), target, seed=seed).requires_grad_(training)
             with way(), torch.set_grad_enabled(training):
                 y = layer(x)
@@ -76,11 +77,11 @@ def test_one_plan_a_kind(target, taken):
     }
     for number, (name, call) in enumerate(calls.items(), 1):
         call()
-        assert len(eager._planned) == number, name
-    assert len(taken) == len(calls) and None not in eager._planned.values()
+        assert len(plan_cache._planned) == number, name
+    assert len(taken) == len(calls) and None not in plan_cache._planned.values()
     layer.train()
     layer(rand((2, 8, 4, 4), target, seed=2))
-    assert len(eager._planned) == len(calls)
+    assert len(plan_cache._planned) == len(calls)
 
 
 @targets

@@ -10,8 +10,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, layout, ops, plans
-from rir_kernels.layout import is_channels_last
+from rir_kernels.autograd import ops
+from rir_kernels.backends import plans
+from rir_kernels.common import memory_format
+from rir_kernels.common.memory_format import is_channels_last
+from rir_kernels.dispatch import choose, plan_cache
 
 from .targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 
@@ -22,8 +25,8 @@ PAIRS = list(itertools.product((NCHW, NHWC), repeat=2))  # of images and weights
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """No plans from earlier calls, and nothing has been warned of."""
-    monkeypatch.setattr(eager, "_planned", plans.Kinds())
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
+    monkeypatch.setattr(choose, "_warned", set())
 
 
 class Unit(nn.Module):
@@ -125,12 +128,12 @@ class _Transposes(TorchDispatchMode):
 def test_one_copy_at_the_entry(impl, device):
     """With channels_last weights, whatever comes in; nothing in backward. Without them, as many as there are edges."""
     x = images(2, 4, 4, 4, device=device)
-    for memory_format, copies in ((NHWC, 1), (NCHW, 6)):
-        model = fused(three_units(device, memory_format), impl, 3)
+    for of_weights, copies in ((NHWC, 1), (NCHW, 6)):
+        model = fused(three_units(device, of_weights), impl, 3)
         with _Transposes() as transposes:
             y = model(x)
             assert transposes.found == [(2, 4, 4, 4)] * copies
-            if memory_format == NHWC:
+            if of_weights == NHWC:
                 y.square().sum().backward()
                 assert transposes.found == [(2, 4, 4, 4)]
     # the plans of the same calls
@@ -138,7 +141,7 @@ def test_one_copy_at_the_entry(impl, device):
     for _ in range(2):
         assert torch.equal(model(x), y)
     if impl == "triton":
-        assert [(plan.copied, plan.in_place) for plan in eager._planned.values()] == [(None, False), (None, True)]
+        assert [(plan.copied, plan.in_place) for plan in plan_cache._planned.values()] == [(None, False), (None, True)]
 
 
 def test_whose_rule_it_is_makes_another_plan(device):
@@ -151,11 +154,11 @@ def test_whose_rule_it_is_makes_another_plan(device):
         )
         ours = model(x, x)
         assert is_channels_last(ours) and not is_channels_last(theirs) and torch.equal(ours, theirs)
-    assert len(eager._planned) == 2
+    assert len(plan_cache._planned) == 2
 
 
 def test_copies_both_ways_are_warned_of_once(device, monkeypatch):
-    monkeypatch.setattr(layout, "_WARNED_ON", device.type)
+    monkeypatch.setattr(memory_format, "_WARNED_ON", device.type)
     x, weight = images(2, 4, 4, 4, device=device), torch.ones(4, 4, 1, 1, device=device)
     one_way = fused(three_units(device, NHWC), "triton", 3).eval()
     both_ways = fused(three_units(device, NCHW), "triton", 3).eval()

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from rir_kernels.triton import inspect
-from rir_kernels.triton.gpus import H200
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
+from rir_kernels.triton.tiling.gpus import H200
 
 OPS = {"forward, training", "forward, no identity", "forward, inference", "data gradient", "weight gradient"}
 
@@ -87,7 +87,7 @@ def test_a_tile_too_large_for_the_registers_fails_the_gate():
     done = _python("-c", """
 from rir_kernels.triton import config, inspect
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 with config.use_tile(ConvConfig((2, 8, 8), 256, 64, 4, 2)):
     rows = inspect.inspect(Shape(256, 256, 8), "bf16", "sm_90")
 spilled = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
@@ -104,7 +104,7 @@ def test_the_kinds_of_tiles_that_the_rule_may_not_choose_compile_clean():
     done = _python("-c", """
 from rir_kernels.triton import config, inspect
 from rir_kernels.triton.shapes import Shape
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 wide, thin = Shape(512, 512, 7), Shape(32, 32, 16)
 for shape, tile in (
     (wide, ConvConfig((128, 1, 1), 128, 64, 8, 4, skips=True)),

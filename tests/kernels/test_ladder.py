@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from rir_kernels.triton.gpus import Gpu
-from rir_kernels.triton.launch import ladder
+from rir_kernels.triton.launch import tile_fallback
+from rir_kernels.triton.tiling.gpus import Gpu
 
 from .targets import TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -16,8 +16,8 @@ LIMIT = 24 * 1024
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(ladder, "_kept", {})
-    monkeypatch.setattr(ladder, "_warned", False)
+    monkeypatch.setattr(tile_fallback, "_kept", {})
+    monkeypatch.setattr(tile_fallback, "_warned", False)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def scarce(monkeypatch):
 
 
 def _results(target, stride):
-    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.common.spec import ConvBNActSpec
     from rir_kernels.triton.launch import conv, wgrad
 
     x = small_integers((1, 40, 4, 4), target, seed=1)
@@ -56,8 +56,8 @@ def _results(target, stride):
 
 
 def test_stages_go_first_and_then_the_cheapest_that_fits():
-    from rir_kernels.triton.config import ranked_tiles
-    from rir_kernels.triton.cost import Problem, stage_bytes
+    from rir_kernels.triton.tiling.conv_cost import Problem, stage_bytes
+    from rir_kernels.triton.tiling.conv_tiles import ranked_tiles
 
     problem = Problem(256, 16, 16, 192, 192, (3, 3), 2, (1, 1))
     ranked = ranked_tiles(problem)
@@ -67,7 +67,7 @@ def test_stages_go_first_and_then_the_cheapest_that_fits():
 
     def below(tile, limit):
         error = OutOfResources(needs(tile), limit, "shared memory")
-        return ladder._next_below(tile, error, needs, ranked)
+        return tile_fallback._next_below(tile, error, needs, ranked)
 
     tile = next(tile for _, tile in ranked if tile.num_stages == 4)
     fewer = below(tile, needs(tile) - 1)
@@ -81,7 +81,7 @@ def test_stages_go_first_and_then_the_cheapest_that_fits():
 
 
 def test_what_was_refused_is_not_tried_again():
-    from rir_kernels.triton.tile import ConvConfig
+    from rir_kernels.triton.tiling.tile import ConvConfig
 
     tried = []
 
@@ -95,15 +95,15 @@ def test_what_was_refused_is_not_tried_again():
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="rir_kernels")
-            kept = ladder.on_the_ladder(
+            kept = tile_fallback.on_the_ladder(
                 "launch", "kernel", tile, attempt, needs=lambda tile: tile.num_stages, ranked=lambda: []
             )
     assert kept.num_stages == 2 and tried == [4, 2, 2]
 
 
 def test_a_tile_that_was_asked_for_is_not_replaced(scarce):
-    from rir_kernels.triton.config import use_tile
-    from rir_kernels.triton.tile import ConvConfig
+    from rir_kernels.triton.tiling.conv_tiles import use_tile
+    from rir_kernels.triton.tiling.tile import ConvConfig
 
     target = torch.device("cpu"), torch.float32
     with use_tile(ConvConfig((2, 8, 8), 128, 32, 8, 4)), pytest.raises(OutOfResources):

@@ -135,7 +135,7 @@ def test_inference_with_a_gradient_normalizes_the_z_that_it_saves(target):
     With mean 0, variance + eps 1 and no affine parameters y is relu(z) exactly; from the accumulator it would be
     rounded from other digits wherever scale and rounding do not commute, so the branch is scaled by 3.
     """
-    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.common.spec import ConvBNActSpec
     from rir_kernels.triton.launch import conv
 
     x, weight = rand((2, 8, 6, 6), target, seed=1), rand((8, 8, 3, 3), target, seed=2)

@@ -10,12 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, fused, norm_state, ops, plans, reference
+from rir_kernels import reference
+from rir_kernels.autograd import ops
+from rir_kernels.backends import fused, plans
+from rir_kernels.common.memory_format import is_channels_last
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import bn_state, choose, plan_cache
 from rir_kernels.functional import norm_act
-from rir_kernels.layout import is_channels_last
-from rir_kernels.spec import ConvBNActSpec
 from rir_kernels.triton.launch import runtime
-from rir_kernels.triton.launch.plan import Plan
+from rir_kernels.triton.plan.plan import Plan
 
 from .targets import TARGETS, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -119,7 +122,7 @@ def test_formats_and_slices(target):
     x = tensors.pop("x")
     tensors["wide"] = torch.cat([x, x], dim=1)
     sliced = []
-    for way in (contextlib.nullcontext, dispatch.watched):
+    for way in (contextlib.nullcontext, choose.watched):
         with way():
             sliced.append(run(lambda wide, **call: ours(wide[:, 8:], **call), tensors, options, dy))
         sliced[-1]["dx"] = sliced[-1].pop("dwide")[:, 8:]
@@ -196,7 +199,7 @@ def test_state_as_a_batch_norm_updates_it(target, momentum):
     spec = ConvBNActSpec(eps=norms[0].eps)
     for seed, training in enumerate((True, True, False)):
         x = rand((4, 8, 6, 6), target, seed=seed)
-        y = norm_state.norm_act(norms[0].train(training), x, spec=spec, impl="triton")
+        y = bn_state.norm_act(norms[0].train(training), x, spec=spec, impl="triton")
         golden = norms[1].train(training)(x.double()).relu()
         # one rounding to the dtype, and a few in fp32
         eps = torch.finfo(target[1]).eps
@@ -269,7 +272,7 @@ def test_compiles_without_a_graph_break(target, at):
 @pytest.fixture
 def taken(monkeypatch):
     """A list that grows by one with each call that takes the short way; nothing is known at the start."""
-    monkeypatch.setattr(eager, "_planned", plans.Kinds())
+    monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     calls = []
     repeat = Plan.__call__
     monkeypatch.setattr(Plan, "__call__", lambda *args: calls.append(1) or repeat(*args))
@@ -283,7 +286,7 @@ def test_both_ways_agree(target, training, case, taken):
     tensors, options, dy = _call(CASES[case], target, training)
     for last in (True, False):
         tensors = tensors if last else {name: t.contiguous() for name, t in tensors.items()}
-        with dispatch.watched():
+        with choose.watched():
             long = run(ours, tensors, options, dy)
         for _ in range(2):  # the call that leaves the plan, and one that follows it
             short = run(ours, tensors, options, dy)
@@ -293,7 +296,7 @@ def test_both_ways_agree(target, training, case, taken):
                 close = 4 * 2**-24 if "running" in name else 0
                 torch.testing.assert_close(short[name], result, rtol=close, atol=close)
                 assert short[name].stride() == result.stride()
-    assert len(taken) == 8 and len(eager._planned) == 2 and None not in eager._planned.values()
+    assert len(taken) == 8 and len(plan_cache._planned) == 2 and None not in plan_cache._planned.values()
 
 
 class _PreActivation(nn.Module):
@@ -311,7 +314,7 @@ class _PreActivation(nn.Module):
 
     def forward(self, x):
         self.inner = self.layers[0](x)
-        self.outer = norm_state.norm_act(self.bn, self.inner, spec=ConvBNActSpec(eps=self.bn.eps), impl="triton")
+        self.outer = bn_state.norm_act(self.bn, self.inner, spec=ConvBNActSpec(eps=self.bn.eps), impl="triton")
         return self.layers[1](self.outer)
 
 
@@ -327,7 +330,7 @@ def test_its_sums_come_from_the_convolution_behind(target, monkeypatch):
     monkeypatch.setattr(rir.chaining.Link, "take", watched)
     model, x = _PreActivation(target), rand((2, 8, 4, 4), target, seed=1).requires_grad_()
     results = []
-    for way in (contextlib.nullcontext, dispatch.watched):
+    for way in (contextlib.nullcontext, choose.watched):
         with way():
             loss = model(x).float().square().sum()
             results.append(torch.autograd.grad(loss, [x, *model.parameters()]))

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.conv import pixels
-from rir_kernels.triton.gpus import Gpu
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.triton.kernels.conv import pixels
+from rir_kernels.triton.tiling.gpus import Gpu
 
 from .targets import INTERPRETED_HALF, TARGETS, ieee_fp32, small_integers  # noqa: F401 (an autouse fixture)
 

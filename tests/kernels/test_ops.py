@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import rir_kernels as rir
-from rir_kernels import ops
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.autograd import ops
+from rir_kernels.common.spec import ConvBNActSpec
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 

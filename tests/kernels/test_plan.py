@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch import batchnorm, conv
-from rir_kernels.triton.launch.places import Slot, Unplannable
-from rir_kernels.triton.launch.plan import record
 from rir_kernels.triton.launch.runtime import observed
+from rir_kernels.triton.plan.places import Slot, Unplannable
+from rir_kernels.triton.plan.plan import record
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 

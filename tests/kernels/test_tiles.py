@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton import batches, gpus
-from rir_kernels.triton.config import conv_config, holds_upstream, pixel_box, ranked_tiles, row_box, use_tile
-from rir_kernels.triton.cost import Problem, accumulators, cdiv, clocks, residents, stage_bytes
-from rir_kernels.triton.gpus import H200, Gpu
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.shapes import SHAPE_TABLE
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling import batches, gpus
+from rir_kernels.triton.tiling.conv_cost import Problem, accumulators, cdiv, clocks, residents, stage_bytes
+from rir_kernels.triton.tiling.conv_tiles import conv_config, holds_upstream, pixel_box, ranked_tiles, row_box, use_tile
+from rir_kernels.triton.tiling.gpus import H200, Gpu
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .targets import assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -210,7 +210,7 @@ def test_clocks_by_hand():
 
 
 def test_a_chain_of_products_waits_for_each(monkeypatch):
-    monkeypatch.setattr("rir_kernels.triton.cost.L2_BYTES", 1000)  # the chain alone is looked at
+    monkeypatch.setattr("rir_kernels.triton.tiling.conv_cost.L2_BYTES", 1000)  # the chain alone is looked at
     # 264 tiles of two rows of 64 pixels: 3 columns, one block of 64 channels; 2 rows x 3 taps are 6 products a column
     problem = Problem(264, 2, 64, 64, 64, (3, 3), 2, (1, 1))
     tile = ConvConfig((1, 1, 64), 64, 64, num_warps=4, num_stages=3, rows=2)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rir_kernels import fused
-from rir_kernels.dispatch import triton_release
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import holds_upstream, use_tile
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.backends import fused
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch.choose import triton_release
+from rir_kernels.triton.tiling.conv_tiles import holds_upstream, use_tile
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 from .test_tiles import TILES

@@ -6,14 +6,14 @@ from math import prod
 import pytest
 import torch
 
-from rir_kernels import dispatch
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton import wgrad_config, wgrad_cost
-from rir_kernels.triton.cost import cdiv
-from rir_kernels.triton.gpus import H200, Gpu
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import choose
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
-from rir_kernels.triton.wgrad_config import use_wgrad_tile
-from rir_kernels.triton.wgrad_cost import Split, WgradProblem, WgradTile
+from rir_kernels.triton.tiling import wgrad_cost, wgrad_tiles
+from rir_kernels.triton.tiling.conv_cost import cdiv
+from rir_kernels.triton.tiling.gpus import H200, Gpu
+from rir_kernels.triton.tiling.wgrad_cost import Split, WgradProblem, WgradTile
+from rir_kernels.triton.tiling.wgrad_tiles import use_wgrad_tile
 
 from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 
@@ -131,8 +131,8 @@ def test_no_images_give_zeros(target):
 def test_within_a_forced_tile_no_call_takes_the_short_way():
     """It would repeat launches with the tiles of its first call."""
     with use_wgrad_tile(TILES["row"]):
-        assert not dispatch.plainly_eager()
-    assert dispatch.plainly_eager()
+        assert not choose.plainly_eager()
+    assert choose.plainly_eager()
 
 
 def _check(target, shape, tile):
@@ -173,7 +173,7 @@ def _problem(shape, batch=256, itemsize=2, tensor_cores=True):
 )  # fmt: skip
 def test_a_choice_fits_the_gpu(shape, gpu, batch, precision):
     problem = _problem(shape, batch, *precision)
-    tile = wgrad_config.wgrad_tile(problem, gpu)
+    tile = wgrad_tiles.wgrad_tile(problem, gpu)
     together = wgrad_cost.residents(problem, tile, gpu)
     assert together * wgrad_cost.shared_bytes(problem, tile) <= gpu.shared_bytes
     assert wgrad_cost.accumulators(problem, tile) <= 192
@@ -190,7 +190,7 @@ def test_a_choice_fits_the_gpu(shape, gpu, batch, precision):
 def test_programs_fill_the_gpu(shape):
     """At least 88 % of the places' time is work, where a tile and what is written last are left aside."""
     problem = _problem(shape)
-    tile = wgrad_config.wgrad_tile(problem)
+    tile = wgrad_tiles.wgrad_tile(problem)
     cut = wgrad_cost.split(problem, tile, H200)
     places = H200.sms * wgrad_cost.residents(problem, tile, H200)
     assert cut.total / (cut.share * places) >= 0.88
@@ -225,10 +225,10 @@ def test_columns_of_a_kernel_between_packs(padding, pack, columns):
 
 def test_the_cheapest_tile_is_taken():
     problem = _problem(SHAPE_TABLE[8])
-    best = wgrad_config.wgrad_tile(problem)
+    best = wgrad_tiles.wgrad_tile(problem)
     others = [best._replace(rows=1), best._replace(block_ci=642)]
     assert all(wgrad_cost.clocks(problem, best, H200) < wgrad_cost.clocks(problem, other, H200) for other in others)
-    assert wgrad_cost.clocks(problem, best, H200) <= 1.05 * wgrad_config.ranked_wgrad_tiles(problem)[0][0]
+    assert wgrad_cost.clocks(problem, best, H200) <= 1.05 * wgrad_tiles.ranked_wgrad_tiles(problem)[0][0]
 
 
 def test_clocks_by_hand():

@@ -6,9 +6,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import use_tile
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch import batchnorm, conv, wgrad
+from rir_kernels.triton.tiling.conv_tiles import use_tile
 from tests.kernels.targets import rand
 
 from .judge import assert_exact

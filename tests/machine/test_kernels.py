@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import ConvConfig
 
 from .judge import assert_no_race
 from .layer import OPERATIONS, Layer

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.config import use_tile
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch import batchnorm, conv
-from rir_kernels.triton.tile import ConvConfig
+from rir_kernels.triton.tiling.conv_tiles import use_tile
+from rir_kernels.triton.tiling.tile import ConvConfig
 from tests import emulation
 from tests.kernels.targets import rand
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from triton.runtime.driver import driver
 
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.inspect import waits_first
 from rir_kernels.triton.launch import batchnorm, conv, wgrad
-from rir_kernels.triton.launch.places import Slot, Unplannable
-from rir_kernels.triton.launch.plan import record
+from rir_kernels.triton.plan.places import Slot, Unplannable
+from rir_kernels.triton.plan.plan import record
 from tests import emulation
 from tests.kernels.targets import rand
 

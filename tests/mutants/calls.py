@@ -27,55 +27,56 @@ STREAMS, JOINING = "tests/test_streams.py", "tests/test_joining.py"
 
 CALLS = [
     Mutant(
-        "chain: sums used where dy lies elsewhere", "rir_kernels/chaining.py",
+        "chain: sums used where dy lies elsewhere", "rir_kernels/autograd/backward_fusion.py",
         "dy.data_ptr() == dx.data_ptr() and dy._version", "dy._version", CHAINS[:1],
     ),
     Mutant(
-        "chain: sums used where dy has changed", "rir_kernels/chaining.py",
+        "chain: sums used where dy has changed", "rir_kernels/autograd/backward_fusion.py",
         "dy._version == version and ", "", CHAINS[1:],
     ),
     Mutant(
-        "chain: sums offered where the norm is scaled", "rir_kernels/ops.py",
+        "chain: sums offered where the norm is scaled", "rir_kernels/autograd/ops.py",
         "told_by_z and spec.norm_scale == 1 and", "told_by_z and", SCALED_CHAIN,
     ),
     Mutant(
-        "plan: repeated for other strides", "rir_kernels/plans.py", "(t.shape, t.stride(), ", "(t.shape, ", KINDS,
+        "plan: repeated for other strides", "rir_kernels/backends/plans.py",
+        "(t.shape, t.stride(), ", "(t.shape, ", KINDS,
     ),
     Mutant(
-        "plan: repeated for unaligned memory", "rir_kernels/plans.py",
+        "plan: repeated for unaligned memory", "rir_kernels/backends/plans.py",
         ", t.data_ptr() % _ALIGNMENT) for t", ") for t", UNALIGNED,
     ),
     Mutant(
-        "plan: repeated for another spec", "rir_kernels/eager.py",
+        "plan: repeated for another spec", "rir_kernels/dispatch/plan_cache.py",
         "return (*metadata, spec, training, torch_format, save, impl)",
         "return (*metadata, training, torch_format, save, impl)", KINDS,
     ),
     Mutant(
-        "plan: repeated for another rule of memory format", "rir_kernels/eager.py",
+        "plan: repeated for another rule of memory format", "rir_kernels/dispatch/plan_cache.py",
         "training, torch_format, save, impl)", "training, save, impl)", FORMATS,
     ),
     Mutant(
-        "plan: the op's repeated for other options", "rir_kernels/plans.py",
+        "plan: the op's repeated for other options", "rir_kernels/backends/plans.py",
         "key = (function, options, kind)", "key = (function, kind)", OP,
     ),
     Mutant(
-        "plan: of the op for other tensors", "rir_kernels/plans.py",
+        "plan: of the op for other tensors", "rir_kernels/backends/plans.py",
         "key = (function, options, kind)", "key = (function, options)", OP,
     ),
     Mutant(
-        "batches: a tile too slow for one of them", "rir_kernels/triton/batches.py",
+        "batches: a tile too slow for one of them", "rir_kernels/triton/tiling/batches.py",
         "np.cumprod(good[first:], axis=0).sum(0)", "good[first:].sum(0)", OF_A_BATCH,
     ),
     Mutant(
-        "batches: the first tile that lasts, not the fastest", "rir_kernels/triton/batches.py",
+        "batches: the first tile that lasts, not the fastest", "rir_kernels/triton/tiling/batches.py",
         "relative[first:end].sum(0), np.inf)", "1, np.inf)", OF_A_BATCH,
     ),
     Mutant(
-        "plan: another tensor's offset forgotten", "rir_kernels/triton/launch/places.py",
+        "plan: another tensor's offset forgotten", "rir_kernels/triton/plan/places.py",
         "buffer.storage_offset() + self.offset", "self.offset", SLICES,
     ),
     Mutant(
-        "plan: temporaries in one place", "rir_kernels/triton/launch/plan.py",
+        "plan: temporaries in one place", "rir_kernels/triton/plan/plan.py",
         "size += -(-tensor.untyped_storage().nbytes() // 256) * 256",
         "size = max(size, -(-tensor.untyped_storage().nbytes() // 256) * 256)", TEMPORARIES,
     ),
@@ -84,55 +85,56 @@ CALLS = [
         "num_batches_tracked.add_(1)", "num_batches_tracked.add_(0)", BOTH_WAYS,
     ),
     Mutant(
-        "recompute: by the batch's statistics", "rir_kernels/recomputing.py",
+        "recompute: by the batch's statistics", "rir_kernels/autograd/recomputation.py",
         "statistics = norm.Statistics(mean, None, invstd)",
         "statistics = norm.bn_finalize(norm.bn_stats(z), self._spec.eps)", FROZEN,
     ),
     Mutant(
-        "recompute: from what has changed", "rir_kernels/recomputing.py",
+        "recompute: from what has changed", "rir_kernels/autograd/recomputation.py",
         "if self._tensor._version != self._version:", "if self._tensor._version < self._version:", CHANGES,
     ),
     Mutant(
-        "ladder: a tile that is hardly smaller", "rir_kernels/triton/launch/ladder.py",
+        "ladder: a tile that is hardly smaller", "rir_kernels/triton/launch/tile_fallback.py",
         "min(needs(tile) * error.limit // error.required, needs(tile) - 1)", "needs(tile) - 1", LADDER,
     ),
     Mutant(
-        "ladder: the smaller tile not kept", "rir_kernels/triton/launch/ladder.py",
+        "ladder: the smaller tile not kept", "rir_kernels/triton/launch/tile_fallback.py",
         "tile = _kept[launch] = below", "tile = below", LADDER_KEPT,
     ),
     Mutant(
-        "dispatch: dilation not refused", "rir_kernels/dispatch.py",
+        "dispatch: dilation not refused", "rir_kernels/dispatch/choose.py",
         "if spec.dilation != (1, 1):", "if spec.dilation < (1, 1):", REFUSED,
     ),
     Mutant(
-        "gradient of the bias not set to zero", "rir_kernels/fused.py",
+        "gradient of the bias not set to zero", "rir_kernels/backends/fused.py",
         "dbias = torch.empty_like(mean).zero_()", "dbias = torch.empty_like(mean)", BIAS,
     ),
     Mutant(
-        "streams: blocks between the streams swapped", "rir_kernels/streams.py",
+        "streams: blocks between the streams swapped", "rir_kernels/common/streams.py",
         "rows = [(rr, tr), (rt, tt)]", "rows = [(rr, rt), (tr, tt)]",
         (f"{STREAMS}::test_packed_convolution_is_the_four_convolutions",),
     ),
     Mutant(
-        "streams: shortcut from the last channels", "rir_kernels/spec.py",
+        "streams: shortcut from the last channels", "rir_kernels/common/spec.py",
         "x = x[:, : self.shortcut_channels]", "x = x[:, -self.shortcut_channels :]",
         ("tests/kernels/test_conv.py::test_shortcut_inside_the_kernels[(8, 8, 5)-1-cpu-float32]",),
     ),
     Mutant(
-        "joined streams: gradients swapped", "rir_kernels/joining.py",
+        "joined streams: gradients swapped", "rir_kernels/common/stream_views.py",
         "return split(grad, ctx.channels)", "return split(grad, ctx.channels)[::-1]",
         (f"{JOINING}::test_gradcheck_twice",),
     ),
     Mutant(
-        "split streams: gradients swapped", "rir_kernels/joining.py", "return join(dr, dt), None",
+        "split streams: gradients swapped", "rir_kernels/common/stream_views.py", "return join(dr, dt), None",
         "return join(dt, dr), None", (f"{JOINING}::test_gradcheck_of_a_split",),
     ),
     Mutant(
-        "split streams: one gradient in the other's channels", "rir_kernels/joining.py", "0, 0, 0, 0, before, behind",
-        "0, 0, 0, 0, behind, before", (f"{JOINING}::test_gradients_of_a_split_keep_their_format",),
+        "split streams: one gradient in the other's channels", "rir_kernels/common/stream_views.py",
+        "0, 0, 0, 0, before, behind", "0, 0, 0, 0, behind, before",
+        (f"{JOINING}::test_gradients_of_a_split_keep_their_format",),
     ),
     Mutant(
-        "joined streams: a gap between them read", "rir_kernels/joining.py",
+        "joined streams: a gap between them read", "rir_kernels/common/stream_views.py",
         "t.storage_offset() == r.storage_offset() + r.shape[1] * r.stride(1)",
         "t.storage_offset() >= r.storage_offset() + r.shape[1] * r.stride(1)",
         (f"{JOINING}::test_apart_is_a_copy",),

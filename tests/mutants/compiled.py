@@ -5,9 +5,11 @@ from .mutant import Mutant
 
 TRITON, KERNELS, MACHINE = "rir_kernels/triton", "tests/kernels", "tests/machine"
 NORM, POINTWISE, CONV, TAPS, BOXES = (
-    f"{TRITON}/{name}.py" for name in ("batchnorm", "pointwise", "conv", "taps", "boxes")
+    f"{TRITON}/kernels/{name}.py" for name in ("batchnorm", "pointwise", "conv", "conv_loops", "tma")
 )
-COMPILED, PLAN, RUNTIME, WGRAD = (f"{TRITON}/launch/{name}.py" for name in ("compiled", "plan", "runtime", "wgrad"))
+COMPILED, PLAN, RUNTIME, WGRAD = (
+    f"{TRITON}/{name}.py" for name in ("plan/compiled", "plan/plan", "launch/runtime", "launch/wgrad")
+)
 
 
 def _seen(test, target="cuda-bfloat16", interpreted=("cpu-float32", "cpu-float16")):

@@ -3,7 +3,8 @@
 from .mutant import Mutant
 
 CONV, DGRAD, TAPS, BOXES, LAUNCH, PACKING = (
-    f"rir_kernels/triton/{name}.py" for name in ("conv", "dgrad", "taps", "boxes", "launch/conv", "launch/packing")
+    f"rir_kernels/triton/{name}.py"
+    for name in ("kernels/conv", "kernels/dgrad", "kernels/conv_loops", "kernels/tma", "launch/conv", "launch/packing")
 )
 
 
@@ -227,7 +228,7 @@ CONVOLUTION = [
         ("tests/kernels/test_launches.py::test_packed_weight",),
     ),
     Mutant(
-        "weight truncated to TF32", "rir_kernels/triton/packing.py",
+        "weight truncated to TF32", "rir_kernels/triton/kernels/weight_packing.py",
         "(weight.to(tl.int32, bitcast=True) + 0x1000) & -0x2000", "weight.to(tl.int32, bitcast=True) & -0x2000",
         ("tests/kernels/test_launches.py::test_rounding_to_tf32",),
     ),

@@ -2,7 +2,9 @@
 
 from .mutant import Mutant
 
-NORM, POINTWISE, LAUNCH = (f"rir_kernels/triton/{name}.py" for name in ("batchnorm", "pointwise", "launch/batchnorm"))
+NORM, POINTWISE, LAUNCH = (
+    f"rir_kernels/triton/{name}.py" for name in ("kernels/batchnorm", "kernels/pointwise", "launch/batchnorm")
+)
 TESTS = "tests/kernels/test_batchnorm.py"
 
 
@@ -110,7 +112,7 @@ NORMS = [
         "batches not counted", NORM, "mask=is_first, other=0) + 1", "mask=is_first, other=0)", MERGE,
     ),
     Mutant(
-        "cumulative average: the batch not counted", "rir_kernels/norm_state.py",
+        "cumulative average: the batch not counted", "rir_kernels/dispatch/bn_state.py",
         "1.0 / float(batches + 1)", "1.0 / max(1.0, float(batches))", STATE[1:],
     ),
     Mutant(
@@ -163,7 +165,7 @@ NORMS = [
         "u = _load_rows(y_ptr, row, channel, C, C, is_row)", "u = normalize(z, mean, invstd, gamma, beta)", RESIDUALS,
     ),
     Mutant(
-        "mask of a sum after the norm not saved", "rir_kernels/ops.py",
+        "mask of a sum after the norm not saved", "rir_kernels/autograd/ops.py",
         "mask = None if told_by_z or not spec.relu else y", "mask = None", LAYER,
     ),
     Mutant(

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-WGRAD = "rir_kernels/triton/wgrad.py"
+WGRAD = "rir_kernels/triton/kernels/wgrad.py"
 LAUNCH = "rir_kernels/triton/launch/wgrad.py"
 TESTS = "tests/kernels/test_wgrad.py"
 

@@ -130,7 +130,7 @@ def launches(monkeypatch):
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
-    from rir_kernels.triton.launch.plan import Plan
+    from rir_kernels.triton.plan.plan import Plan
 
     started = []
     for owner, name in ((GridExecutor, "__call__"), (JITFunction, "run"), (Plan, "__call__")):

@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rir_kernels as rir
-from rir_kernels.choices import measured_choice
-from rir_kernels.triton.config import conv_config, rows_config
-from rir_kernels.triton.cost import Problem
+from rir_kernels.dispatch.choices import measured_choice
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
-from rir_kernels.triton.wgrad_config import wgrad_tile
-from rir_kernels.triton.wgrad_cost import WgradProblem
+from rir_kernels.triton.tiling.conv_cost import Problem
+from rir_kernels.triton.tiling.conv_tiles import conv_config, rows_config
+from rir_kernels.triton.tiling.wgrad_cost import WgradProblem
+from rir_kernels.triton.tiling.wgrad_tiles import wgrad_tile
 from tests.distributed.ranks import norms, one_step, part, run_on_ranks, settled
 from tests.distributed.test_sync_parts import _fused, _sequential
 from tests.distributed.test_wrappers import OPERATIONS, SIZES, images, model

@@ -16,8 +16,9 @@ import warnings
 import pytest
 
 from bench.results import save_json
-from rir_kernels import choices, device_files
-from rir_kernels.triton import measured
+from rir_kernels.common import device_tables
+from rir_kernels.dispatch import choices
+from rir_kernels.triton.tiling import measured
 from tests.bench.test_tune import DEVICE, PROBLEM, WGRAD_PROBLEM, wgrad_written, written
 from tests.negative.hostile import Executed
 from tests.test_imports import run_python
@@ -148,7 +149,7 @@ def test_row_44_pickles_are_not_looked_into(folder, field):
 def test_row_44_files_of_others(folder, field, monkeypatch):
     """What anybody else could have written is ignored; what belongs to root or to the code's owner is read."""
     _good(folder, field)
-    path, code = _path(folder), os.stat(device_files.__file__)
+    path, code = _path(folder), os.stat(device_tables.__file__)
     assert READERS[field]() is not None
 
     path.chmod(0o666)
@@ -159,7 +160,7 @@ def test_row_44_files_of_others(folder, field, monkeypatch):
     real = os.fstat
     for owner in {0, os.geteuid(), code.st_uid, 54321}:
         found = os.stat_result([*real(os.open(path, os.O_RDONLY))[:4], owner, *path.stat()[5:10]])
-        monkeypatch.setattr(device_files.os, "fstat", lambda handle, found=found: found)
+        monkeypatch.setattr(device_tables.os, "fstat", lambda handle, found=found: found)
         if owner == 54321:
             assert "belongs to user 54321" in _ignored(field)
         else:
@@ -180,7 +181,7 @@ def test_row_44_what_is_no_file_or_has_no_end(folder, field, kind, monkeypatch):
     elif kind == "/dev/zero":
         path.symlink_to("/dev/zero")
     else:
-        monkeypatch.setattr(device_files, "MOST_BYTES", 1000)
+        monkeypatch.setattr(device_tables, "MOST_BYTES", 1000)
         path.write_text('{"schema": 1, "FIELD": []}'.replace("FIELD", field) + " " * 1000)
     assert ("more than 1000 bytes" if kind == "large" else "not a file") in _ignored(field)
 
@@ -188,7 +189,7 @@ def test_row_44_what_is_no_file_or_has_no_end(folder, field, kind, monkeypatch):
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", "..", "C:\\x", "n\0l", ""])
 def test_row_44_names_of_devices_are_no_paths(name):
     """What a driver calls its device cannot lead out of the folder."""
-    assert not set(device_files.slug(name)) & set("/\\.:\0")
+    assert not set(device_tables.slug(name)) & set("/\\.:\0")
 
 
 def test_row_44_a_home_that_cannot_be_written(monkeypatch):
@@ -240,7 +241,7 @@ def test_row_44_writers_at_the_same_time(tmp_path):
 
     def read():
         while not done.is_set():
-            found = device_files.read_entries(
+            found = device_tables.read_entries(
                 path, 1, "of", lambda entry: (entry, None), instead="it is not", command="nothing"
             )
             if len(found) > 1:

@@ -329,8 +329,8 @@ def test_row_16_more_images_than_a_grid_has_rows(impl, where):
 @pytest.mark.interpreter
 def test_row_16_every_grid_has_one_dimension():
     """Which holds 2^31 - 1 programs; 65,535 is the limit of the others."""
-    from rir_kernels import fused
-    from rir_kernels.spec import ConvBNActSpec
+    from rir_kernels.backends import fused
+    from rir_kernels.common.spec import ConvBNActSpec
     from rir_kernels.triton.launch import runtime
 
     x = torch.empty(2**22, 8, 16, 16, device="meta", memory_format=LAST)  # 2^33 elements

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, fused, plans
+from rir_kernels.backends import fused, plans
+from rir_kernels.dispatch import choose, plan_cache
 from tests.helpers import conv_formula, make_call, module_results, output_gradient, run, scrambled
 from tests.kernels.targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 from tests.negative.forms import by, by_every_form, check_call, forms, launches, make_pair, modes, moved, norms, ways  # noqa: F401
@@ -203,7 +204,7 @@ def test_row_25_only_some_gradients(wanted, impl, where):
 
 def test_row_25_no_work_for_frozen_tensors(monkeypatch, device):
     """The kernels behind gradients that nobody asked for do not run; nothing requires grad where nothing does."""
-    from rir_kernels import vendor
+    from rir_kernels.backends import cudnn
     from rir_kernels.triton.launch import batchnorm, conv, wgrad
 
     ran = []
@@ -212,9 +213,9 @@ def test_row_25_no_work_for_frozen_tensors(monkeypatch, device):
         run = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **options: ran.append(name) or run(*args, **options))
 
-    for module in (conv, vendor):
+    for module in (conv, cudnn):
         watch(module, "conv_data_grad")
-    for module in (wgrad, vendor):
+    for module in (wgrad, cudnn):
         watch(module, "conv_weight_grad")
     for name in ("bn_reduce", "bn_apply_grad"):
         watch(batchnorm, name)
@@ -228,7 +229,7 @@ def test_row_25_no_work_for_frozen_tensors(monkeypatch, device):
         for wanted, kernels in expected.items():
             leaves, others = leaves_of(impl, device)
             leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in leaves.items()}
-            with dispatch.watched():  # a plan is recorded once: here every launch is made anew
+            with choose.watched():  # a plan is recorded once: here every launch is made anew
                 conv_bn_act(**leaves, **others).sum().backward()
             assert set(ran) == kernels, (impl, wanted)
             ran.clear()
@@ -410,14 +411,14 @@ def test_row_30_the_kernels_are_not_asked_to_save(monkeypatch, device):
     monkeypatch.setattr(fused, "forward", lambda *a, save, **o: asked.append(save) or forward(*a, save=save, **o))
     leaves, others = leaves_of("triton", device, training=False)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with dispatch.watched(), mode():
+        with choose.watched(), mode():
             conv_bn_act(**leaves, **others)
     assert asked == [False, False, True]
-    monkeypatch.setattr(eager, "_planned", plans.Kinds())
+    monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             conv_bn_act(**leaves, **others)
-    assert [planned.save for planned in eager._planned.values()] == [False, True]  # the first two share one
+    assert [planned.save for planned in plan_cache._planned.values()] == [False, True]  # the first two share one
 
 
 @ways

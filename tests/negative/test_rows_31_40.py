@@ -14,12 +14,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
-from rir_kernels.device_files import read_entries
-from rir_kernels.triton import config, measured
-from rir_kernels.triton.config import conv_config
-from rir_kernels.triton.cost import Problem
-from rir_kernels.triton.gpus import Gpu
-from rir_kernels.triton.launch import ladder
+from rir_kernels.common.device_tables import read_entries
+from rir_kernels.triton.launch import tile_fallback
+from rir_kernels.triton.tiling import conv_tiles, measured
+from rir_kernels.triton.tiling.conv_cost import Problem
+from rir_kernels.triton.tiling.conv_tiles import conv_config
+from rir_kernels.triton.tiling.gpus import Gpu
 from tests.citizen.networks import OPERATIONS, images, resnet_twins
 from tests.citizen.test_autocast_fused import _Infinite
 from tests.citizen.test_compile_fused import _block_twins, assert_same_step
@@ -111,7 +111,7 @@ def test_row_32_infinite_gradients_reach_the_scaler(impl):
 
 def test_row_33_a_plan_is_bound_to_the_current_stream(monkeypatch):
     """What is repeated is launched on the stream of this call, not on that of the call it was recorded in."""
-    from rir_kernels.triton.launch import compiled, plan
+    from rir_kernels.triton.plan import compiled, plan
 
     class Launch(compiled.CompiledLaunch):
         def __init__(self):
@@ -220,7 +220,7 @@ def test_row_34_configurations_are_looked_up_once(tmp_path, monkeypatch):
     (tmp_path / "made-up-gpu-9.json").write_text("{")
     problem, gpu = Problem(2, 4, 4, 8, 8, (3, 3), 4, (1, 1)), Gpu(name="Made-up GPU 9")
     measured._load.cache_clear()
-    config._chosen.cache_clear()
+    conv_tiles._chosen.cache_clear()
     try:
         with pytest.warns(UserWarning, match="is ignored, tiles are chosen by rule") as warned:
             tiles = _on_threads(8, lambda index: conv_config(problem, True, gpu))
@@ -448,7 +448,7 @@ def test_row_40_a_smaller_tile_gives_the_same_and_is_kept(target, stride, scarce
         again = ladder_results(target, stride)
     assert scarce == [step for step in steps if step[2]]  # what was refused is not tried again
     with runtime.intercepted(lambda kernel, programs, *args, **options: kernel[(programs,)](*args, **options)):
-        ladder._kept.clear()
+        tile_fallback._kept.clear()
         plenty = ladder_results(target, stride)
     for one, other, golden in zip(ours, again, plenty, strict=True):
         assert torch.equal(one, other) and torch.equal(one, golden)

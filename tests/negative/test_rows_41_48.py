@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import dispatch, functional
-from rir_kernels.ranks import Ranks
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels import functional
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import choose
+from rir_kernels.distributed.ranks import Ranks
 from tests.distributed.ranks import assert_same as assert_same_tensors
 from tests.distributed.ranks import one_step, settled, whole_of
 from tests.helpers import run
@@ -248,7 +249,7 @@ assert call("auto").shape == (2, 4, 3, 3)
 def test_row_42_later_versions_are_taken(version, monkeypatch):
     """Numbers are compared as numbers, and none is too new."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    assert dispatch.triton_missing() == ""
+    assert choose.triton_missing() == ""
 
 
 def test_row_42_a_broken_triton():
@@ -288,10 +289,10 @@ WEIGHT = torch.empty(8, 8, 3, 3)
 
 @pytest.fixture
 def unknown_devices(monkeypatch):
-    monkeypatch.setattr(dispatch, "_warned", set())
-    dispatch._find_missing_on.cache_clear()
+    monkeypatch.setattr(choose, "_warned", set())
+    choose._find_missing_on.cache_clear()
     yield
-    dispatch._find_missing_on.cache_clear()
+    choose._find_missing_on.cache_clear()
 
 
 def _old(monkeypatch):
@@ -318,19 +319,19 @@ def test_row_43_an_unsupported_device(monkeypatch, unknown_devices, device, make
         make(monkeypatch)
     x = _On(device)
     with pytest.warns(RuntimeWarning, match=words) as warned:
-        assert {dispatch.resolve("auto", x, WEIGHT, SPEC) for _ in range(3)} == {"torch"}
+        assert {choose.resolve("auto", x, WEIGHT, SPEC) for _ in range(3)} == {"torch"}
     assert len(warned) == 1
     for impl in ("hybrid", "triton"):
         with pytest.raises(RuntimeError, match=f'impl="{impl}".*{words}'):
-            dispatch.resolve(impl, x, WEIGHT, SPEC)
-    assert dispatch.resolve("torch", x, WEIGHT, SPEC) == "torch"
+            choose.resolve(impl, x, WEIGHT, SPEC)
+    assert choose.resolve("torch", x, WEIGHT, SPEC) == "torch"
 
 
 def test_row_43_a_cpu_needs_no_warning(unknown_devices):
     """There was nothing to expect."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.resolve("auto", _On("cpu"), WEIGHT, SPEC) == "torch"
+        assert choose.resolve("auto", _On("cpu"), WEIGHT, SPEC) == "torch"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
@@ -338,11 +339,11 @@ def test_row_43_every_gpu_since_ampere_takes_the_kernels(monkeypatch, unknown_de
     """What is supported is not refused."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Made-up GPU 8")
-    dispatch._device_name.cache_clear()
+    choose._device_name.cache_clear()
     try:
-        assert dispatch.resolve("auto", _On("cuda:0"), WEIGHT, SPEC) == "triton"
+        assert choose.resolve("auto", _On("cuda:0"), WEIGHT, SPEC) == "triton"
     finally:
-        dispatch._device_name.cache_clear()
+        choose._device_name.cache_clear()
 
 
 # 45: the same bits

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import rir_kernels as rir
 from bench import results, timing, tune
 from models.quantized import quantize_
-from rir_kernels import preference, reference
+from rir_kernels import reference
+from rir_kernels.dispatch import preference
 from rir_kernels.surgery import fuse, fuse_, unfuse_
-from rir_kernels.triton import measured
 from rir_kernels.triton.shapes import Shape
+from rir_kernels.triton.tiling import measured
 from tests.bench.test_tune import DEVICE
 from tests.citizen.networks import ResNet, images, resnet, resnet_twins
 from tests.citizen.test_training import assert_close_state, checkpointed_step, regions

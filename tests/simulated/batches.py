@@ -17,8 +17,8 @@ from bench.first.machine import Machine
 from bench.first.networks import NETWORKS
 from bench.modules import prepared
 from rir_kernels import precompiling
-from rir_kernels.triton.gpus import typical_gpu
 from rir_kernels.triton.inspect import CompileOnlyDriver
+from rir_kernels.triton.tiling.gpus import typical_gpu
 
 
 def main():

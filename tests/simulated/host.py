@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rir_kernels as rir
-from rir_kernels import ops
-from rir_kernels.spec import ConvBNActSpec
-from rir_kernels.triton.launch import plan
+from rir_kernels.autograd import ops
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.triton.plan import plan
 
 CHANNELS, CALLS, ROUNDS = 16, 60, 7
 
@@ -82,7 +82,7 @@ def main():
 
 
 def _exchange(row):
-    from rir_kernels.ranks import Ranks
+    from rir_kernels.distributed.ranks import Ranks
 
     return Ranks(dist.group.WORLD).gather(row)
 

@@ -16,8 +16,8 @@ import stand_in
 import torch
 
 import rir_kernels as rir
-from rir_kernels import dispatch, eager, norm_state
-from rir_kernels.spec import ConvBNActSpec
+from rir_kernels.common.spec import ConvBNActSpec
+from rir_kernels.dispatch import bn_state, choose, plan_cache
 
 
 class NormAct(torch.nn.Module):
@@ -31,7 +31,7 @@ class NormAct(torch.nn.Module):
         self.impl = impl
 
     def forward(self, x, outer=None):
-        return norm_state.norm_act(self.bn, x, spec=ConvBNActSpec(eps=self.bn.eps), impl=self.impl)
+        return bn_state.norm_act(self.bn, x, spec=ConvBNActSpec(eps=self.bn.eps), impl=self.impl)
 
 
 CASES = {
@@ -156,9 +156,9 @@ def run(recorder, *, channels=16, dtype=torch.bfloat16, training=True, grad=None
         if y.requires_grad:
             torch.autograd.grad(y, differentiated, dy)
 
-    eager._planned.clear()
+    plan_cache._planned.clear()
     with torch.set_grad_enabled(training if grad is None else grad):
-        with allocating(Memory().keeping), dispatch.watched():
+        with allocating(Memory().keeping), choose.watched():
             step()
         found = {"long": recorder.take(arguments)}
         step()  # leaves plans, which allocate nothing but on "meta"
@@ -169,7 +169,7 @@ def run(recorder, *, channels=16, dtype=torch.bfloat16, training=True, grad=None
             with allocating(wrap):
                 step()
             found[call] = recorder.take(arguments)
-    planned = sum(plan is not None for plan in eager._planned.values())
+    planned = sum(plan is not None for plan in plan_cache._planned.values())
     return found | {"encoded": recorder.maps - encoded, "planned": planned}
 
 

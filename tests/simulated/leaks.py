@@ -11,7 +11,7 @@ import stand_in
 import torch
 
 import rir_kernels as rir
-from rir_kernels import eager
+from rir_kernels.dispatch import plan_cache
 from tests.soak.resources import held
 
 WARM = 200
@@ -40,7 +40,7 @@ def main():
 def _state():
     gc.collect()
     objects = gc.get_objects()
-    plans = [plan for plan in eager._planned.values() if plan is not None]
+    plans = [plan for plan in plan_cache._planned.values() if plan is not None]
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in objects)
     return held(torch.device("cpu")) | {"tensors": tensors, "objects": len(objects), "plans": len(plans)}
 

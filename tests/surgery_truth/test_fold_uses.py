@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels.folded_norm import FoldedNorm
+from rir_kernels.surgery.folded_norm import FoldedNorm
 from tests.surgery_helpers import CLOSE, randn, settle
 
 X = randn(2, 4, 6, 6)

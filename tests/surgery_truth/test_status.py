@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
-from rir_kernels import dispatch, reference
+from rir_kernels import reference
+from rir_kernels.dispatch import choose
 from rir_kernels.surgery import fallback
 from tests.citizen.networks import BasicBlock, images, resnet_twins
 from tests.surgery_helpers import Doubled, randn, settle
@@ -32,7 +33,7 @@ ALL.append(("layer2.0.downsample", "P2"))
 @pytest.fixture(autouse=True)
 def _nothing_told(monkeypatch):
     monkeypatch.setattr(fallback, "_told", set())
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(choose, "_warned", set())
 
 
 def warned(run):
@@ -345,7 +346,7 @@ def test_forwards_that_are_registered(gates):
         gates.conv.groups = 2
         with contextlib.suppress(RuntimeError):  # the weight is not that of groups
             assert not gates(X)
-        assert len(dispatch._warned) == 1
+        assert len(choose._warned) == 1
     assert [call.fused for call in calls[:2]] == [True, False]
     assert rir.fusion_status(gates)[0].reason == "conv: groups > 1: only ungrouped convolutions are fused"
     assert rir.fused_source(gates) == inspect.getsource(gate)

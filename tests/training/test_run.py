@@ -13,7 +13,7 @@ from models.data.augment import batch, plan_epoch
 from models.training import build, report, run
 from models.training.average import Average
 from models.training.errors import SettingsError
-from rir_kernels.layout import is_channels_last
+from rir_kernels.common.memory_format import is_channels_last
 
 from .small import images, settings, start, weights
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ... import norm_state
-from ...graphs import check_host_may_read
-from ...spec import ConvBNActSpec
-from ...streams import pack_weight
+from ...common.cuda_graphs import check_host_may_read
+from ...common.spec import ConvBNActSpec
+from ...common.streams import pack_weight
+from ...dispatch import bn_state
 from ...sync_batchnorm import SyncBatchNorm2d
 from ..classes import BatchNorm2d, Conv2d
 from ..fallback import NORMS_DIFFER
@@ -81,7 +81,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
         eps=norm.eps,
     )
     weight = pack_weight(*(None if conv is None else conv.weight for conv in layer.convs.values()))
-    y = norm_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl, torch_format=True)
+    y = bn_state.conv_bn_act(norm, x, weight, spec=spec, residuals=residuals, impl=impl, torch_format=True)
     if isinstance(norm, _JoinedNorm):
         norm.write_back()
     return y

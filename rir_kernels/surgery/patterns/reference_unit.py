@@ -1,9 +1,10 @@
 """rir_kernels.reference.ConvBNAct: P1 or P2, or with the residual that a call may bring P3, P4 or P6."""
 
-from ... import norm_state, reference
+from ... import reference
+from ...common.spec import spec_of_conv
+from ...dispatch import bn_state
+from ...dispatch.tensors import as_residuals
 from ...reference.functional import check_dtypes
-from ...spec import spec_of_conv
-from ...validation import as_residuals
 from ..classes import Conv2d
 from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
@@ -20,7 +21,7 @@ class FusedConvBNAct(Fused):
             return super().forward(x, residual)
         conv, bn = self.conv, self.bn
         check_dtypes(x, conv.weight, conv.bias, *residuals)
-        return norm_state.conv_bn_act(
+        return bn_state.conv_bn_act(
             bn, x, conv.weight, bias=conv.bias, residuals=residuals, impl=self._rir_fusion.impl, torch_format=True,
             spec=spec_of_conv(conv, self.residual_at, self.branch_scale, self.activation, bn.eps),
         )  # fmt: skip

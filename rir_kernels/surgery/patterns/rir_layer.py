@@ -1,9 +1,9 @@
 """rir_kernels.reference.RiRLayer: P4, with its options and both call forms."""
 
 from ... import reference
-from ...joining import join, split
+from ...common.stream_views import join, split
+from ...common.streams import PACKED, as_streams, check_image
 from ...reference.functional import check_dtypes
-from ...streams import PACKED, as_streams, check_image
 from ..fallback import note
 from ..guards import call_obstacle
 from ..swap import Fused

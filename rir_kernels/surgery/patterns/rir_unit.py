@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from ...joining import join, split
-from ...validation import FLOATS
+from ...common.stream_views import join, split
+from ...dispatch.tensors import FLOATS
 from ..classes import Conv2d, ReLU, know
 from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle

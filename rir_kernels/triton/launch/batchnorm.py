@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.batchnorm import (
+from rir_kernels.common.memory_format import empty_channels_last
+from rir_kernels.triton.kernels.batchnorm import (
     _bn_apply_bwd_kernel,
     _bn_apply_fwd_kernel,
     _bn_finalize_fwd_kernel,
@@ -14,9 +14,9 @@ from rir_kernels.triton.batchnorm import (
     _bn_stats_fwd_kernel,
     _bn_sum_bwd_kernel,
 )
-from rir_kernels.triton.config import rows_config
-from rir_kernels.triton.cost import cdiv
 from rir_kernels.triton.launch.runtime import aligned_channels, device_guard, launch
+from rir_kernels.triton.tiling.conv_cost import cdiv
+from rir_kernels.triton.tiling.conv_tiles import rows_config
 
 # Few programs, which wait for memory: as many at a time as registers hold. However many there are, so that one kernel
 # serves every batch.

@@ -8,13 +8,10 @@ from typing import cast
 
 import torch
 
-from rir_kernels.layout import empty_channels_last
-from rir_kernels.triton.config import conv_config, holds_upstream, is_forced, tiles_for
-from rir_kernels.triton.conv import _conv_fwd_kernel
-from rir_kernels.triton.cost import Problem, cdiv, stage_bytes
-from rir_kernels.triton.dgrad import _conv_bwd_data_kernel
+from rir_kernels.common.memory_format import empty_channels_last
+from rir_kernels.triton.kernels.conv import _conv_fwd_kernel
+from rir_kernels.triton.kernels.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
-from rir_kernels.triton.launch.ladder import on_the_ladder
 from rir_kernels.triton.launch.packing import pack_weight
 from rir_kernels.triton.launch.runtime import (
     describable,
@@ -28,6 +25,9 @@ from rir_kernels.triton.launch.runtime import (
     launch,
     uses_tensor_cores,
 )
+from rir_kernels.triton.launch.tile_fallback import on_the_ladder
+from rir_kernels.triton.tiling.conv_cost import Problem, cdiv, stage_bytes
+from rir_kernels.triton.tiling.conv_tiles import conv_config, holds_upstream, is_forced, tiles_for
 
 
 def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from rir_kernels.triton.cost import cdiv
+from rir_kernels.triton.kernels.weight_packing import _pack_weight_kernel
 from rir_kernels.triton.launch.runtime import (
     ALIGNMENT,
     aligned_channels,
@@ -11,7 +11,7 @@ from rir_kernels.triton.launch.runtime import (
     has_aligned_rows,
     launch,
 )
-from rir_kernels.triton.packing import _pack_weight_kernel
+from rir_kernels.triton.tiling.conv_cost import cdiv
 
 
 def pack_weight(weight: torch.Tensor, transposed: bool) -> torch.Tensor:

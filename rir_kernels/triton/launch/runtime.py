@@ -11,14 +11,14 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch import interpreting, overlap_asked, standing_for, tf32_allowed, watched
-from rir_kernels.triton import cache
-from rir_kernels.triton.gpus import H200, Gpu, typical_gpu
+from rir_kernels.dispatch.choose import interpreting, overlap_asked, standing_for, tf32_allowed, watched
+from rir_kernels.triton.launch import compile_cache
+from rir_kernels.triton.tiling.gpus import H200, Gpu, typical_gpu
 
 if interpreting():
-    importlib.import_module("rir_kernels.triton.interpreter").patch()
+    importlib.import_module("rir_kernels.triton.launch.interpreter").patch()
 else:
-    cache.ensure_writable()
+    compile_cache.ensure_writable()
 
 ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
 

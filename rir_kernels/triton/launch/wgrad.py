@@ -5,10 +5,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from rir_kernels.triton import wgrad_cost
-from rir_kernels.triton.config import REDUCTION_PROGRAMS, ROWS_TILE
-from rir_kernels.triton.cost import cdiv, power_of_two_at_least
-from rir_kernels.triton.launch.ladder import on_the_ladder
+from rir_kernels.triton.kernels.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_kernel
 from rir_kernels.triton.launch.runtime import (
     describable,
     describe,
@@ -20,8 +17,11 @@ from rir_kernels.triton.launch.runtime import (
     launch,
     uses_tensor_cores,
 )
-from rir_kernels.triton.wgrad import _conv_bwd_weight_kernel, _sum_weight_grad_kernel
-from rir_kernels.triton.wgrad_config import is_forced, ranked_wgrad_tiles, wgrad_tile
+from rir_kernels.triton.launch.tile_fallback import on_the_ladder
+from rir_kernels.triton.tiling import wgrad_cost
+from rir_kernels.triton.tiling.conv_cost import cdiv, power_of_two_at_least
+from rir_kernels.triton.tiling.conv_tiles import REDUCTION_PROGRAMS, ROWS_TILE
+from rir_kernels.triton.tiling.wgrad_tiles import is_forced, ranked_wgrad_tiles, wgrad_tile
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:

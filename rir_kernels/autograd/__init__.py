@@ -1,0 +1,1 @@
+"""What backward needs, and the operation as registered ops."""

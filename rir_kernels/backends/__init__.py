@@ -1,0 +1,1 @@
+"""Who computes: ATen, our kernels, the vendor's convolution between them, a recorded plan."""

@@ -1,0 +1,61 @@
+"""The operation with the state of a BatchNorm2d: its parameters, buffers, mode and momentum rule."""
+
+import torch
+from torch import nn
+
+from .. import functional
+from ..common.cuda_graphs import check_host_may_read
+
+
+def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto", otherwise=None) -> torch.Tensor:
+    """functional.norm_act with what nn.BatchNorm2d.forward would use and update, as `conv_bn_act` has it."""
+    return conv_bn_act(bn, x, None, spec=spec, residuals=residuals, impl=impl, otherwise=otherwise)
+
+
+def conv_bn_act(
+    bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(), impl="auto", torch_format=False, otherwise=None
+) -> torch.Tensor:
+    """functional.conv_bn_act with what nn.BatchNorm2d.forward would use and update, counting the batch as it does.
+
+    Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
+    has changed. `spec.eps` is the caller's to take from `bn`. The statistics are those of the ranks of
+    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format, otherwise: as in `functional.apply`.
+    """
+    training = bn.training
+    running_mean, running_var, batches, momentum = _tracked(bn)
+    return functional.apply(
+        x,
+        weight,
+        bn.weight,
+        bn.bias,
+        running_mean,
+        running_var,
+        batches,
+        bias=bias,
+        residuals=residuals,
+        spec=spec,
+        training=training or (bn.running_mean is None and bn.running_var is None),
+        momentum=momentum,
+        impl=impl,
+        process_group=None if type(bn) is nn.BatchNorm2d else _active_group(bn),
+        torch_format=torch_format,
+        otherwise=otherwise,
+    )
+
+
+def _tracked(bn):
+    """(running mean, running var, counter of batches, momentum) of this call, the tensors None where not used."""
+    uses_buffers = not bn.training or bn.track_running_stats
+    batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    momentum = bn.momentum
+    if momentum is None:  # cumulative average
+        momentum = 0.0
+        if batches is not None:
+            check_host_may_read("momentum=None")
+            momentum = 1.0 / float(batches + 1)
+    return bn.running_mean if uses_buffers else None, bn.running_var if uses_buffers else None, batches, momentum
+
+
+def _active_group(bn):
+    find = getattr(bn, "active_group", None)
+    return None if find is None else find()

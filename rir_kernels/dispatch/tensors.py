@@ -1,0 +1,240 @@
+"""What a call is handed is checked here, before any work: nothing below `functional` raises for a user's mistake.
+
+TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and for statistics that are missing,
+as torch has it. Constructors' arguments are checked in `arguments`.
+"""
+
+import numbers
+
+import torch
+
+from ..common.arguments import (
+    ACTIVATIONS,
+    RESIDUAL_AT,
+    check_branch_scale,
+    check_choice,
+    check_eps,
+    check_int_or_pair,
+    check_positive_int,
+)
+from ..common.compiling import not_traced
+from ..common.spec import ConvBNActSpec
+from ..common.streams import check_image
+from .choose import device_kind
+
+# fp8 and complex are floating too, but no implementation computes in them
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def build_spec(
+    *, residual_at, branch_scale, stride, padding, dilation, groups, eps, activation, shortcut_channels=0
+) -> ConvBNActSpec:
+    """The options of one call, checked: ValueError names the option, what came and what is allowed."""
+    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_branch_scale(branch_scale)
+    check_eps(eps)
+    check_int_or_pair("stride", stride, 1)
+    check_int_or_pair("padding", padding, 0)
+    check_int_or_pair("dilation", dilation, 1)
+    check_positive_int("groups", groups)
+    return ConvBNActSpec(
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        groups=groups,
+        shortcut_channels=shortcut_channels,
+        post_norm=residual_at == "post_norm",
+        branch_scale=float(branch_scale),
+        eps=float(eps),
+        relu=activation == "relu",
+    )
+
+
+def check_tensors(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum, shared=False
+):
+    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved.
+
+    weight may be None: no convolution, and a spec without one. shared: the batch is a part of a larger one, as it is
+    where statistics are synchronized.
+    """
+    convolved = {"x": x, "weight": weight, "bias": bias}
+    convolved = {name: t for name, t in convolved.items() if name == "x" or t is not None}
+    convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
+    normed = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    normed = {name: t for name, t in normed.items() if t is not None}
+
+    _check_types(convolved | normed)
+    _check_dtypes(convolved, autocast=False)  # whose casts have been made
+    _check_norm_dtypes(x.dtype, normed)
+    _check_devices(convolved | normed)
+    check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
+    _check_conv_shapes(x, weight, bias, spec)
+    output = spec.output_shape(x, weight)
+    for name, tensor in normed.items():
+        if tensor.shape != (output[1],):
+            raise ValueError(
+                f"{name} must have the shape ({output[1]},), one value per output channel, got {_shape(tensor)}"
+            )
+    if min(output[2:]) < 1:
+        raise ValueError(
+            f"the output would be {output[2]} x {output[3]} pixels: x {_shape(x)} is smaller than the kernel "
+            f"{tuple(weight.shape[2:])} with padding {spec.padding} and dilation {spec.dilation}"
+        )
+    _check_residuals(residuals, output)
+    _check_statistics(running_mean, running_var, training, momentum)
+    if training and not shared and output[0] * output[2] * output[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
+
+
+def check_weight(weight):
+    """The weight of a convolution: what `check_tensors` would say, but None is refused."""
+    _check_types({"weight": weight})
+
+
+def check_packed(x, channels):
+    """x, before it is sliced: what `check_tensors` would say later."""
+    _check_types({"x": x})
+    check_image("x", x, channels)
+
+
+def check_projected(x, channels, weight):
+    """x, before its residual stream is projected by a module of its own: what `check_tensors` would say later."""
+    check_packed(x, channels)
+    tensors = {"x": x, "weight": weight}
+    _check_dtypes(tensors, autocast=autocast_dtype(x.device) is not None)
+    _check_devices(tensors)
+
+
+def check_streams(r, t):
+    """Two streams, before they are joined; None is an absent one, and shapes are checked by `as_streams`."""
+    streams = {name: stream for name, stream in (("r", r), ("t", t)) if stream is not None}
+    _check_types(streams)
+    _check_devices(streams)
+    if streams:
+        _check_dtypes(streams, autocast=autocast_dtype(next(iter(streams.values())).device) is not None)
+
+
+def as_residuals(residual) -> tuple:
+    """None, a tensor or a tuple of tensors -> a tuple of tensors, which `check_tensors` looks into."""
+    if residual is None:
+        return ()
+    if not isinstance(residual, (torch.Tensor, tuple, list)):
+        raise TypeError(f"residual must be a torch.Tensor or a tuple of two, got {type(residual).__name__}")
+    return (residual,) if isinstance(residual, torch.Tensor) else tuple(residual)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to convolutions on this device now, None outside autocast."""
+    kind = device_kind(device)
+    # asked first, since "meta" and others have no autocast, and raise
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+@not_traced  # the compiler of torch 2.11 cannot look into it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def _check_types(tensors):
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _check_dtypes(tensors, *, autocast):
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {dtype}: cast it with .to(dtype)"
+            )
+    if len(set(dtypes.values())) > 1 and not autocast:
+        raise TypeError(f"{', '.join(dtypes)} must share a dtype outside autocast, got {_listed(dtypes)}")
+
+
+def _check_norm_dtypes(dtype, normed):
+    allowed = {dtype, torch.float32} if dtype.itemsize == 2 else {dtype}
+    for name, tensor in normed.items():
+        if tensor.dtype not in allowed:
+            raise TypeError(
+                f"{name} must be {' or '.join(sorted(map(str, allowed)))} beside x in {dtype}, got {tensor.dtype}"
+            )
+
+
+def _check_devices(tensors):
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {_listed(devices)}: move them with .to(device)")
+
+
+def _check_conv_shapes(x, weight, bias, spec):
+    tensors = {"x": x} if weight is None else {"x": x, "weight": weight}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            layout = "(C_out, C_in/groups, kh, kw)" if name == "weight" else "(N, C_in, H, W)"
+            raise ValueError(f"{name} must have four dimensions {layout}, got the shape {_shape(tensor)}")
+    for name, tensor in tensors.items():
+        if 0 in (tensor.shape[1:] if name == "x" else tensor.shape):  # an empty batch is fine
+            raise ValueError(f"{name} must have no empty dimension, got {_shape(tensor)}")
+    if weight is None:
+        if bias is not None or spec.has_conv_options:
+            raise ValueError(f"without a weight there is nothing for a bias or a convolution's options, got {spec}")
+        return
+    c_out, c_group = weight.shape[:2]
+    if c_out % spec.groups:
+        raise ValueError(f"weight {_shape(weight)}: its {c_out} output channels must divide into groups={spec.groups}")
+    if x.shape[1] != c_group * spec.groups:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, but weight {_shape(weight)} with groups={spec.groups} takes "
+            f"{c_group * spec.groups}"
+        )
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"bias must have the shape ({c_out},), one value per output channel, got {_shape(bias)}")
+
+
+def _check_residuals(residuals, output):
+    if len(residuals) > 2:
+        raise ValueError(
+            f"residual must be a tensor or a tuple of at most two, got {len(residuals)}: add some up first"
+        )
+    n, c_out, h, w = output
+    for residual in residuals:
+        fits = residual.dim() == 4 and residual.shape[0] == n and residual.shape[2:] == (h, w)
+        if not fits or residual.shape[1] > c_out:
+            raise ValueError(
+                f"residual must have the shape ({n}, C_res, {h}, {w}) and C_res <= {c_out}, got {_shape(residual)}"
+            )
+
+
+def _check_statistics(running_mean, running_var, training, momentum):
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(
+            f"momentum must be a number, got {momentum!r}: the cumulative average (None) is kept by the modules, "
+            "which count the batches"
+        )
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if not training and statistic is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode: pass both statistics, or training=True")
+        if training and statistic is not None and statistic.stride(0) == 0 and statistic.numel() > 1:
+            raise ValueError(
+                f"{name} is updated in training, and its channels share memory (stride 0): pass {name}.contiguous()"
+            )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+
+
+def _pair(value) -> tuple[int, int]:
+    h, w = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(h), int(w)
+
+
+def _shape(tensor):
+    return tuple(tensor.shape)
+
+
+def _listed(by_name):
+    return ", ".join(f"{name} {value}" for name, value in by_name.items())

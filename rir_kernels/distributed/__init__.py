@@ -1,0 +1,1 @@
+"""Batch statistics over the ranks of a process group."""

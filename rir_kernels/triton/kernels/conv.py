@@ -1,0 +1,286 @@
+"""Convolution as an implicit GEMM with a fused epilogue: the forward pass, inference, and the data gradient.
+
+    acc[co, p] = sum over taps (i, j) and channels ci of  W[co, i, j, ci] * x[pixel p shifted by the tap, ci]
+
+Pixels stand on the right of `tl.dot`: a descriptor (TMA) box of the channels-last input, reshaped to [P, BLOCK_K] and
+transposed, stays in swizzled shared memory as Hopper's wgmma wants it. Out-of-range coordinates read zero, which is
+the convolution's padding: no im2col, no masks.
+
+Strides of two are handled by parity. Row r of the input lies in plane p = r mod s at index r // s, so for a tap k of
+an axis with stride s and padding P,
+
+    forward        s * o + k - P = s * (o + d) + p        k = (p + P) mod s, + s, ...     d = (k - P - p) / s
+    data gradient  s * i + p + P - k = s * (i + d)        the same taps k                 d = (p + P - k) / s
+
+so the offsets are each other's negatives, and SIGN alone tells the two apart. The forward pass sums over the planes
+of its input; the data gradient has a sum for each plane of its output (`dgrad`). At stride 1 there is one plane, and
+the data gradient is the forward kernel again, with the ORIGINAL weight read transposed. (With few channels blocks of
+2x2 pixels are computed at stride 2: `taps.sum_folded`.)
+
+Epilogue, in this order, each part optional:
+
+    z = branch_scale * (acc + bias) + addends             ("pre_norm"; the addends carry the identity)
+    per-tile mean, M2 and count of z                      (training)
+    y = act(norm(z))  or  act(branch_scale * norm(acc + bias) + addends)    (inference; the latter under "post_norm")
+    per-tile sum of dy' and of dy' * xhat, if dx = dy of the layer upstream  (data gradient; as defined in `batchnorm`)
+"""
+
+import triton
+import triton.language as tl
+
+from rir_kernels.triton.kernels.conv_loops import add_inside, add_plane, add_rows, longest_first, sum_folded
+from rir_kernels.triton.kernels.pointwise import load_channels, normalize, relu, relu_grad, wait_ahead
+from rir_kernels.triton.kernels.tma import load_box, round_as
+
+
+@triton.jit
+def load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
+    return load_box(desc, n, h, w, c, BOX, BLOCK_C, True).to(tl.float32)
+
+
+@triton.jit
+def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
+    """branch_scale * acc + addends"""
+    if branch_scale is not None:
+        acc *= branch_scale
+    if addend0_desc is not None:
+        acc += load_addend(addend0_desc, n, h, w, c, BOX, BLOCK_C)
+    if addend1_desc is not None:
+        acc += load_addend(addend1_desc, n, h, w, c, BOX, BLOCK_C)
+    return acc
+
+
+@triton.jit
+def pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
+    """(whether a tile's pixels lie in the image, their offsets), [P] each."""
+    pixel = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    pixel_n = n + pixel // (BOX[1] * BOX[2])
+    pixel_h = h + pixel // BOX[2] % BOX[1]
+    pixel_w = w + pixel % BOX[2]
+    is_pixel = (pixel_n < N) & (pixel_h < H) & (pixel_w < W)
+    return is_pixel, pixel_n.to(tl.int64) * stride_n + pixel_h.to(tl.int64) * stride_h + pixel_w.to(tl.int64) * stride_w
+
+
+@triton.jit
+def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr):
+    """Mean and M2 [BLOCK_C] over the valid pixels of tiles [BLOCK_C, P] that stand below each other."""
+    total = tl.zeros([tiles[0].shape[0]], dtype=tl.float32)
+    for row in tl.static_range(len(tiles)):
+        if IS_ZERO_BEYOND:
+            total += tl.sum(tiles[row], 1)
+        else:
+            is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+            total += tl.sum(tl.where(is_pixel[None, :], tiles[row], 0.0), 1)
+    mean = total / tl.maximum(count, 1.0)
+    m2 = tl.zeros_like(mean)
+    for row in tl.static_range(len(tiles)):
+        is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+        deviation = tl.where(is_pixel[None, :], tiles[row] - mean[:, None], 0.0)
+        m2 += tl.sum(deviation * deviation, 1)
+    return mean, m2
+
+
+@triton.jit
+def _zero_beyond(accs, n, h, w, N, H, W, BOX: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """accs, zero at pixels beyond the image."""
+    masked = ()
+    for group in tl.static_range(GROUPS):
+        for row in tl.static_range(ROWS):
+            is_pixel, _ = pixels(n, h + row, w, N, H, W, 0, 0, 0, BOX)
+            masked += (tl.where(is_pixel[None, :], accs[group * ROWS + row], 0.0),)
+    return masked
+
+
+@triton.jit
+def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
+    """Sum dy' and sum dy' * xhat [BLOCK_C] of a tile [BLOCK_C, P], as `batchnorm` reduces them.
+
+    dy is zero beyond the image. invstd is left for the sums: xhat may be infinite there, and z - mean is not.
+    """
+    if RELU:
+        dy = relu_grad(dy, normalize(z, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None]))
+    return tl.sum(dy, 1), tl.sum(dy * (z - mean[:, None]), 1) * invstd
+
+
+@triton.jit
+def store_tile(
+    out, tile, n, h, w, c, pixel_offset, channel, mask, C: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the GPU or the alignment allows none."""
+    if isinstance(out, tl.tensor_descriptor):
+        out.store([n, h, w, c], tile.to(out.dtype).T.reshape([BOX[0], BOX[1], BOX[2], BLOCK_C]))
+    else:
+        if C % (128 // out.dtype.element_ty.primitive_bitwidth) == 0:
+            pixel_offset = tl.multiple_of(pixel_offset, 128 // out.dtype.element_ty.primitive_bitwidth)
+        tl.store(out + pixel_offset[None, :] + channel[:, None], tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "branch_scale", "eps"]
+)  # N, H, W at run time: one compile for all image sizes
+def _conv_fwd_kernel(
+    x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has the first alone, absent ones
+    x01_desc,  # are None; FOLD has all
+    x10_desc,
+    x11_desc,
+    w_desc,  # FOLD: a pointer
+    addend0_desc,  # [N, H, W, <= C] or None
+    addend1_desc,
+    out,  # [N, H, W, C]: a descriptor, or a pointer
+    z_out,  # the same beside y at inference, where a gradient will be wanted; or None
+    bias_ptr,  # [C] or None, as are the next four
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    tile_mean_ptr,  # [tiles, C] fp32, or None: no statistics
+    tile_m2_ptr,
+    tile_count_ptr,  # [tiles] fp32
+    upstream_desc,  # data gradient: z [N, H, W, C] of the layer whose y is this one's x; or None, as are the next four
+    upstream_mean_ptr,  # [C]
+    upstream_invstd_ptr,
+    upstream_gamma_ptr,
+    upstream_beta_ptr,
+    partial_ptr,  # [tiles, 2, C] fp32: its sum dy', sum dy' * xhat; or None
+    N,
+    H,
+    W,
+    TILES_H,
+    TILES_W,
+    stride_n,  # of out and z_out, in elements
+    stride_h,
+    stride_w,
+    branch_scale,  # None: one. A product that nothing is added to would keep registers beside those of its sum
+    eps,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    SIGN: tl.constexpr,  # 1: forward; -1: the data gradient at stride 1
+    WEIGHT_T: tl.constexpr,
+    POST_NORM: tl.constexpr,
+    RELU: tl.constexpr,  # of y; with partial sums, of the layer upstream
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
+    ROWS: tl.constexpr,  # of the image, computed from one load of each; BOX has one row where they are more than one
+    SKIPS: tl.constexpr,  # the taps that would read padding; BOX is one pixel of many images then
+    FOLD: tl.constexpr,  # blocks of 2x2 pixels into the rows of the product; BOX has even sides then
+    WEIGHT_STRIDES: tl.constexpr,  # FOLD: of tap, C and K
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_ahead(OVERLAP)
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
+    pid = tl.program_id(0)
+    tile = pid // TILES_C  # the channel tiles of one pixel tile run side by side and share it in L2
+    first_c = pid % TILES_C * (GROUPS * BLOCK_C)
+    if SKIPS:
+        tiles_n = (N + BOX[0] - 1) // BOX[0]
+        h, w = longest_first(tile // tiles_n, H, W)
+        n = tile % tiles_n * BOX[0]
+    else:
+        w = tile % TILES_W * BOX[2]
+        h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
+        n = tile // (TILES_W * TILES_H) * BOX[0]
+
+    accs = ()
+    for _ in tl.static_range(GROUPS * ROWS):
+        accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
+    planes = (x00_desc, x01_desc, x10_desc, x11_desc)
+    if FOLD:
+        sums = sum_folded(
+            planes, w_desc, n, h, w, first_c, C, K, SIGN,
+            WEIGHT_STRIDES, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        accs = (sums,)
+    elif SKIPS:
+        accs = add_inside(
+            accs, x00_desc, w_desc, n, h, w, first_c, H, W, C, K, SIGN,
+            WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    elif ROWS > 1:
+        accs = add_rows(
+            accs, x00_desc, w_desc, n, h, w, first_c, C, K, KERNEL, PAD, SIGN,
+            WEIGHT_T, BOX, BLOCK_C, GROUPS, ROWS, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        for plane in tl.static_range(4):
+            if planes[plane] is not None:
+                accs = add_plane(
+                    accs, planes[plane], w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, plane // 2, plane % 2,
+                    SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                )  # fmt: skip
+
+    # a row's count of pixels is zero, or less, beneath the image
+    count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
+    IS_ZERO_BEYOND: tl.constexpr = partial_ptr is not None or (
+        tile_mean_ptr is not None and bias_ptr is None and GROUPS > 1
+    )
+    if IS_ZERO_BEYOND:
+        # here, before addends that are zero there, and not in the sums, where the masks would take too many registers
+        if count < P * ROWS:
+            accs = _zero_beyond(accs, n, h, w, N, H, W, BOX, GROUPS, ROWS)
+    for group in tl.static_range(GROUPS):
+        c = first_c + group * BLOCK_C
+        channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        is_channel = channel < C
+        if mean_ptr is not None:
+            # ahead of the addends, which wait in registers for whatever is computed between their load and their sum
+            mean = load_channels(mean_ptr, channel, C, 0.0)
+            invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
+            gamma = load_channels(gamma_ptr, channel, C, 1.0)
+            beta = load_channels(beta_ptr, channel, C, 0.0)
+        tiles = ()
+        for row in tl.static_range(ROWS):
+            acc = accs[group * ROWS + row]
+            if bias_ptr is not None:
+                acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]
+            if not POST_NORM:
+                acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
+            tiles += (acc,)
+
+        if tile_mean_ptr is not None:
+            mean, m2 = _moments(tiles, count.to(tl.float32), n, h, w, N, H, W, BOX, IS_ZERO_BEYOND)  # [BLOCK_C]
+            offset = tile.to(tl.int64) * C
+            tl.store(tile_mean_ptr + offset + channel, mean, mask=is_channel)
+            tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)
+            tl.store(tile_count_ptr + tile, count.to(tl.float32), mask=c == 0)
+
+        if partial_ptr is not None:
+            sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
+            sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
+        for row in tl.static_range(ROWS):
+            acc = tiles[row]
+            is_pixel, pixel_offset = pixels(n, h + row, w, N, H, W, stride_n, stride_h, stride_w, BOX)  # [P]
+            mask = is_channel[:, None] & is_pixel[None, :]
+            if mean_ptr is not None:
+                if z_out is not None:
+                    # backward recomputes the mask from the stored z, so y must come from the same rounded value
+                    acc = round_as(acc, x00_desc)
+                    store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
+                acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
+                if POST_NORM:
+                    acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
+                if RELU:
+                    acc = relu(acc)
+            if partial_ptr is not None:
+                acc = round_as(acc, x00_desc)  # the sums are those of the numbers that are stored
+            store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
+            if partial_ptr is not None:
+                z = load_addend(upstream_desc, n, h + row, w, c, BOX, BLOCK_C)
+                mean = load_channels(upstream_mean_ptr, channel, C, 0.0)
+                invstd = load_channels(upstream_invstd_ptr, channel, C, 1.0)
+                gamma = load_channels(upstream_gamma_ptr, channel, C, 1.0)
+                beta = load_channels(upstream_beta_ptr, channel, C, 0.0)
+                row_dy, row_dy_xhat = _upstream_sums(acc, z, mean, invstd, gamma, beta, RELU)
+                sum_dy += row_dy
+                sum_dy_xhat += row_dy_xhat
+        if partial_ptr is not None:
+            sums = partial_ptr + tile.to(tl.int64) * (2 * C) + channel
+            tl.store(sums, sum_dy, mask=is_channel)
+            tl.store(sums + C, sum_dy_xhat, mask=is_channel)

@@ -1,0 +1,94 @@
+"""Data gradient at strides of two: all parity planes of dx in one launch.
+
+A plane is a convolution of dz by itself, with the taps that meet it (the mathematics are those of `conv`): four, two,
+two and one of a 3x3; of a 1x1 one, and three times none. A program computes a tile of one plane. The planes with most
+taps come first: programs start in their order, so the last ones are short.
+"""
+
+import triton
+import triton.language as tl
+
+from rir_kernels.triton.kernels.conv import load_addend, pixels, store_tile
+from rir_kernels.triton.kernels.conv_loops import add_plane
+from rir_kernels.triton.kernels.pointwise import wait_ahead
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "scale"])
+def _conv_bwd_data_kernel(
+    dz_desc,  # [N, H / stride, W / stride, K]
+    w_desc,  # as in `taps`
+    addend_desc,  # what joins plane (0, 0), or None
+    out0,  # the planes of dx in the order of PLANES: descriptors, or pointers; None where there are fewer
+    out1,
+    out2,
+    out3,
+    N,
+    H,  # of dx
+    W,
+    TILES_H,  # of the largest plane, and so of all
+    TILES_W,
+    stride_n,  # of a plane, in elements
+    stride_h,
+    stride_w,
+    scale,  # of the sum over the taps, or None: one
+    C: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    PLANES: tl.constexpr,  # (row, column) of each that has pixels
+    WEIGHT_T: tl.constexpr,
+    BOX: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_ahead(OVERLAP)
+    P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
+    TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
+    programs = tl.num_programs(0) // len(PLANES)
+    plane = tl.program_id(0) // programs
+    pid = tl.program_id(0) % programs
+    first_c = pid % TILES_C * (GROUPS * BLOCK_C)
+    tile = pid // TILES_C
+    w = tile % TILES_W * BOX[2]
+    h = tile // TILES_W % TILES_H * BOX[1]
+    n = tile // (TILES_W * TILES_H) * BOX[0]
+
+    outs = (out0, out1, out2, out3)
+    out = out0
+    plane_h = PLANES[0][0]
+    plane_w = PLANES[0][1]
+    for index in tl.static_range(1, len(PLANES)):
+        if plane == index:
+            out = outs[index]
+            plane_h = PLANES[index][0]
+            plane_w = PLANES[index][1]
+
+    accs = ()
+    for _ in tl.static_range(GROUPS):
+        accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
+    # in turn, all but one skipped: the shared memory of loops that exclude each other is not shared
+    for index in tl.static_range(len(PLANES)):
+        if plane == index:
+            accs = add_plane(
+                accs, dz_desc, w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, PLANES[index][0], PLANES[index][1],
+                -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            )  # fmt: skip
+
+    plane_height = (H - plane_h + STRIDE[0] - 1) // STRIDE[0]
+    plane_width = (W - plane_w + STRIDE[1] - 1) // STRIDE[1]
+    is_pixel, pixel_offset = pixels(n, h, w, N, plane_height, plane_width, stride_n, stride_h, stride_w, BOX)
+    for group in tl.static_range(GROUPS):
+        acc = accs[group]
+        c = first_c + group * BLOCK_C
+        channel = c + tl.arange(0, BLOCK_C)
+        if scale is not None:
+            acc *= scale
+        if addend_desc is not None:
+            if plane_h + plane_w == 0:
+                acc += load_addend(addend_desc, n, h, w, c, BOX, BLOCK_C)
+        mask = (channel < C)[:, None] & is_pixel[None, :]
+        store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)

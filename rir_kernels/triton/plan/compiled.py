@@ -1,0 +1,130 @@
+"""A compiled kernel with the arguments it was recorded with, started at other addresses.
+
+A launch through Triton's own Python encodes each descriptor (TMA) again and walks all arguments twice. Here all of
+that is done once for a set of addresses, and what is left of a launch is one call of the C function beneath.
+"""
+
+import copy
+import functools
+import threading
+import types
+
+import torch
+from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rir_kernels.triton.launch.runtime import ALIGNMENT
+from rir_kernels.triton.plan.places import Slot, Unplannable
+
+
+class CompiledLaunch:
+    """`launch.at(addresses, scalars, stream)` is a function without arguments that starts the kernel."""
+
+    def __init__(self, place, kernel, programs, args, options):
+        compiled = compile_for(kernel, args, options)
+        self._start = compiled[(programs, 1, 1)]
+        try:
+            self._collect, self._beneath = _take_apart(compiled, programs)
+        except (AttributeError, KeyError):  # another Triton's launcher: its own way, then
+            self._collect = self._beneath = None
+        # all of the kernel's parameters in order, the compile-time ones included
+        parameters = dict(zip(kernel.arg_names, args, strict=False)) | options
+        self._arguments = [parameters[name] for name in kernel.arg_names]
+        self._placed, self._slots = [], []
+        for position, arg in enumerate(self._arguments):
+            if (tensor := tensor_of(arg)) is not None:
+                where = place(tensor)
+                if where.start % ALIGNMENT:  # compiled for addresses that are multiples of 16
+                    raise Unplannable("a view that is not aligned")
+                descriptor = None if arg is tensor else arg
+                self._placed.append((position, where.buffer, where.start, descriptor))
+            elif isinstance(arg, Slot):
+                self._slots.append((position, int(arg)))
+
+    def at(self, addresses: list[int], scalars: tuple[float, ...], stream: int) -> functools.partial:
+        """`addresses` of the plan's buffers."""
+        args = self._arguments.copy()
+        for position, buffer, start, descriptor in self._placed:
+            address = addresses[buffer] + start
+            args[position] = address if descriptor is None else _moved(descriptor, address)
+        for position, index in self._slots:
+            args[position] = scalars[index]
+        if self._beneath is None:
+            return functools.partial(self._start, *args, stream=stream)
+        return functools.partial(self._beneath, *self._collect(*args, stream=stream))
+
+
+def compile_for(kernel, args, options):
+    """The compiled kernel, loaded. OutOfResources where the GPU has too little for it."""
+    plain = [float(arg) if isinstance(arg, Slot) else arg for arg in args]
+    compiled = kernel.warmup(*plain, grid=(1,), **options)
+    compiled._init_handles()
+    return compiled
+
+
+def tensor_of(arg) -> torch.Tensor | None:
+    """The tensor that an argument is, or that a descriptor or what stands for one (`boxes`) describes."""
+    if isinstance(arg, TensorDescriptor):
+        return arg.base
+    if isinstance(arg, tuple):
+        arg = arg[0]
+    return arg if isinstance(arg, torch.Tensor) else None
+
+
+class _Address:
+    """What of a descriptor's tensor the launcher asks for."""
+
+    def __init__(self, address):
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _moved(descriptor, address):
+    if isinstance(descriptor, tuple):
+        return address, *descriptor[1:]
+    descriptor = copy.copy(descriptor)  # its checks have been made
+    descriptor.base = _Address(address)
+    return descriptor
+
+
+class _Observed(CompiledKernel):
+    """A compiled kernel that starts through another launcher."""
+
+    def __init__(self, compiled, launcher):
+        self.__dict__.update(compiled.__dict__, _run=launcher)
+
+    def __del__(self):
+        pass  # since Triton 3.8 that unloads the code from the GPU, and the other one still launches it
+
+
+def _take_apart(compiled, programs):
+    """(a function from a kernel's arguments to those of the C function that starts it, that C function).
+
+    AttributeError or KeyError where Triton's launcher is built otherwise than in 3.6 to 3.9: an object whose `launch`
+    is the C function, or a closure that encodes the descriptors and hands all on to a `launcher`.
+    """
+    launcher = copy.copy(compiled.run)
+    collected = threading.local()
+
+    def collect(*args):
+        collected.args = args
+
+    beneath = launcher.launch
+    if isinstance(beneath, types.BuiltinFunctionType):
+        launcher.launch = collect
+    else:
+        cells = dict(zip(beneath.__code__.co_freevars, beneath.__closure__, strict=True))
+        cells["launcher"], c_function = types.CellType(collect), cells["launcher"].cell_contents
+        launcher.launch = types.FunctionType(
+            beneath.__code__, beneath.__globals__, closure=tuple(cells[name] for name in beneath.__code__.co_freevars)
+        )
+        beneath = c_function
+    start = _Observed(compiled, launcher)[(programs, 1, 1)]
+
+    def arguments(*args, stream):
+        start(*args, stream=stream)
+        return collected.args
+
+    return arguments, beneath

@@ -1,0 +1,1 @@
+"""Which tile a kernel gets, and what it is expected to cost."""
