@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.dispatch.choose import overlap_asked, tf32_allowed
+from rir_kernels.common.switches import overlap_asked, tf32_allowed
 
 from . import console, peers, provenance, timing
 from .case import Case

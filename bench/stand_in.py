@@ -31,7 +31,7 @@ def stand_in() -> Iterator[None]:
 
     RuntimeError where triton was imported to compile kernels: it decides at its import whether it interprets them.
     """
-    from rir_kernels.dispatch.choose import interpreting
+    from rir_kernels.common.switches import interpreting
 
     if "triton" in sys.modules and not interpreting():
         raise RuntimeError("triton was imported without TRITON_INTERPRET=1: use a new process for the stand-in")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import torch
 
 import rir_kernels as rir
+from rir_kernels.common import versions
 from rir_kernels.dispatch import choose
 from rir_kernels.triton import inspect
 from rir_kernels.triton.shapes import SHAPE_TABLE
@@ -20,7 +21,7 @@ LARGE = ((96, 96, {}, (32, 32)), (96, 192, {"stride": 2}, (32, 32)), (95, 131, {
 
 def obstacle(device: torch.device) -> str:
     """Why the kernels cannot run or be compiled here, or an empty string."""
-    if missing := choose.triton_missing():
+    if missing := versions.triton_missing():
         return missing
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability() < choose.CAPABILITY_NEEDED):
         capability = ".".join(map(str, choose.CAPABILITY_NEEDED))

@@ -9,7 +9,7 @@ import torch
 
 import rir_kernels as rir
 from models.rir import RiR
-from rir_kernels.dispatch import choose
+from rir_kernels.common import switches, versions
 from rir_kernels.triton.inspect import ARCHS
 from rir_kernels.triton.shapes import SHAPE_TABLE
 
@@ -23,7 +23,7 @@ TEST_IMAGES = {"cpu": 512, "cuda": 10_000}  # of what --data names
 
 def tell(args) -> dict:
     """Run every chapter. The results are plain data; results["failures"] says what was not equivalent."""
-    device = torch.device("cuda" if torch.cuda.is_available() and not choose.interpreting() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not switches.interpreting() else "cpu")
     torch.manual_seed(args.seed)
     results = {
         "schema": SCHEMA,
@@ -173,7 +173,7 @@ def _check_kernels(device, results):
 
 def _compile(results):
     results["compiled"] = {"arch": kernels.ARCH, "shared_kb": ARCHS[kernels.ARCH].shared_kb, "rows": []}
-    if missing := choose.triton_missing():
+    if missing := versions.triton_missing():
         return _skip(results, "compiled", f"Not compiled: that needs {missing}.")
     with console.steps(f"compiling for {kernels.ARCH}: no GPU is needed for that", None):
         rows = results["compiled"]["rows"] = kernels.compile_table()

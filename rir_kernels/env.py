@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+from .common import switches
 from .common.spec import ConvBNActSpec
 from .common.versions import untested
 from .dispatch import choose
@@ -42,8 +43,8 @@ def env_report() -> EnvReport:
         cuda=torch.version.cuda or "no (a build of torch without it)",
         cudnn=torch.backends.cudnn.version() if cuda else "not loaded",
         devices=[_describe(index) for index in range(torch.cuda.device_count())] if cuda else ["cpu"],
-        interpreter=choose.interpreting(),
-        tf32=choose.tf32_allowed(),
+        interpreter=switches.interpreting(),
+        tf32=switches.tf32_allowed(),
         impls={impl: _availability(impl, "cuda" if cuda else "cpu") for impl in IMPLS if impl != "auto"},
     )
 

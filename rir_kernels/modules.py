@@ -11,7 +11,7 @@ from torch import nn
 
 from . import reference
 from .common.arguments import check_block, check_conv_bn_act, check_layer
-from .common.spec import ConvBNActSpec, spec_of_conv
+from .common.spec import ConvBNActSpec, kept_spec, spec_of_conv
 from .common.stream_views import join, split
 from .common.streams import (
     PACKED,
@@ -111,7 +111,7 @@ class RiRLayer(nn.Module):
 
     def _spec(self) -> ConvBNActSpec:
         identity = self.shortcut != "none" and self.projection is None
-        return ConvBNActSpec(
+        return kept_spec(
             stride=(self.stride, self.stride),
             padding=(self.kernel_size // 2, self.kernel_size // 2),
             shortcut_channels=min(self.in_residual, self.out_residual) if identity else 0,

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backends.plans import Kinds
+from .common import switches, versions
 from .common.arguments import check_positive_int
-from .dispatch import choose
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def precompile(
         check_positive_int("batch_sizes", batch)
     if workers is not None:
         check_positive_int("workers", workers)
-    if missing := choose.triton_missing():
+    if missing := versions.triton_missing():
         raise ImportError(f"precompile needs {missing}")
-    if choose.interpreting():
+    if switches.interpreting():
         raise RuntimeError("under TRITON_INTERPRET=1 nothing is compiled: unset it before Python starts")
     arch, gpu = _target(arch)
     jobs = dict.fromkeys(job for batch in batches for job in launches(model, example_inputs, batch, training, gpu))

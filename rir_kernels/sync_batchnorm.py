@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .common.spec import ConvBNActSpec
+from .common.spec import kept_spec
 from .dispatch import bn_state
 
 
@@ -37,7 +37,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input):
         if self.active_group() is None:
             return super().forward(input)
-        return bn_state.norm_act(self, input, spec=ConvBNActSpec(eps=self.eps, relu=False))
+        return bn_state.norm_act(self, input, spec=kept_spec(eps=self.eps, relu=False))
 
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # a communicator: shared, never copied

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rir_kernels as rir
+from rir_kernels.common import warn
 from rir_kernels.dispatch import choose
 
 # fp32, outputs and gradients of order one to a hundred: AOTAutograd decomposes the norm and sums in another order
@@ -181,11 +182,11 @@ def test_what_a_device_lacks_is_found_while_compiling(monkeypatch):
         return f"no GPU {index}"
 
     monkeypatch.setattr(choose, "_find_missing_on", find)
-    monkeypatch.setattr(choose, "_warned", set())
+    monkeypatch.setattr(warn, "_warned", set())
 
     def function(x):
         if missing := choose._missing_on(0):
-            choose.warn_once(missing)
+            warn.warn_once(missing)
             return x + 1
         return x
 

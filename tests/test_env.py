@@ -11,8 +11,8 @@ import torch
 
 import rir_kernels
 from rir_kernels import __main__, env
-from rir_kernels.common import versions
-from rir_kernels.dispatch import choose, preference
+from rir_kernels.common import switches, versions
+from rir_kernels.dispatch import preference
 from rir_kernels.env import env_report
 
 
@@ -21,7 +21,7 @@ def test_versions_and_switches():
     assert report["rir_kernels"] == rir_kernels.__version__
     assert report["python"] == sys.version.split()[0]
     assert (report["torch"], report["numpy"]) == (torch.__version__, numpy.__version__)
-    assert report["interpreter"] is choose.interpreting()
+    assert report["interpreter"] is switches.interpreting()
     assert report["tf32"] is (torch.backends.cudnn.conv.fp32_precision == "tf32")
     assert set(report["impls"]) == set(preference.IMPLS) - {"auto"}
     assert report["impls"]["reference"] == report["impls"]["torch"] == "yes"
@@ -45,7 +45,7 @@ def test_prints_as_a_table_and_goes_into_json():
 
 
 def test_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(choose, "triton_missing", lambda: "triton >= 3.6, found 3.0")
+    monkeypatch.setattr(versions, "triton_missing", lambda: "triton >= 3.6, found 3.0")
     impls = env_report()["impls"]
     assert impls["torch"] == "yes"
     assert impls["triton"].startswith("no: ") and impls["triton"].endswith("found 3.0")
@@ -53,10 +53,10 @@ def test_says_what_is_missing(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU here")
 def test_without_a_gpu_the_kernels_need_the_interpreter(monkeypatch):
-    monkeypatch.setattr(choose, "triton_missing", lambda: "")
-    monkeypatch.setattr(choose, "interpreting", lambda: True)
+    monkeypatch.setattr(versions, "triton_missing", lambda: "")
+    monkeypatch.setattr(switches, "interpreting", lambda: True)
     assert env_report()["impls"]["hybrid"] == "yes"
-    monkeypatch.setattr(choose, "interpreting", lambda: False)
+    monkeypatch.setattr(switches, "interpreting", lambda: False)
     assert "TRITON_INTERPRET=1" in env_report()["impls"]["hybrid"]
     assert not torch.cuda.is_initialized()
 

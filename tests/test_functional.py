@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rir_kernels as rir
-from rir_kernels.dispatch.preference import meant_by
+from rir_kernels.dispatch.preference import effective_impl
 from tests.helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 conv_bn_act = rir.functional.conv_bn_act
@@ -187,7 +187,7 @@ def test_use_impl_is_per_thread():
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        seen["other"] = meant_by("auto")
+        seen["other"] = effective_impl("auto")
         with rir.use_impl("torch"):
             entered.set()
             leave.wait(10)
@@ -196,7 +196,7 @@ def test_use_impl_is_per_thread():
         thread = threading.Thread(target=other)
         thread.start()
         assert entered.wait(10)
-        seen["here"] = meant_by("auto")
+        seen["here"] = effective_impl("auto")
         leave.set()
         thread.join()
     assert seen == {"other": "auto", "here": "reference"}

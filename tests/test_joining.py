@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import functional
 from rir_kernels.common.memory_format import is_channels_last
 from rir_kernels.common.stream_views import join, split
+from rir_kernels.dispatch import operation
 
 LAST = torch.channels_last
 N, C, H, W = 2, 4, 5, 3
@@ -91,8 +91,10 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("make", [ADJACENT["contiguous"], ADJACENT["channels_last"], APART["two buffers"]])
 def test_pair_is_packed(layer, make, monkeypatch):
     """The same bits, one buffer, gradients of both; where the streams are adjacent the operation reads that buffer."""
-    apply, read = functional.apply, []
-    monkeypatch.setattr(functional, "apply", lambda x, *a, **k: read.append(x.data_ptr()) or apply(x, *a, **k))
+    apply, read = operation.apply, []
+    monkeypatch.setattr(
+        operation, "apply", lambda call, *a, **k: read.append(call.x.data_ptr()) or apply(call, *a, **k)
+    )
 
     r, t = (s.detach().requires_grad_() for s in make())
     # packed in the same memory format: another one may sum in another order

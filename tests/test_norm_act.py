@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import rir_kernels as rir
-from rir_kernels import functional
+from rir_kernels.common import switches
+from rir_kernels.common.call import Call
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch import choose
+from rir_kernels.dispatch import choose, operation
 from tests.helpers import assert_within_budget, make_norm_call, norm_formula, output_gradient, run
 from tests.refusals import refused
 
@@ -129,7 +130,7 @@ def test_within_autocast_a_residual_takes_the_dtype_of_x(impl):
 def test_auto(monkeypatch):
     """On a GPU our kernels, in fp32 without TF32 too; elsewhere, and in fp64, torch's operators."""
     monkeypatch.setattr(choose, "_missing_on", lambda index: "")
-    monkeypatch.setattr(choose, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(switches, "tf32_allowed", lambda: False)
 
     class Pretended:
         def __init__(self, device, dtype):
@@ -186,6 +187,5 @@ def test_kernels_refuse_fp64(impl):
 def test_a_spec_with_a_convolutions_options_needs_one(change):
     x = torch.randn(2, 4, 5, 5)
     with pytest.raises(ValueError, match="without a weight there is nothing for"):
-        functional.apply(
-            x, None, *[None] * 4, spec=ConvBNActSpec(**change), training=True, momentum=0.1, impl="auto"
-        )  # fmt: skip
+        spec = ConvBNActSpec(**change)
+        operation.apply(Call(x, None, None, None, None, (), None, None, None, spec, True, 0.1), "auto")

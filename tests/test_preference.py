@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
 from rir_kernels.dispatch import preference
-from rir_kernels.dispatch.preference import meant_by, use_impl
+from rir_kernels.dispatch.preference import effective_impl, use_impl
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "hooks"])
 DEEP = 64  # levels of backward within backward: beyond 60 torch takes another thread
@@ -50,7 +50,7 @@ class _Seen:
         self.names, self.threads = [], []
 
     def __call__(self, x):
-        self.names.append(meant_by("auto"))
+        self.names.append(effective_impl("auto"))
         self.threads.append(threading.get_ident())
         return x.sin()
 
@@ -81,7 +81,7 @@ def test_a_forward_that_is_run_again(run, use_reentrant):
             run(y.sum().backward)
     assert seen.names == ["reference", "torch", "auto", "auto"]
     assert (seen.threads[-1] == threading.get_ident()) == (run is not _in_another_thread)
-    assert meant_by("auto") == "auto"
+    assert effective_impl("auto") == "auto"
 
 
 @pytest.mark.parametrize("outer", [True, False], ids=["reentrant", "hooks"])
@@ -134,7 +134,7 @@ def test_threads_do_not_disturb_each_other(run):
             barrier.wait()
             run(y.sum().backward)
             barrier.wait()
-        found[name] = seen.names, meant_by("auto")
+        found[name] = seen.names, effective_impl("auto")
 
     threads = [threading.Thread(target=train, args=(name,)) for name in names]
     for thread in threads:
@@ -148,7 +148,7 @@ def test_threads_do_not_disturb_each_other(run):
 def test_a_backward_that_fails_is_forgotten():
     def failing(x):
         if torch._C._current_graph_task_id() >= 0:
-            meant_by("auto")
+            effective_impl("auto")
             raise KeyError("in the second forward")
         return x.sin()
 
@@ -157,7 +157,7 @@ def test_a_backward_that_fails_is_forgotten():
             y = checkpoint(failing, _leaf(), use_reentrant=True)
         with pytest.raises(KeyError):
             y.sum().backward()
-        assert meant_by("auto") == "auto" and not preference._thread._nodes and not preference._thread._around
+        assert effective_impl("auto") == "auto" and not preference._thread._nodes and not preference._thread._around
 
 
 def test_what_is_remembered_is_bounded():
@@ -210,4 +210,4 @@ def test_a_torch_without_what_this_takes(monkeypatch):
         y = checkpoint(seen, _leaf(), use_reentrant=False)
     with use_impl("reference"):
         y.sum().backward()
-    assert seen.names == ["torch", "reference"] and meant_by("auto") == "auto"
+    assert seen.names == ["torch", "reference"] and effective_impl("auto") == "auto"

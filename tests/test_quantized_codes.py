@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import rir_kernels as rir
 from models.quantized import codes
 from models.quantized.quantizer import Quantizer
+from rir_kernels.common.spec import ConvBNActSpec
 from tests import quantized_helpers as oracle
 
 NAN, INF = float("nan"), float("inf")
@@ -95,7 +95,7 @@ def test_nan_stays_nan():
 
 def test_the_bound_is_a_running_mean_of_the_largest():
     quantizer = Quantizer(4, 4, signed=False)
-    weight, spec = torch.ones(1, 1, 1, 1), rir.spec.ConvBNActSpec()
+    weight, spec = torch.ones(1, 1, 1, 1), ConvBNActSpec()
     for values, expected in (([1.0, -8.0], 1.0), ([3.0, 0.0], 1.2), ([0.2, 0.1], 1.1)):
         quantizer(torch.tensor(values).view(1, 1, 1, 2), weight, spec)
         assert quantizer.bound.item() == pytest.approx(expected, rel=1e-6)  # one fp32 rounding or two
@@ -109,7 +109,7 @@ def test_the_bound_is_a_running_mean_of_the_largest():
 def test_activations_are_float_before_the_start_step():
     torch.manual_seed(0)
     quantizer = Quantizer(None, 3, start_step=2)
-    x, weight, spec = torch.rand(1, 1, 4, 4), torch.ones(1, 1, 1, 1), rir.spec.ConvBNActSpec()
+    x, weight, spec = torch.rand(1, 1, 4, 4), torch.ones(1, 1, 1, 1), ConvBNActSpec()
     assert torch.equal(quantizer.eval()(x, weight, spec), x)
     quantizer.train()
     assert [torch.equal(quantizer(x, weight, spec), x) for _ in range(4)] == [True, True, False, False]

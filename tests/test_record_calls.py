@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
+from rir_kernels.backends import aten
+from rir_kernels.common import devices, switches, warn
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.dispatch import calls as recording
 from rir_kernels.dispatch import choose
@@ -129,7 +131,7 @@ def test_one_that_fails_is_the_last(monkeypatch):
 
     with pytest.raises(MemoryError), rir.record_calls() as calls:
         call()
-        monkeypatch.setattr(rir.functional.aten, "conv_bn_act", fail)
+        monkeypatch.setattr(aten, "conv_bn_act", fail)
         call(x=X[:1])
         call()
     assert [call.shape[0] for call in calls] == [2, 1]
@@ -174,9 +176,9 @@ REASONS = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_not_triton(reason, monkeypatch):
     monkeypatch.setattr(choose, "_missing_on", lambda index: "")
-    monkeypatch.setattr(choose, "tf32_allowed", lambda: False)
+    monkeypatch.setattr(switches, "tf32_allowed", lambda: False)
     monkeypatch.setattr(choose, "measured_choice", lambda *_: None)
-    monkeypatch.setattr(choose, "_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(devices, "_name_at", lambda index: "a GPU")
     x, weight, options = REASONS[reason]
     arguments = x, weight, ConvBNActSpec(**options), True
     assert choose.why_not_triton(*arguments) == reason
@@ -185,14 +187,14 @@ def test_why_not_triton(reason, monkeypatch):
 
 
 def test_measured_and_missing(monkeypatch):
-    monkeypatch.setattr(choose, "_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(devices, "_name_at", lambda index: "a GPU")
     monkeypatch.setattr(choose, "measured_choice", lambda *_: "hybrid")
     monkeypatch.setattr(choose, "_missing_on", lambda index: "")
     arguments = OnGPU(), WEIGHT, ConvBNActSpec(), True
     assert choose.why_not_triton(*arguments) == "measured to be faster here"
     missing = "needs triton >= 3.6, found 3.0"
     monkeypatch.setattr(choose, "_missing_on", lambda index: missing)
-    monkeypatch.setattr(choose, "_warned", {f"rir_kernels falls back to plain PyTorch: {missing}"})
+    monkeypatch.setattr(warn, "_warned", {f"rir_kernels falls back to plain PyTorch: {missing}"})
     assert choose.why_not_triton(*arguments) == missing
 
 

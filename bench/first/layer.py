@@ -14,8 +14,8 @@ import rir_kernels as rir
 from bench import timing
 from bench.case import random_input
 from rir_kernels.backends.plans import Kinds
+from rir_kernels.common.tracing import no_replay
 from rir_kernels.dispatch import plan_cache
-from rir_kernels.dispatch.choose import watched
 from rir_kernels.triton.shapes import Shape
 
 # the running statistics are updated by a kernel in plans, by torch's operators without: three roundings, in two orders
@@ -49,7 +49,7 @@ class _Layer:
     def step(self) -> dict[str, torch.Tensor]:
         """Output and gradients of one training step."""
         if not self._plans:
-            with watched():
+            with no_replay():
                 return self._step()
         return self._step()
 

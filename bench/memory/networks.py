@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 import models
 import rir_kernels as rir
 from bench import libraries
-from rir_kernels.dispatch import choose
+from rir_kernels.common import versions
 
 from .count import kept
 
@@ -81,7 +81,7 @@ def absent(network: Network, form: str) -> str | None:
         network.plain()
     except ImportError as error:
         return str(error)
-    missing = choose.triton_missing() if form.startswith("fused") else ""
+    missing = versions.triton_missing() if form.startswith("fused") else ""
     return f"needs {missing}" if missing else None
 
 
@@ -152,6 +152,6 @@ def _loss(run, x, labels, dtype, within=contextlib.nullcontext):
 @contextlib.contextmanager
 def _kernels_for_a_cpu() -> Iterator[None]:
     """Within it our kernels accept a CPU's tensors, as under the interpreter; none of them runs here."""
-    choose.triton_missing()  # imports triton, whose own functions would be the interpreter's from then on
+    versions.triton_missing()  # imports triton, whose own functions would be the interpreter's from then on
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         yield

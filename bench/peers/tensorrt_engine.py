@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rir_kernels.common.memory_format import dense_channels_last
-from rir_kernels.dispatch.choose import tf32_allowed
+from rir_kernels.common.switches import tf32_allowed
 
 from .tensorrt_network import TYPES, Translation
 

@@ -43,7 +43,7 @@ def launched(shape: Shape, op: str, dtype: torch.dtype, tile: ConvConfig | None 
 
     CannotModel where the layer launches another kernel too, and as `kernel_of`.
     """
-    driver.set_active(inspect.CompileOnlyDriver("sm_90"))
+    driver.set_active(inspect._CompileOnlyDriver("sm_90"))
     found = []
     forced = use_tile(tile) if tile else contextlib.nullcontext()
     with runtime.intercepted(lambda *args, **options: found.append((args, options))), forced:

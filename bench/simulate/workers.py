@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from bench import console
-from rir_kernels.dispatch.choose import triton_missing
+from rir_kernels.common.versions import triton_missing
 from rir_kernels.triton.inspect import compile_for_real
 
 

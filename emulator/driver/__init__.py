@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rir_kernels.dispatch import choose
+from rir_kernels.common import devices
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 
@@ -72,7 +72,7 @@ class Driver:
         self._tensors: list[torch.Tensor] | None = None
         self._library = self._build()
         self._activate()
-        choose.all_stand_for(f"an emulated sm_{arch}", "cpu")
+        devices.all_stand_for(f"an emulated sm_{arch}", "cpu")
 
     @property
     def maps(self) -> int:

@@ -24,11 +24,11 @@ class Link:
         """Where several layers took the output in, autograd will add their gradients: the sums would be of none."""
         return self.norm is not None and self.consumers == 1
 
-    def leave(self, dx: torch.Tensor, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def offer(self, dx: torch.Tensor, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
         """The sums over dx, which the layer behind returns; held, so that nobody adds to it in place."""
         self._sums = dx, dx._version, sums
 
-    def take(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def claim(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(dbeta, dgamma) if they are those of dy; nothing is held any more."""
         left, self._sums, self.norm = self._sums, None, None
         if left is None:

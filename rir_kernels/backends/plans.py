@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import Parameter
 
-from ..dispatch import choose
+from ..common import switches, tracing
 
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
 _ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it
@@ -84,7 +84,7 @@ class Repeated:
 
 def metadata(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
     """What of the tensors, and of torch's switches, a plan depends on; None where nothing may be planned."""
-    if tensors[0] is None or not {type(t) for t in tensors} <= _PLAIN or not choose.plainly_eager():
+    if tensors[0] is None or not {type(t) for t in tensors} <= _PLAIN or not tracing.is_plain_eager():
         return None
     try:
         found = [
@@ -92,7 +92,7 @@ def metadata(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
         ]
     except RuntimeError:  # a sparse tensor has no strides
         return None
-    return (*found, tensors[0].dtype == torch.float32 and choose.tf32_allowed())
+    return (*found, tensors[0].dtype == torch.float32 and switches.tf32_allowed())
 
 
 def record(function: Callable, tensors: Sequence[torch.Tensor | None]) -> Callable | None:

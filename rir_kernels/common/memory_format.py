@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import choose
+from . import warn
 
 _WARNED_ON = "cuda"  # the type of device; in the interpreter a copy is the least of it
 _BOTH_WAYS = (
@@ -37,7 +37,7 @@ def conv_format(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 def warn_of_copies(x: torch.Tensor) -> None:
     """Says once that the kernels take contiguous images only by way of copies, where there are any and they cost."""
     if x.device.type == _WARNED_ON and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1:
-        choose.warn_once(_BOTH_WAYS)
+        warn.warn_once(_BOTH_WAYS)
 
 
 def to_format(x: torch.Tensor, channels_last: bool | None) -> torch.Tensor:
@@ -72,10 +72,3 @@ def dense_channels_last(x: torch.Tensor) -> torch.Tensor:
 def empty_channels_last(shape, like: torch.Tensor) -> torch.Tensor:
     """Uninitialized, dense, with `like`'s dtype and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def in_channels_last(tensors) -> tuple:
-    """x, weight, bias, bn_weight, bn_bias and residuals, as the kernels read them."""
-    x, weight, *vectors = tensors[:5]
-    x = as_rows(x) if weight is None else as_channels_last(x)
-    return (x, weight, *vectors, *map(as_channels_last, tensors[5:]))

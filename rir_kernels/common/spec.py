@@ -1,5 +1,6 @@
 """The static description of one fused operation: everything that is not a tensor."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,19 @@ class ConvBNActSpec:
         return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
 
 
+_kept = functools.lru_cache(maxsize=1024, typed=True)(ConvBNActSpec)
+
+
+def kept_spec(*args, **options) -> ConvBNActSpec:
+    """ConvBNActSpec(...), made once for equal options of the same types."""
+    # the compiler looks through the cache, and warns of it
+    return ConvBNActSpec(*args, **options) if torch.compiler.is_compiling() else _kept(*args, **options)
+
+
 def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, eps) -> ConvBNActSpec:
     """The spec of a Conv2d (zero padding by numbers) followed by a norm with that eps."""
     geometry: Any = conv  # pairs, of which torch's types do not tell
-    return ConvBNActSpec(
+    return kept_spec(
         stride=geometry.stride,
         padding=geometry.padding,
         dilation=geometry.dilation,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..dispatch.choose import plainly_eager
+from .tracing import is_plain_eager
 
 
 def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if channels == x.shape[1]:
         return x, x[:, channels:]
-    if torch.is_grad_enabled() and x.requires_grad and plainly_eager():
+    if torch.is_grad_enabled() and x.requires_grad and is_plain_eager():
         return _Split.apply(x, channels)
     return x[:, :channels], x[:, channels:]
 

@@ -1,8 +1,18 @@
-"""Which versions this package is tested with; `bench/matrix/` tests them, and docs/versions.md says what came."""
+"""Which versions the kernels need, and which this package is tested with.
 
+`bench/matrix/` tests them, and docs/versions.md says what came.
+"""
+
+import functools
+import importlib.metadata
+import re
 from collections.abc import Mapping
 
-from ..dispatch.choose import _numbers
+import torch
+
+from .tracing import not_traced
+
+TRITON_NEEDED, TORCH_NEEDED = (3, 6), (2, 10)
 
 # oldest and newest; a release within these minor versions is taken to be like those that were tested
 TESTED = {
@@ -21,5 +31,38 @@ def untested(found: Mapping[str, str]) -> list[str]:
     return [
         f"{name} {found[name]} ({oldest} to {newest})"
         for name, (oldest, newest) in TESTED.items()
-        if found[name][:1].isdigit() and not _numbers(oldest) <= _numbers(found[name]) <= _numbers(newest)
+        if found[name][:1].isdigit() and not numbers(oldest) <= numbers(found[name]) <= numbers(newest)
     ]
+
+
+@not_traced
+def triton_missing() -> str:
+    """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
+    if numbers(torch.__version__) < TORCH_NEEDED:
+        return f"torch >= {'.'.join(map(str, TORCH_NEEDED))}, found {torch.__version__}"
+    needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"
+    try:
+        import triton
+    except Exception as error:  # a broken install raises more than ImportError
+        return f"{needed}, which cannot be imported here ({type(error).__name__}: {error}): pip install triton"
+    version = _version_of(triton)
+    return f"{needed}, found {version}" if numbers(version) < TRITON_NEEDED else ""
+
+
+@functools.cache
+def triton_release() -> tuple[int, ...] | None:
+    """(3, 7) of Triton 3.7.1; None where it cannot be imported."""
+    try:
+        import triton
+    except Exception:  # as above
+        return None
+    return numbers(_version_of(triton))
+
+
+def _version_of(triton) -> str:
+    return getattr(triton, "__version__", None) or importlib.metadata.version("triton")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(3, 7) of "3.7rc1+cu130"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

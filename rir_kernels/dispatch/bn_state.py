@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from .. import functional
+from ..common.call import Call
 from ..common.cuda_graphs import check_host_may_read
+from . import operation
 
 
 def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto", otherwise=None) -> torch.Tensor:
@@ -19,28 +20,16 @@ def conv_bn_act(
 
     Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
     has changed. `spec.eps` is the caller's to take from `bn`. The statistics are those of the ranks of
-    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format, otherwise: as in `functional.apply`.
+    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format, otherwise: as in `operation.apply`.
     """
-    training = bn.training
     running_mean, running_var, batches, momentum = _tracked(bn)
-    return functional.apply(
-        x,
-        weight,
-        bn.weight,
-        bn.bias,
-        running_mean,
-        running_var,
-        batches,
-        bias=bias,
-        residuals=residuals,
-        spec=spec,
-        training=training or (bn.running_mean is None and bn.running_var is None),
-        momentum=momentum,
-        impl=impl,
-        process_group=None if type(bn) is nn.BatchNorm2d else _active_group(bn),
-        torch_format=torch_format,
-        otherwise=otherwise,
-    )
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    call = Call(
+        x, weight, bias, bn.weight, bn.bias, tuple(residuals), running_mean, running_var, batches, spec, training,
+        momentum,
+    )  # fmt: skip
+    group = None if type(bn) is nn.BatchNorm2d else _active_group(bn)
+    return operation.apply(call, impl, process_group=group, torch_format=torch_format, otherwise=otherwise)
 
 
 def _tracked(bn):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..common.compiling import not_traced
+from ..common.call import Call as Operation
+from ..common.fused_class import class_of
 from ..common.tables import Table
+from ..common.tracing import not_traced
 from .choose import why_not_triton
 
 
@@ -98,16 +100,16 @@ def on() -> bool:
     return len(recorders) > 0
 
 
-def ran(x, weight, spec, training, *, asked: str, meant: str, impl: str) -> None:
+def ran(call: Operation, *, asked: str, meant: str, impl: str) -> None:
     """Writes down an operation that is about to run as `impl`; `asked` meant `meant` for its tensors."""
     if torch.compiler.is_compiling():
         return
-    reason = ""
+    reason, shape = "", tuple(call.x.shape)
     if impl != meant:
-        reason = "there is no image in the batch" if x.shape[0] == 0 else "its statistics are those of several ranks"
+        reason = "there is no image in the batch" if shape[0] == 0 else "its statistics are those of several ranks"
     elif asked == "auto" and impl != "triton":
-        reason = why_not_triton(x, weight, spec, training)
-    _write(_running(), "norm_act" if weight is None else "conv_bn_act", tuple(x.shape), impl, True, reason)
+        reason = why_not_triton(call.x, call.weight, call.spec, call.training)
+    _write(_running(), "norm_act" if call.weight is None else "conv_bn_act", shape, impl, True, reason)
 
 
 def ran_one_by_one(module: nn.Module | None, inputs, reason) -> None:
@@ -123,8 +125,6 @@ def _write(module, function, *what):
 
 
 def _name(recorder, module):
-    from ..surgery.swap import class_of
-
     name, _ = recorder.named.get(id(module), (None, None))
     return class_of(module).__name__ if name is None else name
 

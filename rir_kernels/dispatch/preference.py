@@ -19,7 +19,7 @@ from collections import deque
 
 import torch
 
-from ..common.compiling import not_traced
+from ..common.tracing import not_traced
 
 IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
 _KEPT = 1024  # changes that a thread remembers; an older graph recomputes as outside of use_impl
@@ -146,7 +146,7 @@ def check_impl(impl) -> None:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
-def meant_by(impl: str) -> str:
+def effective_impl(impl: str) -> str:
     """`impl`, or what "auto" means here."""
     return (_thread.traced or _meant()) if impl == "auto" else impl
 

@@ -9,56 +9,24 @@ import numbers
 import torch
 
 from ..common.arguments import (
-    ACTIVATIONS,
-    RESIDUAL_AT,
-    check_branch_scale,
-    check_choice,
     check_eps,
-    check_int_or_pair,
-    check_positive_int,
 )
-from ..common.compiling import not_traced
-from ..common.spec import ConvBNActSpec
+from ..common.call import Call
+from ..common.devices import device_kind
 from ..common.streams import check_image
-from .choose import device_kind
+from ..common.tracing import not_traced
 
 # fp8 and complex are floating too, but no implementation computes in them
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def build_spec(
-    *, residual_at, branch_scale, stride, padding, dilation, groups, eps, activation, shortcut_channels=0
-) -> ConvBNActSpec:
-    """The options of one call, checked: ValueError names the option, what came and what is allowed."""
-    check_choice("residual_at", residual_at, RESIDUAL_AT)
-    check_choice("activation", activation, ACTIVATIONS)
-    check_branch_scale(branch_scale)
-    check_eps(eps)
-    check_int_or_pair("stride", stride, 1)
-    check_int_or_pair("padding", padding, 0)
-    check_int_or_pair("dilation", dilation, 1)
-    check_positive_int("groups", groups)
-    return ConvBNActSpec(
-        stride=_pair(stride),
-        padding=_pair(padding),
-        dilation=_pair(dilation),
-        groups=groups,
-        shortcut_channels=shortcut_channels,
-        post_norm=residual_at == "post_norm",
-        branch_scale=float(branch_scale),
-        eps=float(eps),
-        relu=activation == "relu",
-    )
+def check_call(call: Call, *, shared: bool = False) -> None:
+    """Everything about the tensors of one call, cast as they will be convolved.
 
-
-def check_tensors(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias, residuals, spec, training, momentum, shared=False
-):
-    """Everything about the tensors of one call; x, weight, bias and residuals are as they will be convolved.
-
-    weight may be None: no convolution, and a spec without one. shared: the batch is a part of a larger one, as it is
+    Without a weight the spec has none of a convolution's options. shared: the batch is a part of a larger one, as it is
     where statistics are synchronized.
     """
+    x, weight, bias, bn_weight, bn_bias, residuals, running_mean, running_var, _, spec, training, momentum = call
     convolved = {"x": x, "weight": weight, "bias": bias}
     convolved = {name: t for name, t in convolved.items() if name == "x" or t is not None}
     convolved |= {f"residual[{i}]" if len(residuals) > 1 else "residual": r for i, r in enumerate(residuals)}
@@ -78,9 +46,10 @@ def check_tensors(
                 f"{name} must have the shape ({output[1]},), one value per output channel, got {_shape(tensor)}"
             )
     if min(output[2:]) < 1:
+        kernel = () if weight is None else tuple(weight.shape[2:])
         raise ValueError(
             f"the output would be {output[2]} x {output[3]} pixels: x {_shape(x)} is smaller than the kernel "
-            f"{tuple(weight.shape[2:])} with padding {spec.padding} and dilation {spec.dilation}"
+            f"{kernel} with padding {spec.padding} and dilation {spec.dilation}"
         )
     _check_residuals(residuals, output)
     _check_statistics(running_mean, running_var, training, momentum)
@@ -88,19 +57,14 @@ def check_tensors(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {output}")
 
 
-def check_weight(weight):
-    """The weight of a convolution: what `check_tensors` would say, but None is refused."""
-    _check_types({"weight": weight})
-
-
 def check_packed(x, channels):
-    """x, before it is sliced: what `check_tensors` would say later."""
+    """x, before it is sliced: what `check_call` would say later."""
     _check_types({"x": x})
     check_image("x", x, channels)
 
 
 def check_projected(x, channels, weight):
-    """x, before its residual stream is projected by a module of its own: what `check_tensors` would say later."""
+    """x, before its residual stream is projected by a module of its own: what `check_call` would say later."""
     check_packed(x, channels)
     tensors = {"x": x, "weight": weight}
     _check_dtypes(tensors, autocast=autocast_dtype(x.device) is not None)
@@ -117,7 +81,7 @@ def check_streams(r, t):
 
 
 def as_residuals(residual) -> tuple:
-    """None, a tensor or a tuple of tensors -> a tuple of tensors, which `check_tensors` looks into."""
+    """None, a tensor or a tuple of tensors -> a tuple of tensors, which `check_call` looks into."""
     if residual is None:
         return ()
     if not isinstance(residual, (torch.Tensor, tuple, list)):
@@ -225,11 +189,6 @@ def _check_statistics(running_mean, running_var, training, momentum):
             )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-
-
-def _pair(value) -> tuple[int, int]:
-    h, w = value if isinstance(value, (tuple, list)) else (value, value)
-    return int(h), int(w)
 
 
 def _shape(tensor):

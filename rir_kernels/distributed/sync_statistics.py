@@ -9,14 +9,15 @@ those of every other parameter do.
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..autograd import ops
+from ..autograd.function import Backward, ConvBNActFunction, first_order
 from ..backends import aten, plans
-from ..common.memory_format import in_channels_last, to_format
-from ..dispatch import calls
+from ..common.call import Call
+from ..common.memory_format import to_format
 from . import halves
 from .ranks import KernelRanks, Ranks
 
@@ -36,77 +37,45 @@ def _untraced(function):
     return call
 
 
-_checked = plans.Kinds()  # by `eager.kind_of`, and how many ranks there are
+_kinds = plans.Kinds()  # by a call's signature, and how many ranks there are
 
 
-def repeat(kind, group, tensors, buffers, momentum) -> torch.Tensor | None:
-    """y of a call like an earlier one, which was checked; None where there was none."""
-    checked = _checked.get((kind, group.size()))
-    if checked is None:
-        return None
-    if calls.on():
-        impl = checked.impl
-        calls.ran(tensors[0], tensors[1], checked.spec, True, asked=impl, meant=impl, impl=impl)
-    if checked.in_place is not True:
-        read = in_channels_last(tensors)
-        checked.in_place = all(a is b for a, b in zip(tensors, read, strict=True))
-        tensors = read
-    return _by_kernels(group, tensors, buffers, momentum, checked)
+def find(signature, group) -> "KernelsOfRanks | None":
+    """What runs a call like an earlier one, which was checked; None where there was none."""
+    kind = _kinds.get((signature, group.size()))
+    return None if kind is None else KernelsOfRanks(group, kind)
 
 
 @_untraced
-def conv_bn_act(group, tensors, buffers, momentum, spec, impl, channels_last, kernels, kind=None) -> torch.Tensor:
+def run(group, call: Call, impl: str, by_kernels: bool, channels_last: bool, signature=None) -> torch.Tensor:
     """y in that format, in training; the buffers are updated.
 
-    tensors: x, weight, bias, bn_weight, bn_bias, residuals; buffers: running_mean, running_var, num_batches_tracked, or
-    Nones. kernels: whether ranks that have images run kernels; impl: "triton" and "hybrid", with tensors as the
-    registered op has them and images in x; all others are ATen ops. kind: of calls that are like this one.
+    impl: "triton" and "hybrid", with dense vectors and images in x; all others are ATen ops. by_kernels: whether ranks
+    that have images run kernels. signature: of calls that are like this one.
     """
-    if impl in ("hybrid", "triton"):
-        if kind is None and (metadata := plans.metadata((*tensors, *buffers))) is not None:
-            kind = metadata, spec, impl, channels_last  # as the compiler's graphs call it, between two of them
-        key = kind, group.size()
-        checked = _checked.get(key)
-        if checked is None:
-            checked = _Kind(spec, impl, channels_last, tensors[0], buffers, repeats=kind is not None)
-            if kind is not None:
-                _checked.remember(key, checked)
-        return _by_kernels(group, tensors, buffers, momentum, checked)
-    x, weight, bias, bn_weight, bn_bias, *residuals = tensors
-    z = aten.before_norm(x, weight, bias, residuals, spec)
-    ranks = KernelRanks(group, z.shape[1]) if kernels else Ranks(group)
-    y = aten.after_norm(_norm(ranks, z, bn_weight, bn_bias, spec.eps), residuals, spec)
-    y = to_format(y, channels_last)  # before the buffers are updated: where memory ends, nothing has changed
-    running_mean, running_var, batches = buffers
-    ranks.update_running(running_mean, running_var, momentum)
-    if batches is not None:
-        batches.add_(1)
+    if impl not in ("hybrid", "triton"):
+        return _by_operators(group, call, by_kernels, channels_last)
+    if signature is None and (metadata := plans.metadata((*call.inputs(), *call.buffers()))) is not None:
+        signature = metadata, call.spec, impl, channels_last  # as the compiler's graphs call it, between two of them
+    key = signature, group.size()
+    kind = _kinds.get(key)
+    if kind is None:
+        kind = _Kind(call, impl, channels_last, repeats=signature is not None)
+        if signature is not None:
+            _kinds.remember(key, kind)
+    return KernelsOfRanks(group, kind)(call)
+
+
+def _by_operators(group, call, by_kernels, channels_last):
+    z = aten.before_norm(call.x, call.weight, call.bias, call.residuals, call.spec)
+    ranks = KernelRanks(group, z.shape[1]) if by_kernels else Ranks(group)
+    y = _norm(ranks, z, call.bn_weight, call.bn_bias, call.spec.eps)
+    y = aten.after_norm(y, call.residuals, call.spec)
+    y = to_format(y, channels_last)  # first, so an out-of-memory error leaves the buffers untouched
+    ranks.update_running(call.running_mean, call.running_var, call.momentum)
+    if call.num_batches_tracked is not None:
+        call.num_batches_tracked.add_(1)
     return y
-
-
-def _by_kernels(group, tensors, buffers, momentum, kind):
-    # memory for another format is taken before the buffers are updated: where it ends, nothing has changed
-    x, weight = tensors[:2]
-    copy = None if kind.channels_last else x.new_empty(kind.spec.output_shape(x, weight))
-    *running, batches = buffers
-    dense = running if kind.dense else [buffer.contiguous() for buffer in running]
-    call = _FusedCall(Ranks(group), kind)
-    updated = (*dense, batches if kind.counts else None)
-    _, y = ops.ConvBNActFunction.apply(call, updated, momentum, kind.spec, True, kind.impl, *tensors)
-    if not kind.dense:
-        for buffer, values in zip(running, dense, strict=True):
-            buffer.copy_(values)
-    if kind.counts:  # of the statistics torch leaves the version as it is
-        torch.autograd.graph.increment_version([batches])
-    elif batches is not None:
-        batches.add_(1)
-    return y if copy is None else copy.copy_(y)
-
-
-def _norm(ranks, z, weight, bias, eps):
-    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm wants its four vectors in one dtype
-    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
-    return _BatchNorm.apply(ranks, eps, z, weight, bias)
 
 
 class _Kind:
@@ -115,16 +84,17 @@ class _Kind:
     repeats: whether others like this one will come.
     """
 
-    def __init__(self, spec, impl, channels_last, x, buffers, repeats):
-        self.spec, self.impl, self.channels_last, self.repeats = spec, impl, channels_last, repeats
-        self.in_place: bool | None = None  # whether the kernels can read the tensors where they are
-        *running, batches = buffers
-        # a kernel reads the values of the channels one behind the other, and counts on its own device alone
+    def __init__(self, call: Call, impl: str, channels_last: bool, repeats: bool):
+        self.spec, self.impl, self.channels_last, self.repeats = call.spec, impl, channels_last, repeats
+        self.in_place = False  # whether the kernels are known to read the tensors where they are
+        *running, batches = call.buffers()
+        # a kernel expects contiguous per-channel vectors, and counts on its own device only
         self.dense = all(buffer is None or buffer.is_contiguous() for buffer in running)
-        self.counts = batches is not None and batches.device == x.device
+        self.counts = batches is not None and batches.device == call.x.device
+        spec = call.spec
         self.moments = plans.Repeated(halves.moments, (spec, impl), repeats)
         self.normalize = plans.Repeated(halves.normalize, spec, repeats)
-        self._backward = {}
+        self._backward: dict[tuple | None, tuple[plans.Repeated, plans.Repeated]] = {}
 
     def backward(self, tensors, needs, relu):
         """Both halves, for tensors and needs like these."""
@@ -139,40 +109,71 @@ class _Kind:
         return self._backward[key]
 
 
-class _FusedCall:
-    """What ops.ConvBNActFunction runs in place of a plan (eager.Planned)."""
+class KernelsOfRanks:
+    """A layer's kernels, and between its halves the exchange with the other ranks; in training."""
 
-    def __init__(self, ranks, kind):
-        self._ranks, self._kind = ranks, kind
+    chains = True
+    training = True
 
-    def plan(self, tensors, scalars):
-        x, weight, bias, gamma, beta, *residuals, running_mean, running_var, batches = tensors
-        before, after = ([], residuals) if self._kind.spec.post_norm else (residuals, [])
-        z, row = self._kind.moments((x, weight, bias, *before))
+    def __init__(self, group, kind: "_Kind"):
+        self._ranks, self._kind = Ranks(group), kind
+        self.spec, self.impl = kind.spec, kind.impl
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        kind = self._kind
+        if not kind.in_place:
+            given, call = call, call.in_channels_last()
+            kind.in_place = all(a is b for a, b in zip(given.inputs(), call.inputs(), strict=True))
+        # first, so an out-of-memory error leaves the buffers untouched
+        copy = None if kind.channels_last else call.x.new_empty(kind.spec.output_shape(call.x, call.weight))
+        running: list[Any] = [call.running_mean, call.running_var]
+        batches = call.num_batches_tracked
+        dense = running if kind.dense else [buffer.contiguous() for buffer in running]
+        options = call.without_inputs().having(
+            running_mean=dense[0], running_var=dense[1], num_batches_tracked=batches if kind.counts else None
+        )
+        _, y = ConvBNActFunction.apply(self, options, *call.inputs())
+        if not kind.dense:
+            for buffer, values in zip(running, dense, strict=True):
+                buffer.copy_(values)
+        if batches is not None and kind.counts:  # of the statistics torch leaves the version as it is
+            torch.autograd.graph.increment_version([batches])
+        elif batches is not None:
+            batches.add_(1)
+        return y if copy is None else copy.copy_(y)
+
+    def forward(self, call: Call) -> tuple:
+        before, after = ((), call.residuals) if self.spec.post_norm else (call.residuals, ())
+        z, row = self._kind.moments((call.x, call.weight, call.bias, *before))
         rows = self._ranks.gather(row)
-        norm = (x if z is None else z, rows, gamma, beta, running_mean, running_var, batches)
-        y, mean, invstd, self._ranks.count = self._kind.normalize((*norm, *after), scalars)
+        norm = (call.x if z is None else z, rows, call.bn_weight, call.bn_bias, *call.buffers())
+        y, mean, invstd, self._ranks.count = self._kind.normalize((*norm, *after), (call.momentum,))
         return y, z, mean, invstd
 
-    def gradients(self, tensors, needs, sums=None, upstream=None):
-        dy, _, _, z, y, *per_channel = tensors
+    def backward(self, tensors: Backward, needs, spec, training, sums=None, upstream=None):
         *norm, relu = upstream or (None,)
         sum_up, gradients = self._kind.backward((*tensors, *norm), tuple(needs), relu)
         need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
         # by what requires a gradient before the norm, as on a rank that has no images
-        exchanges = need_x or need_weight or need_bias or (need_residual and not self._kind.spec.post_norm)
+        exchanges = need_x or need_weight or need_bias or (need_residual and not spec.post_norm)
         rows = dgamma = dbeta = None
         if exchanges or need_gamma or need_beta:
-            channels = z.shape[1]
+            channels = tensors.z.shape[1]
             if sums is None:
-                (row,) = sum_up((dy, z, y, *per_channel))
+                (row,) = sum_up((tensors.dy, *tensors[3:]))
             else:
                 row = F.pad(torch.stack(sums), (0, -channels % 4)).view(-1)
             pitch = row.numel() // 2
             dbeta, dgamma = row[:channels], row[pitch : pitch + channels]
             rows = self._ranks.gather(row) if exchanges else None
-        found = gradients((dy, *tensors[1:], rows, self._ranks.count, *norm))
+        found = gradients((*tensors, rows, self._ranks.count, *norm))
         return (*found[:3], dgamma if need_gamma else None, dbeta if need_beta else None, *found[5:])
+
+
+def _norm(ranks, z, weight, bias, eps):
+    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm wants its four vectors in one dtype
+    weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    return _BatchNorm.apply(ranks, eps, z, weight, bias)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -198,7 +199,7 @@ class _BatchNorm(torch.autograd.Function):
         with torch.no_grad():
             gradients = _BatchNorm._gradients(ctx, dy, *saved)
         refusal = "a norm synchronized over ranks has no second derivatives"
-        return None, None, *ops.first_order(gradients, refusal, *saved, dy)
+        return None, None, *first_order(gradients, refusal, *saved, dy)
 
     @staticmethod
     def _gradients(ctx, dy, z, weight, mean, var, invstd):

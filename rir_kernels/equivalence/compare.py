@@ -9,8 +9,10 @@ import dataclasses
 import torch
 from torch import nn
 
+from ..common.inputs import as_inputs
+from ..common.random_state import undisturbed
 from .report import EquivalenceReport
-from .runs import as_inputs, named, run, undisturbed
+from .runs import named, run
 from .yardstick import Yardstick
 
 

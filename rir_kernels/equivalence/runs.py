@@ -1,6 +1,5 @@
 """One forward and backward of a module, and everything that it left."""
 
-import contextlib
 import copy
 import dataclasses
 
@@ -9,6 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..common.memory_format import is_channels_last, to_format
+from ..common.random_state import random_states, seed_all
 from ..modules import RiRLayer
 from .criterion import is_floating
 
@@ -40,11 +40,11 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
         x.detach().clone().requires_grad_(gradients and x.is_floating_point()) if _is_tensor(x) else x for x in inputs
     ]
     seed_all(0)
-    states = _random_states()
+    states = random_states()
     with torch.set_grad_enabled(gradients):
         # forward gets clones: a leaf cannot be changed in place, as a module may do that starts with ReLU(inplace=True)
         outputs = module(*[x.clone() if _is_tensor(x) else x for x in leaves])
-    is_random = not all(map(torch.equal, states, _random_states()))
+    is_random = not all(map(torch.equal, states, random_states()))
     nested, structure = pytree.tree_flatten_with_path(outputs)
     outputs = {("output", f"output{pytree.keystr(path)}"): leaf for path, leaf in nested}
     for leaf in outputs.values():
@@ -63,18 +63,6 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
             tensors["input grad", "input" if len(leaves) == 1 else f"input[{i}]"] = _gradient(leaf)
     found = _named_gradients(getattr(module, "_orig_mod", module))
     return Run(tensors | {key: t for key, t in found.items() if gradients or key[0] == "buffer"}, structure, is_random)
-
-
-def as_inputs(name: str, inputs) -> tuple[torch.Tensor | None, ...]:
-    """A tensor or a tuple of them as forward's arguments; TypeError, naming the argument, for anything else."""
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,)
-    if not isinstance(inputs, tuple) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):
-        got = type(inputs).__name__
-        if isinstance(inputs, tuple):
-            got = f"a tuple of {', '.join(type(x).__name__ for x in inputs)}"
-        raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {got}: pass forward's arguments, (x, ...)")
-    return inputs
 
 
 def cotangent(output, seed):
@@ -100,21 +88,6 @@ def named(module) -> dict:
     return named | {("buffer", name): b for name, b in module.named_buffers(remove_duplicate=False)}
 
 
-def seed_all(seed):
-    """Seeds torch's generators, a GPU's only where CUDA is up: torch.manual_seed would leave a seed for when it is."""
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-
-
-@contextlib.contextmanager
-def undisturbed():
-    """Gradients are on whatever the caller set, and torch's random state is given back."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
-        yield
-
-
 def _named_gradients(module):
     """`named`, of a copy whose parameters are this module's gradients: to_reference() does the same to both."""
     gradients = [_gradient(parameter) for parameter in module.parameters()]
@@ -131,7 +104,3 @@ def _gradient(leaf):
 
 def _is_tensor(x):
     return isinstance(x, torch.Tensor)
-
-
-def _random_states():
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..common.compiling import not_traced
+from ..common.tracing import not_traced
 
 Kind = TypeVar("Kind", bound=nn.Module)
 

@@ -9,6 +9,7 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
 from .classes import Conv2d
 from .folded_norm import FoldedNorm
@@ -17,7 +18,6 @@ from .patterns import Refusal
 from .reads import child, path_of
 from .registry import is_inlined, is_never_called
 from .report import Coverage, Skipped
-from .swap import class_of
 from .tracer import first_line
 
 _NO_NORM = "no norm behind it that could be fused with it"

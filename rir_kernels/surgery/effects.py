@@ -16,11 +16,11 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.modules import activation, batchnorm, conv, linear, pooling
 
+from ..common.fused_class import class_of
 from ..sync_batchnorm import SyncBatchNorm2d
 from .folded_norm import FoldedNorm
 from .guards import bypass_obstacle
 from .registry import calls_in_turn
-from .swap import class_of
 
 _ARGUMENTS = "forward's arguments"
 # torch's modules whose result is no view of their input, unless they work in place

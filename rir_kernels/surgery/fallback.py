@@ -7,8 +7,8 @@ converted, an attribute or a global that changed may have cost the speed without
 
 import torch
 
+from ..common.warn import warn_once
 from ..dispatch import calls
-from ..dispatch.choose import warn_once
 
 # reasons, or parts of them
 GLOBAL_HOOK, HOOK = "a hook is registered for all modules", "a hook is registered on it"

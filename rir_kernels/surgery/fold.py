@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..common.fused_class import class_of
 from .coverage import is_norm
 from .folded_norm import FoldedNorm
 from .fuse import check_model, walk
@@ -13,7 +14,6 @@ from .guards import norm_has_relu, norm_obstacle
 from .patterns import Refusal
 from .recording import session
 from .report import FusionReport, Replaced, Skipped
-from .swap import class_of
 from .uses import Pair, Users
 
 

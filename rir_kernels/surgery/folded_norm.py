@@ -1,15 +1,19 @@
 """What is left of a batch norm when its statistics are folded away."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.modules.setdefault("rir_kernels.folded_norm", sys.modules[__name__])  # its name in models pickled by version 0.1
 
 
 class FoldedNorm(nn.Module):
     """y = x * weight + bias per channel, then a ReLU if `relu`; where weight and bias are None, y = x.
 
     x (N, C, H, W). For a fused operation it is a batch norm in evaluation whose statistics are 0 and 1, to the last
-    bit: what norm_state reads is here. train() leaves it in evaluation.
+    bit: what bn_state reads is here. train() leaves it in evaluation.
     """
 
     training = False

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ..common.fused_class import class_of
+from ..common.inputs import as_inputs
 from ..dispatch.preference import check_impl
-from ..equivalence.runs import as_inputs
 from .classes import subclass_obstacle
 from .coverage import Ledger
 from .folded_norm import FoldedNorm
@@ -15,7 +16,7 @@ from .macs import macs_share
 from .patterns import PATTERNS, Match, Refusal, families
 from .recording import Untraceable, session
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, changed_class, class_of, fused_class, is_covered, is_fused, swap_back, swap_in
+from .swap import Recipe, changed_class, fused_class, is_covered, is_fused, swap_back, swap_in
 from .tracer import first_line
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..common.fused_class import class_of
 from .reads import Path, child, path_of
 from .registry import is_never_called
-from .swap import class_of
 from .tracing import Trace
 
 

@@ -19,7 +19,7 @@ from .folded_norm import FoldedNorm
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-# norm_state reads from these what it reads from the other, and the group that shares the statistics
+# bn_state reads from these what it reads from the other, and the group that shares the statistics
 _AS_GOOD = {BatchNorm2d: (SyncBatchNorm2d, FoldedNorm)}
 for _kind in _AS_GOOD[BatchNorm2d]:
     know(_kind)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..equivalence.runs import undisturbed
+from ..common.random_state import undisturbed
 from .coverage import Ledger
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

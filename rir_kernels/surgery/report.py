@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
-from .swap import class_of
 
 _SHOWN = 4  # names of a group, before the rest is counted
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..common.fused_class import class_of
 from ..common.tables import Table
 from .fuse import check_model
 from .guards import call_obstacle
-from .swap import changed_class, class_of, is_fused
+from .swap import changed_class, is_fused
 
 
 @dataclass(frozen=True)

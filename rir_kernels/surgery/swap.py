@@ -107,11 +107,6 @@ def is_fused(module) -> TypeGuard[Fused]:
     return isinstance(module, Fused)
 
 
-def class_of(module) -> type[nn.Module]:
-    """The module's class, of a fused one that which was swapped."""
-    return module._rir_fusion.original if is_fused(module) else type(module)
-
-
 def is_covered(module) -> bool:
     """Whether something else has swapped the class of a fused module once more (FSDP, a parametrization)."""
     return is_fused(module) and "_rir_fusion" not in type(module).__dict__

@@ -14,10 +14,10 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from ..common.fused_class import class_of
 from . import in_place
 from .reads import Found, Path, Read, found, found_in_dicts, path_of
 from .recording import recording, refuse
-from .swap import class_of
 from .watch import CALLS_A_MODULE, Watch, is_library
 
 # of torch's own code, the parts that run on every call and so read what no forward asked for

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from ..common.fused_class import class_of
 from .outside import Outside
 from .reads import Read, child, holds
 from .recording import Untraceable, refuse, session
 from .reuse import answers, likeness, serves_others
-from .swap import class_of
 from .tracer import Tracer, first_line, surroundings
 
 

@@ -11,7 +11,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ..common.spec import ConvBNActSpec
+from ..common.spec import kept_spec
 from ..dispatch import bn_state
 from .fallback import note
 from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
@@ -106,12 +106,7 @@ def _act(y, act):
 
 
 def _spec(stride, padding, eps, relu, post_norm=False, scale=1.0):
-    # the compiler looks through the cache, and warns of it
-    make = ConvBNActSpec if torch.compiler.is_compiling() else _kept_spec
-    return make(stride, padding, eps=eps, relu=relu, post_norm=post_norm, branch_scale=scale)
-
-
-_kept_spec = functools.lru_cache(maxsize=1024)(ConvBNActSpec)
+    return kept_spec(stride, padding, eps=eps, relu=relu, post_norm=post_norm, branch_scale=scale)
 
 
 def _is_image(x):

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
 from .folded_norm import FoldedNorm
 from .reach import asks_types, held_by, held_within, loads, name_that_reaches
 from .reads import child
 from .recording import Untraceable
-from .swap import class_of
 from .tracer import options_of
 from .tracing import Trace, trace_modes
 

@@ -12,10 +12,10 @@ import weakref
 
 from torch import nn
 
+from ..common.fused_class import class_of
 from .by_name import any_name, asks_which, read_by_name
 from .bytecode import reads, takes_nothing
 from .outside import CONSTANTS, CONTAINERS, MISSING, Kept, Outside, Unknown, namespace, walk
-from .swap import class_of
 
 _MADE_ANEW = (*CONSTANTS, types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)  # by some look-ups
 _WITH_A_FUNCTION = {classmethod: "__func__", types.MethodType: "__func__", property: "fget"}

@@ -19,10 +19,10 @@ def main() -> None:
     from triton import knobs
     from triton.runtime.driver import driver
 
-    from rir_kernels.triton.inspect import CompileOnlyDriver
+    from rir_kernels.triton.inspect import _CompileOnlyDriver
 
     torch.set_num_threads(1)
-    driver.set_active(CompileOnlyDriver(arch))
+    driver.set_active(_CompileOnlyDriver(arch))
     missed = []
 
     def note(*, cache_hit, **_):

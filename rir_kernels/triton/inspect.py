@@ -64,7 +64,7 @@ class Row:
         return not self.faults
 
 
-class CompileOnlyDriver:
+class _CompileOnlyDriver:
     """What JITFunction asks of a driver when it compiles without launching."""
 
     def __init__(self, arch: str):
@@ -95,7 +95,7 @@ def compiling(arch: str) -> Iterator[list]:
 
     from rir_kernels.triton.launch import runtime
 
-    driver.set_active(CompileOnlyDriver(arch))
+    driver.set_active(_CompileOnlyDriver(arch))
     compiled = []
 
     def record(kernel, _programs, *args, **options):

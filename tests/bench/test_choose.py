@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.choose import choose as choose_by
+from rir_kernels.common import devices
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.dispatch import choices, choose, preference
 from tests.bench.helpers import results, row
@@ -64,7 +65,7 @@ def test_the_largest_batch_decides_and_graphs_alone(folder):
 def test_auto_takes_it(folder, monkeypatch):
     choose_by([results(pair(0.3, 0.2))], folder)
     monkeypatch.setattr(choose, "_missing_on", lambda index: "")
-    monkeypatch.setattr(choose, "_device_name", lambda index: NAME)
+    monkeypatch.setattr(devices, "_name_at", lambda index: NAME)
 
     class OnGPU:
         """As much of a tensor on a GPU as the choice looks at."""

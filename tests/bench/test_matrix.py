@@ -12,7 +12,6 @@ from bench.matrix.pythons import find_python
 from bench.process import Ended
 from bench.results import ResultsError, save_json
 from rir_kernels.common import versions
-from rir_kernels.dispatch import choose
 
 CELL = Cell("newer", "9.1.0", "5.0.0", "3.99", "4.0.0")
 FOUND = {"torch": "9.1.0+cpu", "triton": "5.0.0", "python": "3.99.1", "numpy": "4.0.0"}
@@ -53,7 +52,7 @@ def test_the_range_is_that_of_the_cells():
         ordered = sorted((getattr(cell, name) for cell in cells), key=numbers)
         assert tested == tuple(".".join(version.split(".")[:2]) for version in (ordered[0], ordered[-1])), name
     oldest = {name: oldest for name, (oldest, _) in versions.TESTED.items()}
-    assert (numbers(oldest["torch"]), numbers(oldest["triton"])) == (choose.TORCH_NEEDED, choose.TRITON_NEEDED)
+    assert (numbers(oldest["torch"]), numbers(oldest["triton"])) == (versions.TORCH_NEEDED, versions.TRITON_NEEDED)
     project = (command.ROOT / "pyproject.toml").read_text()
     assert f'requires-python = ">={oldest["python"]}"' in project
     assert all(f"{name}>={oldest[name]}" in project for name in ("torch", "triton", "numpy"))

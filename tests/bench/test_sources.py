@@ -52,15 +52,16 @@ def test_every_kind_on_every_device():
 
 EVERY_GPU = {"kernels", "layers", "models", "memory"}
 DEPEND = {
-    "triton/conv.py": EVERY_GPU,
-    "triton/config.py": EVERY_GPU,
-    "triton/wgrad_cost.py": EVERY_GPU,
+    "triton/kernels/conv.py": EVERY_GPU,
+    "triton/tiling/conv_tiles.py": EVERY_GPU,
+    "triton/tiling/wgrad_cost.py": EVERY_GPU,
     "triton/launch/batchnorm.py": EVERY_GPU,
-    "triton/launch/plan.py": EVERY_GPU - {"kernels"},
-    "vendor.py": {*FIGURES},
-    "recomputing.py": {*FIGURES} - {"kernels"},
-    "functional.py": {*FIGURES} - {"kernels"},
-    "aten.py": {*FIGURES} - {"kernels"},
+    "triton/plan/plan.py": EVERY_GPU - {"kernels"},
+    "backends/cudnn.py": {*FIGURES},
+    "autograd/recomputation.py": {*FIGURES} - {"kernels"},
+    "dispatch/operation.py": {*FIGURES} - {"kernels"},
+    "functional.py": set(),
+    "backends/aten.py": {*FIGURES} - {"kernels"},
     "surgery/fuse.py": {"models", "memory", "cpu models"},
     "surgery/patterns/timm.py": {"models", "memory", "cpu models"},
     "reference/modules.py": set(),
@@ -113,14 +114,23 @@ def larger(tree):
 def test_comments_docstrings_and_formatting_decide_nothing(package):
     for path in (package / "triton").rglob("*.py"):
         path.write_text(f"# a comment\n\n\n{path.read_text()}\n# and one more\n")
-    for name in ("triton/batchnorm.py", "triton/wgrad.py", "triton/cost.py", "ops.py", "surgery/program.py"):
+    for name in (
+        "triton/kernels/batchnorm.py",
+        "triton/tiling/conv_cost.py",
+        "autograd/registered_op.py",
+        "surgery/program.py",
+    ):
         rewritten(package / name, new_docstrings)
     assert changed(package) == set()
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("triton/batchnorm.py", no_mask), ("triton/taps.py", larger), ("triton/cost.py", larger)],
+    [
+        ("triton/kernels/batchnorm.py", no_mask),
+        ("triton/kernels/conv_loops.py", larger),
+        ("triton/tiling/conv_cost.py", larger),
+    ],
 )
 def test_what_a_kernel_or_a_rule_does_decides(package, name, change):
     rewritten(package / name, change)
@@ -130,12 +140,12 @@ def test_what_a_kernel_or_a_rule_does_decides(package, name, change):
 def test_paths_decide_nothing(package, monkeypatch):
     """Another folder for the launchers, and other names for two files, one of which is spoken of in code."""
     (package / "triton" / "launch").rename(package / "start")
-    (package / "aten.py").rename(package / "operators.py")
-    (package / "triton" / "conv.py").rename(package / "triton" / "convolution.py")
+    (package / "backends" / "aten.py").rename(package / "backends" / "operators.py")
+    (package / "triton" / "kernels" / "conv.py").rename(package / "triton" / "kernels" / "convolution.py")
     for path in package.rglob("*.py"):
         text = path.read_text().replace("rir_kernels.triton.launch", "rir_kernels.start")
-        text = text.replace("triton.conv import", "triton.convolution import")
-        if path.name in ("functional.py", "synchronized.py"):
+        text = text.replace("triton.kernels.conv import", "triton.kernels.convolution import")
+        if path.name in ("composed.py", "operation.py", "sync_statistics.py"):
             text = re.sub(r"(?<!ops\.)\baten\b", "operators", text)
         path.write_text(text)
     before = present()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rir_kernels.autograd import ops
+from rir_kernels.autograd import registered_op
 from rir_kernels.common.spec import ConvBNActSpec
 from tests.emulation import gpu
 
@@ -49,12 +49,12 @@ def test_every_form(name, impl, training, device):
     residuals = [values(shape[0], channels, *shape[2:], seed=8).to(device) for channels in residuals]
     forward, backward = torch.ops.rir_kernels.conv_bn_act.default, torch.ops.rir_kernels.conv_bn_act_backward.default
     # schema, aliasing, fakes with real strides, and the graph of a symbolic shape
-    torch.library.opcheck(forward, (*tensors, residuals, *ops._flat(spec), training, training, impl))
+    torch.library.opcheck(forward, (*tensors, residuals, *registered_op.flat(spec), training, training, impl))
     if not training:  # where nothing is saved; what is saved in evaluation, and its backward, tests/kernels checks
         return
-    y, z, mean, _, invstd = forward(*tensors, residuals, *ops._flat(spec), training, True, impl)
+    y, z, mean, _, invstd = forward(*tensors, residuals, *registered_op.flat(spec), training, True, impl)
     x, weight, _, gamma, beta, *_ = tensors
     mask = y if spec.post_norm and residuals and spec.relu else None
     needs = [True, weight is not None, bias, affine, affine, bool(residuals)]
     saved = (x, weight, x if weight is None else z, mask, mean, invstd, gamma, beta)
-    torch.library.opcheck(backward, (torch.ones_like(y), *saved, *ops._flat(spec), training, needs, impl))
+    torch.library.opcheck(backward, (torch.ones_like(y), *saved, *registered_op.flat(spec), training, needs, impl))

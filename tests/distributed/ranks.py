@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rir_kernels.dispatch import choose
+from rir_kernels.common import switches
 
 # ranks are forks of a process that has imported what all of them import, and has done nothing else
 IMPORTED = ["tests.distributed.ranks", "torch._dynamo", "torch.distributed.fsdp", "models.training.run"]
@@ -25,14 +25,14 @@ def run_on_ranks(world, function, *args, folder, device="cpu"):
     function: one of a module, which a new process can import. folder: of this call alone.
     """
     folder.mkdir(parents=True)
-    arguments = world, str(folder), device, choose.interpreting(), function, args
+    arguments = world, str(folder), device, switches.interpreting(), function, args
     torch.multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 
 def _rank(rank, world, folder, device, interpreting, function, args):
     # as in conftest.py, which a new process has not read; triton was not imported in it
-    assert choose.interpreting() == interpreting
+    assert switches.interpreting() == interpreting
     torch.set_num_threads(1)
     torch.backends.mkldnn.set_flags(False)
     if device == "cuda":

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import rir_kernels as rir
-from rir_kernels.dispatch import choose
+from rir_kernels.common import switches
 from tests.distributed.ranks import (
     assert_same,
     counted_gathers,
@@ -57,7 +57,7 @@ def _odds_and_ends():
     results["frozen"] = []
     for trained in ((), ("weight",), ("bias",)):
         layer = rir.convert_sync_batchnorm(settled(rir.ConvBNAct(4, 6, 3, bias=True), torch.float32))
-        layer.impl = "triton" if choose.interpreting() else "torch"
+        layer.impl = "triton" if switches.interpreting() else "torch"
         for name, parameter in layer.conv.named_parameters():
             parameter.requires_grad_(name in trained)
         with counted_gathers() as gathers:
@@ -66,7 +66,7 @@ def _odds_and_ends():
 
     # compiled, with a graph break at the norm
     layer = rir.convert_sync_batchnorm(settled(rir.ConvBNAct(4, 6, 3), torch.float32))
-    layer.impl = "triton" if choose.interpreting() else "torch"
+    layer.impl = "triton" if switches.interpreting() else "torch"
     twin = copy.deepcopy(layer)
     twin.compile(backend="aot_eager")
     x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(rank))

@@ -13,7 +13,7 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels import reference
-from rir_kernels.dispatch import choose
+from rir_kernels.common import switches
 from tests.distributed.ranks import (
     assert_same,
     counted_gathers,
@@ -146,7 +146,7 @@ def steps(tmp_path_factory):
     ],
 )
 def test_parts_of_a_batch_are_the_whole(steps, case, run):
-    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not choose.interpreting():
+    if _dtype(case) == torch.float32 and torch.cuda.is_available() and not switches.interpreting():
         pytest.skip("kernels run on the GPU here: see test_on_gpus")
     _assert_parts_are_the_whole(case, steps(*run))
 

@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import rir_kernels as rir
 from rir_kernels.autograd.backward_fusion import Link
+from rir_kernels.common import tracing
 from rir_kernels.common.stream_views import split
-from rir_kernels.dispatch import choose
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 
@@ -22,13 +22,13 @@ targets = pytest.mark.parametrize("target", TARGETS)
 def spared(monkeypatch):
     """A list that grows with each backward pass of a layer: whether it was spared its reduction."""
     passes = []
-    take = Link.take
+    take = Link.claim
 
     def watched(link, dy):
         passes.append((sums := take(link, dy)) is not None)
         return sums
 
-    monkeypatch.setattr(Link, "take", watched)
+    monkeypatch.setattr(Link, "claim", watched)
     return passes
 
 
@@ -51,7 +51,7 @@ def _gradients(layers, function, x, way=contextlib.nullcontext):
 def _assert_as_the_long_way(layers, function, x):
     """But for the order of the sums: in each, errors grow like the root of the number of terms, and dz is rounded."""
     eps = max(8 * torch.finfo(torch.float32).eps, 2 * torch.finfo(x.dtype).eps)
-    found, expected = (_gradients(layers, function, x, way) for way in (contextlib.nullcontext, choose.watched))
+    found, expected = (_gradients(layers, function, x, way) for way in (contextlib.nullcontext, tracing.no_replay))
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=4 * eps * plain.abs().max().item())
 

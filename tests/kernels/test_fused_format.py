@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels.autograd import ops
+from rir_kernels.autograd import registered_op
 from rir_kernels.backends import plans
-from rir_kernels.common import memory_format
+from rir_kernels.common import memory_format, warn
 from rir_kernels.common.memory_format import is_channels_last
-from rir_kernels.dispatch import choose, plan_cache
+from rir_kernels.dispatch import plan_cache
 
 from .targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 
@@ -26,7 +26,7 @@ PAIRS = list(itertools.product((NCHW, NHWC), repeat=2))  # of images and weights
 def nothing_known(monkeypatch):
     """No plans from earlier calls, and nothing has been warned of."""
     monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
-    monkeypatch.setattr(choose, "_warned", set())
+    monkeypatch.setattr(warn, "_warned", set())
 
 
 class Unit(nn.Module):
@@ -102,7 +102,10 @@ def three_units(device, memory_format):
     return nn.Sequential(*layers).to(device, memory_format=memory_format)
 
 
-_OURS = {"rir_kernels::conv_bn_act": ops._forward, "rir_kernels::conv_bn_act_backward": ops._backward}
+_OURS = {
+    "rir_kernels::conv_bn_act": registered_op._forward,
+    "rir_kernels::conv_bn_act_backward": registered_op._backward,
+}
 
 
 class _Transposes(TorchDispatchMode):

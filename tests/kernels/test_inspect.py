@@ -85,10 +85,11 @@ print(len(products), min(products) > 0, *(fault for row in rows for fault in row
 def test_a_tile_too_large_for_the_registers_fails_the_gate():
     """256 channels by 128 pixels on four warps are 256 accumulators a thread: the gate must see the spill."""
     done = _python("-c", """
-from rir_kernels.triton import config, inspect
+from rir_kernels.triton import inspect
+from rir_kernels.triton.tiling import conv_tiles
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling.tile import ConvConfig
-with config.use_tile(ConvConfig((2, 8, 8), 256, 64, 4, 2)):
+with conv_tiles.use_tile(ConvConfig((2, 8, 8), 256, 64, 4, 2)):
     rows = inspect.inspect(Shape(256, 256, 8), "bf16", "sm_90")
 spilled = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
 print(all(row.spills and not row.passed for row in spilled), len(spilled))
@@ -102,7 +103,8 @@ def test_the_kinds_of_tiles_that_the_rule_may_not_choose_compile_clean():
     Of the larger ones of the last kind the data gradient leaves the sums of the layer upstream alone.
     """
     done = _python("-c", """
-from rir_kernels.triton import config, inspect
+from rir_kernels.triton import inspect
+from rir_kernels.triton.tiling import conv_tiles
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling.tile import ConvConfig
 wide, thin = Shape(512, 512, 7), Shape(32, 32, 16)
@@ -113,7 +115,7 @@ for shape, tile in (
     (thin, ConvConfig((2, 16, 16), 32, 32, 4, 2, fold=True)),
     (thin, ConvConfig((2, 16, 16), 32, 32, 8, 2, fold=True)),
 ):
-    with config.use_tile(tile):
+    with conv_tiles.use_tile(tile):
         rows = inspect.inspect(shape, "bf16", "sm_90")
     rows = [row for row in rows if row.kernel == "_conv_fwd_kernel"]
     print(len(rows), *(fault for row in rows for fault in row.faults))

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import rir_kernels.triton.launch.runtime  # noqa: F401, which patches it
-from rir_kernels.dispatch.choose import interpreting
+from rir_kernels.common.switches import interpreting
 
 pytestmark = pytest.mark.interpreter
 MOST = 2**31 - 1

@@ -95,7 +95,7 @@ def test_what_was_refused_is_not_tried_again():
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="rir_kernels")
-            kept = tile_fallback.on_the_ladder(
+            kept = tile_fallback.with_tile_fallback(
                 "launch", "kernel", tile, attempt, needs=lambda tile: tile.num_stages, ranked=lambda: []
             )
     assert kept.num_stages == 2 and tried == [4, 2, 2]

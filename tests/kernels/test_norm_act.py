@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
 from rir_kernels import reference
-from rir_kernels.autograd import ops
+from rir_kernels.autograd import backward_fusion, registered_op
 from rir_kernels.backends import fused, plans
+from rir_kernels.common import tracing
 from rir_kernels.common.memory_format import is_channels_last
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch import bn_state, choose, plan_cache
+from rir_kernels.dispatch import bn_state, plan_cache
 from rir_kernels.functional import norm_act
 from rir_kernels.triton.launch import runtime
 from rir_kernels.triton.plan.plan import Plan
@@ -122,7 +123,7 @@ def test_formats_and_slices(target):
     x = tensors.pop("x")
     tensors["wide"] = torch.cat([x, x], dim=1)
     sliced = []
-    for way in (contextlib.nullcontext, choose.watched):
+    for way in (contextlib.nullcontext, tracing.no_replay):
         with way():
             sliced.append(run(lambda wide, **call: ours(wide[:, 8:], **call), tensors, options, dy))
         sliced[-1]["dx"] = sliced[-1].pop("dwide")[:, 8:]
@@ -217,14 +218,14 @@ def _arguments(target, training, shape=(2, 8, 4, 6), residuals=0):
     vectors = [rand((c,), (target[0], torch.float32), seed=seed).abs() for seed in range(4)]
     running = [None, None] if training else vectors[2:]
     spec = ConvBNActSpec(post_norm=True)
-    return (x, None, None, *vectors[:2], *running, residuals, *ops._flat(spec), training, True, "triton"), spec
+    return (x, None, None, *vectors[:2], *running, residuals, *registered_op.flat(spec), training, True, "triton"), spec
 
 
 def _backward_arguments(arguments, outputs, spec, needs):
     x, gamma, beta, residuals, training = *arguments[:1], *arguments[3:5], arguments[7], arguments[-3]
     y, _, mean, _, invstd = outputs
     mask = y if residuals else None
-    return x.clone(), x, None, x, mask, mean, invstd, gamma, beta, *ops._flat(spec), training, needs, "triton"
+    return x.clone(), x, None, x, mask, mean, invstd, gamma, beta, *registered_op.flat(spec), training, needs, "triton"
 
 
 @one_target
@@ -242,10 +243,10 @@ def test_opcheck(target, training, residuals):
 @pytest.mark.parametrize("shape", [(2, 8, 4, 6), (2, 8, 1, 1), (2, 1, 4, 4), (2, 1, 3, 1), (1, 8, 4, 4)], ids=str)
 def test_fakes_have_the_real_strides(target, shape):
     arguments, spec = _arguments(target, True, shape, residuals=1)
-    real, fake = torch.ops.rir_kernels.conv_bn_act(*arguments), ops._forward_fake(*arguments)
+    real, fake = torch.ops.rir_kernels.conv_bn_act(*arguments), registered_op._forward_fake(*arguments)
     backward = _backward_arguments(arguments, real, spec, [True, False, False, True, True, True])
     real += torch.ops.rir_kernels.conv_bn_act_backward(*backward)
-    fake += ops._backward_fake(*backward)
+    fake += registered_op._backward_fake(*backward)
     for result, pretended in zip(real, fake, strict=True):
         assert (result.shape, result.stride(), result.dtype) == (pretended.shape, pretended.stride(), pretended.dtype)
 
@@ -286,7 +287,7 @@ def test_both_ways_agree(target, training, case, taken):
     tensors, options, dy = _call(CASES[case], target, training)
     for last in (True, False):
         tensors = tensors if last else {name: t.contiguous() for name, t in tensors.items()}
-        with choose.watched():
+        with tracing.no_replay():
             long = run(ours, tensors, options, dy)
         for _ in range(2):  # the call that leaves the plan, and one that follows it
             short = run(ours, tensors, options, dy)
@@ -321,16 +322,16 @@ class _PreActivation(nn.Module):
 @one_target
 def test_its_sums_come_from_the_convolution_behind(target, monkeypatch):
     """The convolution's own do not: there is no data gradient behind it."""
-    spared, take = [], rir.chaining.Link.take
+    spared, take = [], backward_fusion.Link.claim
 
     def watched(link, dy):
         spared.append((sums := take(link, dy)) is not None)
         return sums
 
-    monkeypatch.setattr(rir.chaining.Link, "take", watched)
+    monkeypatch.setattr(backward_fusion.Link, "claim", watched)
     model, x = _PreActivation(target), rand((2, 8, 4, 4), target, seed=1).requires_grad_()
     results = []
-    for way in (contextlib.nullcontext, choose.watched):
+    for way in (contextlib.nullcontext, tracing.no_replay):
         with way():
             loss = model(x).float().square().sum()
             results.append(torch.autograd.grad(loss, [x, *model.parameters()]))

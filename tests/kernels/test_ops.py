@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rir_kernels as rir
-from rir_kernels.autograd import ops
+from rir_kernels.autograd import registered_op
 from rir_kernels.common.spec import ConvBNActSpec
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
@@ -27,7 +27,7 @@ def _forward_arguments(target, spec, residuals, training, impl, shape=(2, 8, 4, 
     affine = [rand((8,), stats, seed=3), rand((8,), stats, seed=4)] if spec.relu else [None, None]
     running = [None, None] if training else [rand((8,), stats, seed=5), rand((8,), stats, seed=6).abs()]
     residuals = [rand((out[0], c, *out[2:]), target, seed=7) for c in residuals]
-    return (x, weight, None, *affine, *running, residuals, *ops._flat(spec), training, True, impl)
+    return (x, weight, None, *affine, *running, residuals, *registered_op.flat(spec), training, True, impl)
 
 
 @specs
@@ -44,7 +44,7 @@ def test_opcheck(spec, residuals, target, impl, training):
     for needs in ([True] * 6, [False, True, False, True, False, False]):
         backward = (
             rand(tuple(y.shape), target, seed=8), x, weight, z, mask, mean, invstd, gamma, beta,
-            *ops._flat(spec), training, needs, impl,
+            *registered_op.flat(spec), training, needs, impl,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.rir_kernels.conv_bn_act_backward.default, backward)
 
@@ -59,13 +59,13 @@ def test_fakes_have_the_real_strides(target, impl, shape):
     spec = ConvBNActSpec(padding=(1, 1))
     arguments = _forward_arguments(target, spec, (), True, impl, shape)
     real = torch.ops.rir_kernels.conv_bn_act(*arguments)
-    fake = ops._forward_fake(*arguments)
+    fake = registered_op._forward_fake(*arguments)
     y, z, mean, _, invstd = real
     backward = (
-        y, *arguments[:2], z, None, mean, invstd, *arguments[3:5], *ops._flat(spec), True, [True] * 6, impl
+        y, *arguments[:2], z, None, mean, invstd, *arguments[3:5], *registered_op.flat(spec), True, [True] * 6, impl
     )  # fmt: skip
     real += torch.ops.rir_kernels.conv_bn_act_backward(*backward)
-    fake += ops._backward_fake(*backward)
+    fake += registered_op._backward_fake(*backward)
     for ours, pretended in zip(real, fake, strict=True):
         assert (ours.shape, ours.stride(), ours.dtype) == (pretended.shape, pretended.stride(), pretended.dtype)
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
 from rir_kernels.backends import plans
-from rir_kernels.dispatch import choose
+from rir_kernels.common import tracing
 from rir_kernels.triton.plan import plan
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
@@ -38,7 +38,7 @@ def test_the_op_repeats_its_plans(target, recorded):
     for seed, (name, (module, batch)) in enumerate(calls.items()):
         x = rand((batch, 8, 4, 4), target, seed=seed).requires_grad_()
         found = []
-        for mode in (_Mode, choose.watched):
+        for mode in (_Mode, tracing.no_replay):
             module.bn.reset_running_stats()
             with mode():
                 y = module(x)

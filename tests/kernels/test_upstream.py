@@ -5,7 +5,7 @@ import torch
 
 from rir_kernels.backends import fused
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch.choose import triton_release
+from rir_kernels.common.versions import triton_release
 from rir_kernels.triton.tiling.conv_tiles import holds_upstream, use_tile
 from rir_kernels.triton.tiling.tile import ConvConfig
 

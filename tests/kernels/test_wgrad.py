@@ -6,8 +6,8 @@ from math import prod
 import pytest
 import torch
 
+from rir_kernels.common import tracing
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch import choose
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
 from rir_kernels.triton.tiling import wgrad_cost, wgrad_tiles
 from rir_kernels.triton.tiling.conv_cost import cdiv
@@ -131,8 +131,8 @@ def test_no_images_give_zeros(target):
 def test_within_a_forced_tile_no_call_takes_the_short_way():
     """It would repeat launches with the tiles of its first call."""
     with use_wgrad_tile(TILES["row"]):
-        assert not choose.plainly_eager()
-    assert choose.plainly_eager()
+        assert not tracing.is_plain_eager()
+    assert tracing.is_plain_eager()
 
 
 def _check(target, shape, tile):

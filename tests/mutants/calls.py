@@ -35,8 +35,8 @@ CALLS = [
         "dy._version == version and ", "", CHAINS[1:],
     ),
     Mutant(
-        "chain: sums offered where the norm is scaled", "rir_kernels/autograd/ops.py",
-        "told_by_z and spec.norm_scale == 1 and", "told_by_z and", SCALED_CHAIN,
+        "chain: sums offered where the norm is scaled", "rir_kernels/autograd/function.py",
+        "mask_from_z and spec.norm_scale == 1 and", "mask_from_z and", SCALED_CHAIN,
     ),
     Mutant(
         "plan: repeated for other strides", "rir_kernels/backends/plans.py",
@@ -48,12 +48,11 @@ CALLS = [
     ),
     Mutant(
         "plan: repeated for another spec", "rir_kernels/dispatch/plan_cache.py",
-        "return (*metadata, spec, training, torch_format, save, impl)",
-        "return (*metadata, training, torch_format, save, impl)", KINDS,
+        "return (*metadata, call.spec, call.training,", "return (*metadata, call.training,", KINDS,
     ),
     Mutant(
         "plan: repeated for another rule of memory format", "rir_kernels/dispatch/plan_cache.py",
-        "training, torch_format, save, impl)", "training, save, impl)", FORMATS,
+        "torch_format, saves, impl)", "saves, impl)", FORMATS,
     ),
     Mutant(
         "plan: the op's repeated for other options", "rir_kernels/backends/plans.py",
@@ -81,7 +80,7 @@ CALLS = [
         "size = max(size, -(-tensor.untyped_storage().nbytes() // 256) * 256)", TEMPORARIES,
     ),
     Mutant(
-        "plan: a batch not counted the long way", "rir_kernels/functional.py",
+        "plan: a batch not counted without one", "rir_kernels/autograd/runners.py",
         "num_batches_tracked.add_(1)", "num_batches_tracked.add_(0)", BOTH_WAYS,
     ),
     Mutant(

@@ -148,10 +148,10 @@ COMPILED_PATH = [
     # what is asynchronous
     Mutant(
         "compiled: statistics read before the launch ahead has ended", NORM,
-        "    wait_ahead(OVERLAP)\n    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
+        "    pdl_wait(OVERLAP)\n    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
         "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n",
         "    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
-        "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n    wait_ahead(OVERLAP)\n",
+        "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n    pdl_wait(OVERLAP)\n",
         *_machine(
             "launches.py::test_launches_that_may_overlap_wait_before_they_touch_memory",
             "test_bounds.py::test_a_norm_writes_nothing_beyond[cpu-float32]",

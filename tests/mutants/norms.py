@@ -97,8 +97,8 @@ NORMS = [
         "running variance: n for n - 1", NORM, "m2 / tl.maximum(count - 1.0, 1.0)", "m2 / count", STATE[:1],
     ),
     Mutant(
-        "running variance: n for n - 1, the long way", "rir_kernels/functional.py",
-        "momentum * count / (count - 1)]", "momentum]", THE_LONG_WAY,
+        "running variance: n for n - 1, without a plan", "rir_kernels/common/running_statistics.py",
+        "momentum * pixels / (pixels - 1)]", "momentum]", THE_LONG_WAY,
     ),
     Mutant(
         "running mean: momentum on the wrong side", NORM,
@@ -165,8 +165,8 @@ NORMS = [
         "u = _load_rows(y_ptr, row, channel, C, C, is_row)", "u = normalize(z, mean, invstd, gamma, beta)", RESIDUALS,
     ),
     Mutant(
-        "mask of a sum after the norm not saved", "rir_kernels/autograd/ops.py",
-        "mask = None if told_by_z or not spec.relu else y", "mask = None", LAYER,
+        "mask of a sum after the norm not saved", "rir_kernels/autograd/function.py",
+        "mask = None if mask_from_z or not spec.relu else y", "mask = None", LAYER,
     ),
     Mutant(
         "reduce: a step's rows read twice, others not", NORM,

@@ -6,8 +6,7 @@ TRUTH = "tests/surgery_truth"
 
 
 def _fault(name, file, old, new, test):
-    folder = "rir_kernels" if file == "functional" else "rir_kernels/surgery"
-    return Mutant(name, f"{folder}/{file}.py", old, new, (f"{TRUTH}/{test}",))
+    return Mutant(name, f"rir_kernels/surgery/{file}.py", old, new, (f"{TRUTH}/{test}",))
 
 
 def _effect(name, old, new, case, file="effects"):
@@ -244,9 +243,9 @@ CALLS = [
         "one by one: dtypes of residuals", "units", "all(r.dtype == x.dtype for r in residuals)", "True",
         "test_status.py::test_calls_that_cannot_be_one_operation[another dtype]",
     ),
-    _fault(
-        "one by one: errors are those of the fused operation", "functional", "if otherwise is None:", "if True:",
-        "test_one_by_one.py::test_inputs_that_are_refused[True-plain]",
+    Mutant(
+        "one by one: errors are those of the fused operation", "rir_kernels/dispatch/operation.py",
+        "if otherwise is None:", "if True:", (f"{TRUTH}/test_one_by_one.py::test_inputs_that_are_refused[True-plain]",),
     ),
     _fault(
         "one by one: numbers that torch reads", "guards", "if isinstance(norm.eps, float | int) else", "if True else",
@@ -268,9 +267,10 @@ CALLS = [
         "calls: other arguments", "program", "_OTHER_ARGUMENTS if others else call_obstacle(*given)",
         "call_obstacle(*given)", "test_one_by_one.py::test_other_arguments",
     ),
-    _fault(
-        "statistics: another version", "functional", "statistics.data if plainly_eager() else", "",
-        "test_granted.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",
+    Mutant(
+        "statistics: another version", "rir_kernels/common/running_statistics.py",
+        "statistics.data if is_plain_eager() else", "",
+        (f"{TRUTH}/test_granted.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",),
     ),
 ]  # fmt: skip
 WATCH = [

@@ -13,7 +13,8 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels.backends import fused, plans
-from rir_kernels.dispatch import choose, plan_cache
+from rir_kernels.common import tracing
+from rir_kernels.dispatch import plan_cache
 from tests.helpers import conv_formula, make_call, module_results, output_gradient, run, scrambled
 from tests.kernels.targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 from tests.negative.forms import by, by_every_form, check_call, forms, launches, make_pair, modes, moved, norms, ways  # noqa: F401
@@ -229,7 +230,7 @@ def test_row_25_no_work_for_frozen_tensors(monkeypatch, device):
         for wanted, kernels in expected.items():
             leaves, others = leaves_of(impl, device)
             leaves = {name: t.detach().requires_grad_(name == wanted) for name, t in leaves.items()}
-            with choose.watched():  # a plan is recorded once: here every launch is made anew
+            with tracing.no_replay():  # a plan is recorded once: here every launch is made anew
                 conv_bn_act(**leaves, **others).sum().backward()
             assert set(ran) == kernels, (impl, wanted)
             ran.clear()
@@ -411,14 +412,14 @@ def test_row_30_the_kernels_are_not_asked_to_save(monkeypatch, device):
     monkeypatch.setattr(fused, "forward", lambda *a, save, **o: asked.append(save) or forward(*a, save=save, **o))
     leaves, others = leaves_of("triton", device, training=False)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-        with choose.watched(), mode():
+        with tracing.no_replay(), mode():
             conv_bn_act(**leaves, **others)
     assert asked == [False, False, True]
     monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             conv_bn_act(**leaves, **others)
-    assert [planned.save for planned in plan_cache._planned.values()] == [False, True]  # the first two share one
+    assert [planned.saves for planned in plan_cache._planned.values()] == [False, True]  # the first two share one
 
 
 @ways

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rir_kernels as rir
-from rir_kernels import functional
+from rir_kernels.common import devices, versions, warn
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch import choose
+from rir_kernels.dispatch import choose, operation
 from rir_kernels.distributed.ranks import Ranks
 from tests.distributed.ranks import assert_same as assert_same_tensors
 from tests.distributed.ranks import one_step, settled, whole_of
@@ -89,8 +89,8 @@ IN_TORCH = [pytest.param(impl, _Scarce, id=impl) for impl in ("torch", "referenc
 def _synchronize(monkeypatch):
     """Norms as of several ranks, of which the others have no pixels."""
     monkeypatch.setattr(Ranks, "gather", lambda self, row: row.clone())
-    apply, group = functional.apply, types.SimpleNamespace(size=lambda: 1)
-    monkeypatch.setattr(functional, "apply", lambda *a, **more: apply(*a, **more | {"process_group": group}))
+    apply, group = operation.apply, types.SimpleNamespace(size=lambda: 1)
+    monkeypatch.setattr(operation, "apply", lambda *a, **more: apply(*a, **more | {"process_group": group}))
 
 
 LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
@@ -249,7 +249,7 @@ assert call("auto").shape == (2, 4, 3, 3)
 def test_row_42_later_versions_are_taken(version, monkeypatch):
     """Numbers are compared as numbers, and none is too new."""
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
-    assert choose.triton_missing() == ""
+    assert versions.triton_missing() == ""
 
 
 def test_row_42_a_broken_triton():
@@ -289,7 +289,7 @@ WEIGHT = torch.empty(8, 8, 3, 3)
 
 @pytest.fixture
 def unknown_devices(monkeypatch):
-    monkeypatch.setattr(choose, "_warned", set())
+    monkeypatch.setattr(warn, "_warned", set())
     choose._find_missing_on.cache_clear()
     yield
     choose._find_missing_on.cache_clear()
@@ -339,11 +339,11 @@ def test_row_43_every_gpu_since_ampere_takes_the_kernels(monkeypatch, unknown_de
     """What is supported is not refused."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Made-up GPU 8")
-    choose._device_name.cache_clear()
+    devices._name_at.cache_clear()
     try:
         assert choose.resolve("auto", _On("cuda:0"), WEIGHT, SPEC) == "triton"
     finally:
-        choose._device_name.cache_clear()
+        devices._name_at.cache_clear()
 
 
 # 45: the same bits

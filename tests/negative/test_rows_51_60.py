@@ -414,7 +414,7 @@ def test_row_58_use_impl_is_undone_by_an_exception(error):
     """Ctrl-C and errors within it: the mode is what it was."""
     with pytest.raises(error), rir.use_impl("reference"):
         raise error
-    assert preference.meant_by("auto") == "auto"
+    assert preference.effective_impl("auto") == "auto"
 
 
 # 59: tuning that ends early

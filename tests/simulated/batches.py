@@ -17,12 +17,12 @@ from bench.first.machine import Machine
 from bench.first.networks import NETWORKS
 from bench.modules import prepared
 from rir_kernels import precompiling
-from rir_kernels.triton.inspect import CompileOnlyDriver
+from rir_kernels.triton.inspect import _CompileOnlyDriver
 from rir_kernels.triton.tiling.gpus import typical_gpu
 
 
 def main():
-    driver.set_active(CompileOnlyDriver("sm_90"))
+    driver.set_active(_CompileOnlyDriver("sm_90"))
     found = {network.name: _of(network, [int(batch) for batch in sys.argv[1:]]) for network in NETWORKS}
     json.dump({name: counts for name, counts in found.items() if counts}, sys.stdout)
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rir_kernels as rir
-from rir_kernels.autograd import ops
+from rir_kernels.autograd import registered_op
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.plan import plan
 
@@ -94,7 +94,7 @@ def _tensors(module, images):
 
 def _options(training):
     spec = ConvBNActSpec(padding=(1, 1), shortcut_channels=CHANNELS // 2)
-    return (*ops._flat(spec), training)
+    return (*registered_op.flat(spec), training)
 
 
 def _op(module, images, *, training):

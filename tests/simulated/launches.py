@@ -16,8 +16,9 @@ import stand_in
 import torch
 
 import rir_kernels as rir
+from rir_kernels.common import tracing
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.dispatch import bn_state, choose, plan_cache
+from rir_kernels.dispatch import bn_state, plan_cache
 
 
 class NormAct(torch.nn.Module):
@@ -158,7 +159,7 @@ def run(recorder, *, channels=16, dtype=torch.bfloat16, training=True, grad=None
 
     plan_cache._planned.clear()
     with torch.set_grad_enabled(training if grad is None else grad):
-        with allocating(Memory().keeping), choose.watched():
+        with allocating(Memory().keeping), tracing.no_replay():
             step()
         found = {"long": recorder.take(arguments)}
         step()  # leaves plans, which allocate nothing but on "meta"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
 from rir_kernels import reference
-from rir_kernels.dispatch import choose
+from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.citizen.networks import BasicBlock, images, resnet_twins
 from tests.surgery_helpers import Doubled, randn, settle
@@ -33,7 +33,7 @@ ALL.append(("layer2.0.downsample", "P2"))
 @pytest.fixture(autouse=True)
 def _nothing_told(monkeypatch):
     monkeypatch.setattr(fallback, "_told", set())
-    monkeypatch.setattr(choose, "_warned", set())
+    monkeypatch.setattr(warn, "_warned", set())
 
 
 def warned(run):
@@ -293,7 +293,7 @@ def test_units_that_are_known_as_a_whole(name):
     assert {(call.name, call.fused) for call in calls} == {("", not reason)}
     assert not reason or {call.reason for call in calls} == {reason}
     source = rir.fused_source(model)
-    assert source.startswith("def forward(self, x") and ("norm_state" in source or "four_convs" in source)
+    assert source.startswith("def forward(self, x") and ("bn_state" in source or "four_convs" in source)
 
 
 def test_pytorchcvs_unit():
@@ -346,7 +346,7 @@ def test_forwards_that_are_registered(gates):
         gates.conv.groups = 2
         with contextlib.suppress(RuntimeError):  # the weight is not that of groups
             assert not gates(X)
-        assert len(choose._warned) == 1
+        assert len(warn._warned) == 1
     assert [call.fused for call in calls[:2]] == [True, False]
     assert rir.fusion_status(gates)[0].reason == "conv: groups > 1: only ungrouped convolutions are fused"
     assert rir.fused_source(gates) == inspect.getsource(gate)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...common.cuda_graphs import check_host_may_read
-from ...common.spec import ConvBNActSpec
+from ...common.spec import kept_spec
 from ...common.streams import pack_weight
 from ...dispatch import bn_state
 from ...sync_batchnorm import SyncBatchNorm2d
@@ -73,7 +73,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
     """x = [r | t] -> [r' | t'], for a layer without obstacles."""
     norms = [norm for norm in layer.norms.values() if norm is not None]
     norm: Any = norms[0] if len(norms) == 1 else _JoinedNorm(*norms)
-    spec = ConvBNActSpec(
+    spec = kept_spec(
         stride=layer.stride,
         padding=(layer.kernel_size // 2, layer.kernel_size // 2),
         shortcut_channels=shortcut_channels,
@@ -88,7 +88,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
 
 
 class _JoinedNorm:
-    """Two norms that agree, side by side: what norm_state reads of a BatchNorm2d."""
+    """Two norms that agree, side by side: what bn_state reads of a BatchNorm2d."""
 
     def __init__(self, r: nn.BatchNorm2d, t: nn.BatchNorm2d):
         self.norms = r, t
@@ -97,7 +97,7 @@ class _JoinedNorm:
         self.weight, self.bias, self.running_mean, self.running_var = (
             None if of_r is None else torch.cat([of_r, of_t]) for of_r, of_t in zip(_state(r), _state(t), strict=True)
         )
-        self.num_batches_tracked = r.num_batches_tracked  # itself: norm_state counts r's batch
+        self.num_batches_tracked = r.num_batches_tracked  # itself: bn_state counts r's batch
 
     def active_group(self):
         r = self.norms[0]

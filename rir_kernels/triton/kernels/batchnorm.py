@@ -20,10 +20,10 @@ from rir_kernels.triton.kernels.pointwise import (
     load_channels,
     merge_moments,
     normalize,
+    pdl_wait,
     relu,
     relu_grad,
     tile_moments,
-    wait_ahead,
 )
 
 
@@ -40,7 +40,7 @@ def _bn_stats_fwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     tile = pid // BLOCKS_C
@@ -87,7 +87,7 @@ def _bn_finalize_fwd_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Merges the tiles' moments, in their order, then the batch's into the running ones."""
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     count = 0.0
@@ -148,7 +148,7 @@ def _bn_running_fwd_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The running statistics as backward will want them."""
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = load_channels(running_mean_ptr, channel, C, 0.0)
     var = load_channels(running_var_ptr, channel, C, 1.0)
@@ -195,7 +195,7 @@ def _bn_apply_fwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -248,7 +248,7 @@ def _bn_reduce_bwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     split = pid // BLOCKS_C
@@ -284,7 +284,7 @@ def _bn_sum_bwd_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The splits' sums added in a fixed order, for bit-identical runs."""
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     which = pid // BLOCKS_C
@@ -327,7 +327,7 @@ def _bn_apply_bwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

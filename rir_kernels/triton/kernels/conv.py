@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from rir_kernels.triton.kernels.conv_loops import add_inside, add_plane, add_rows, longest_first, sum_folded
-from rir_kernels.triton.kernels.pointwise import load_channels, normalize, relu, relu_grad, wait_ahead
+from rir_kernels.triton.kernels.pointwise import load_channels, normalize, pdl_wait, relu, relu_grad
 from rir_kernels.triton.kernels.tma import load_box, round_as
 
 
@@ -173,7 +173,7 @@ def _conv_fwd_kernel(
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     pid = tl.program_id(0)

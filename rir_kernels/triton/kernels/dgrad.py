@@ -10,7 +10,7 @@ import triton.language as tl
 
 from rir_kernels.triton.kernels.conv import load_addend, pixels, store_tile
 from rir_kernels.triton.kernels.conv_loops import add_plane
-from rir_kernels.triton.kernels.pointwise import wait_ahead
+from rir_kernels.triton.kernels.pointwise import pdl_wait
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "scale"])
@@ -45,7 +45,7 @@ def _conv_bwd_data_kernel(
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     programs = tl.num_programs(0) // len(PLANES)

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_ahead(OVERLAP: tl.constexpr):
+def pdl_wait(OVERLAP: tl.constexpr):
     """The first statement of every kernel.
 
     With OVERLAP the launch ahead may still be running (programmatic dependent launch): it must have ended before memory

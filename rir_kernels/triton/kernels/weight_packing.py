@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.kernels.pointwise import wait_ahead
+from rir_kernels.triton.kernels.pointwise import pdl_wait
 
 
 @triton.jit(do_not_specialize=["stride_row", "stride_column", "stride_h", "stride_w"])
@@ -23,7 +23,7 @@ def _pack_weight_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = index % pitch
     row = index // pitch % rows

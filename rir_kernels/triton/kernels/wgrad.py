@@ -24,7 +24,7 @@ At stride 2 a column of taps meets one column plane of x and both row planes: se
 import triton
 import triton.language as tl
 
-from rir_kernels.triton.kernels.pointwise import wait_ahead
+from rir_kernels.triton.kernels.pointwise import pdl_wait
 from rir_kernels.triton.kernels.tma import load_box
 
 
@@ -79,7 +79,7 @@ def _conv_bwd_weight_kernel(
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     PIXELS: tl.constexpr = (1, 1, P)
     TAPS: tl.constexpr = KERNEL[0]
@@ -171,7 +171,7 @@ def _sum_weight_grad_kernel(
     Pixel a of a pack of dz meets, at tap j, pixel b of the pack of x that stands s packs further:
     PACK * s + b = a + j - PAD_W.
     """
-    wait_ahead(OVERLAP)
+    pdl_wait(OVERLAP)
     PACKED_PAD: tl.constexpr = (PAD_W + PACK - 1) // PACK
     ROW: tl.constexpr = PACK * C_IN
     VECTOR: tl.constexpr = 4 if C_IN % 4 == 0 else 1

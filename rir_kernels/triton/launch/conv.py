@@ -25,7 +25,7 @@ from rir_kernels.triton.launch.runtime import (
     launch,
     uses_tensor_cores,
 )
-from rir_kernels.triton.launch.tile_fallback import on_the_ladder
+from rir_kernels.triton.launch.tile_fallback import with_tile_fallback
 from rir_kernels.triton.tiling.conv_cost import Problem, cdiv, stage_bytes
 from rir_kernels.triton.tiling.conv_tiles import conv_config, holds_upstream, is_forced, tiles_for
 
@@ -137,7 +137,7 @@ def _launch_tiles(
 def _with_room(kernel, kind, problem, out, attempt):
     """attempt(tile), by the rule's tile or a smaller one."""
     gpu, tensor_cores = gpu_of(out), uses_tensor_cores(out)
-    return on_the_ladder(
+    return with_tile_fallback(
         (kernel.__name__, kind, problem, tensor_cores, gpu),
         kernel.__name__,
         conv_config(problem, tensor_cores, gpu),

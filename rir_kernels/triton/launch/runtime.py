@@ -11,7 +11,9 @@ import torch
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch.choose import interpreting, overlap_asked, standing_for, tf32_allowed, watched
+from rir_kernels.common.devices import standing_for
+from rir_kernels.common.switches import interpreting, overlap_asked, tf32_allowed
+from rir_kernels.common.tracing import no_replay
 from rir_kernels.triton.launch import compile_cache
 from rir_kernels.triton.tiling.gpus import H200, Gpu, typical_gpu
 
@@ -50,7 +52,7 @@ def launch(kernel, programs: int, *args, **options) -> None:
 def overlaps() -> bool:
     """Whether a launch may come before the one ahead has ended (programmatic dependent launch): where it is asked for.
 
-    A kernel waits by itself before it touches memory (`pointwise.wait_ahead`), so results are the same.
+    A kernel waits by itself before it touches memory (`pointwise.pdl_wait`), so results are the same.
     """
     if not overlap_asked() or interpreting():
         return False
@@ -87,7 +89,7 @@ def intercepted(function: Callable, device: torch.device | None = None):
     """
     token = _intercept.set((function, device))
     try:
-        with watched():
+        with no_replay():
             yield
     finally:
         _intercept.reset(token)

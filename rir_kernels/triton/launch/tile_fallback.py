@@ -18,7 +18,7 @@ _kept: dict[Hashable, Any] = {}  # launch: the tile that it came down to
 _warned = False
 
 
-def on_the_ladder(
+def with_tile_fallback(
     launch: Hashable,
     kernel: str,
     tile,

@@ -17,7 +17,7 @@ from rir_kernels.triton.launch.runtime import (
     launch,
     uses_tensor_cores,
 )
-from rir_kernels.triton.launch.tile_fallback import on_the_ladder
+from rir_kernels.triton.launch.tile_fallback import with_tile_fallback
 from rir_kernels.triton.tiling import wgrad_cost
 from rir_kernels.triton.tiling.conv_cost import cdiv, power_of_two_at_least
 from rir_kernels.triton.tiling.conv_tiles import REDUCTION_PROGRAMS, ROWS_TILE
@@ -31,7 +31,7 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
     if dz.numel() == 0:
         return dw.zero_()
     problem, gpu = weight_grad_problem(dz, x, kernel, spec), gpu_of(x)
-    on_the_ladder(
+    with_tile_fallback(
         (problem, gpu),
         _conv_bwd_weight_kernel.__name__,
         wgrad_tile(problem, gpu),

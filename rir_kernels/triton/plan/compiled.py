@@ -24,9 +24,9 @@ class CompiledLaunch:
         compiled = compile_for(kernel, args, options)
         self._start = compiled[(programs, 1, 1)]
         try:
-            self._collect, self._beneath = _take_apart(compiled, programs)
+            self._collect, self._c_launch = _split_launcher(compiled, programs)
         except (AttributeError, KeyError):  # another Triton's launcher: its own way, then
-            self._collect = self._beneath = None
+            self._collect = self._c_launch = None
         # all of the kernel's parameters in order, the compile-time ones included
         parameters = dict(zip(kernel.arg_names, args, strict=False)) | options
         self._arguments = [parameters[name] for name in kernel.arg_names]
@@ -49,9 +49,9 @@ class CompiledLaunch:
             args[position] = address if descriptor is None else _moved(descriptor, address)
         for position, index in self._slots:
             args[position] = scalars[index]
-        if self._beneath is None:
+        if self._c_launch is None:
             return functools.partial(self._start, *args, stream=stream)
-        return functools.partial(self._beneath, *self._collect(*args, stream=stream))
+        return functools.partial(self._c_launch, *self._collect(*args, stream=stream))
 
 
 def compile_for(kernel, args, options):
@@ -99,7 +99,7 @@ class _Observed(CompiledKernel):
         pass  # since Triton 3.8 that unloads the code from the GPU, and the other one still launches it
 
 
-def _take_apart(compiled, programs):
+def _split_launcher(compiled, programs):
     """(a function from a kernel's arguments to those of the C function that starts it, that C function).
 
     AttributeError or KeyError where Triton's launcher is built otherwise than in 3.6 to 3.9: an object whose `launch`

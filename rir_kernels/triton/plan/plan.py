@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rir_kernels.dispatch.choose import interpreting
+from rir_kernels.common.switches import interpreting
 from rir_kernels.triton.launch.runtime import device_guard, foreseeing, intercepted, observers, report
 from rir_kernels.triton.plan.compiled import CompiledLaunch, compile_for, tensor_of
 from rir_kernels.triton.plan.places import Place, Slot, Unplannable

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rir_kernels.dispatch.choose import watched
+from rir_kernels.common.tracing import no_replay
 from rir_kernels.triton.tiling.batches import BATCHES, rounded, serve, stacked
 from rir_kernels.triton.tiling.conv_cost import (
     Problem,
@@ -83,7 +83,7 @@ def forced(variable: ContextVar, tile) -> Iterator[None]:
     """Within it the variable holds the tile, and every launch is made anew."""
     token = variable.set(tile)
     try:
-        with watched():
+        with no_replay():
             yield
     finally:
         variable.reset(token)

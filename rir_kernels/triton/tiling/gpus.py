@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from rir_kernels.dispatch.choose import triton_release
+from rir_kernels.common.versions import triton_release
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""The options of one call, checked and made a spec."""
+
+import functools
+
+import torch
+
+from ..common.arguments import (
+    ACTIVATIONS,
+    RESIDUAL_AT,
+    check_branch_scale,
+    check_choice,
+    check_eps,
+    check_int_or_pair,
+    check_positive_int,
+)
+from ..common.spec import ConvBNActSpec
+
+
+def checked_spec(residual_at, branch_scale, stride, padding, dilation, groups, eps, activation) -> ConvBNActSpec:
+    """The spec of a call's options. ValueError names the option, what came and what is allowed."""
+    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_branch_scale(branch_scale)
+    check_eps(eps)
+    check_int_or_pair("stride", stride, 1)
+    check_int_or_pair("padding", padding, 0)
+    check_int_or_pair("dilation", dilation, 1)
+    check_positive_int("groups", groups)
+    return ConvBNActSpec(
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        groups=groups,
+        post_norm=residual_at == "post_norm",
+        branch_scale=float(branch_scale),
+        eps=float(eps),
+        relu=activation == "relu",
+    )
+
+
+_kept = functools.lru_cache(maxsize=1024, typed=True)(checked_spec)
+
+
+def build_spec(*options) -> ConvBNActSpec:
+    """`checked_spec`, once for equal options of the same types."""
+    # the compiler looks through a cache and warns of it; and a cache tells no types within a pair: (True, 1) is (1, 1)
+    if torch.compiler.is_compiling() or tuple in map(type, options) or list in map(type, options):
+        return checked_spec(*options)
+    try:
+        return _kept(*options)
+    except TypeError:  # unhashable
+        return checked_spec(*options)
+
+
+def _pair(value) -> tuple[int, int]:
+    h, w = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(h), int(w)
