@@ -10,23 +10,25 @@ The norm uses the batch's statistics in training and the running ones otherwise.
 
 import torch
 
+from .common.arguments import named_from, unplaced
 from .common.call import Call
 from .dispatch.operation import apply
 from .dispatch.options import build_spec
 from .dispatch.tensors import as_residuals
 
 
+@named_from(2)
 def conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,
+    *,
     bn_weight: torch.Tensor | None = None,
     bn_bias: torch.Tensor | None = None,
     running_mean: torch.Tensor | None = None,
     running_var: torch.Tensor | None = None,
-    *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-    residual_at: str = "pre_norm",
+    residual_at: str | None = None,
     branch_scale: float = 1.0,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
@@ -47,7 +49,7 @@ def conv_bn_act(
             The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
         bias: (C_out,), added to the convolution's output.
         residual: (N, C_res, H', W') with C_res <= C_out, or a tuple of two such, added to the first C_res channels.
-        residual_at: "pre_norm" or "post_norm".
+        residual_at: "pre_norm" or "post_norm"; has to be given with a residual and with a branch_scale.
         branch_scale: multiplies what the residual is added to, never the residual.
         activation: "relu" or None.
         impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back.
@@ -61,6 +63,8 @@ def conv_bn_act(
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got NoneType: norm_act is the operation without a convolution")
     residuals = () if residual is None else as_residuals(residual)
+    if residual_at is None and (residuals or spec.branch_scale != 1.0):
+        raise unplaced(residuals)
     call = Call(
         x, weight, bias, bn_weight, bn_bias, residuals, running_mean, running_var, None, spec, training,
         momentum,
@@ -68,15 +72,16 @@ def conv_bn_act(
     return apply(call, impl)
 
 
+@named_from(1)
 def norm_act(
     x: torch.Tensor,
+    *,
     bn_weight: torch.Tensor | None = None,
     bn_bias: torch.Tensor | None = None,
     running_mean: torch.Tensor | None = None,
     running_var: torch.Tensor | None = None,
-    *,
     residual: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-    residual_at: str = "post_norm",
+    residual_at: str | None = None,
     branch_scale: float = 1.0,
     training: bool = False,
     momentum: float = 0.1,
@@ -97,7 +102,7 @@ def norm_act(
         bn_weight, bn_bias, running_mean, running_var: (C,) or None; x's dtype, or fp32 beside half activations.
             The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
         residual: (N, C_res, H, W) with C_res <= C, or a tuple of two such, added to the first C_res channels.
-        residual_at: "pre_norm" or "post_norm".
+        residual_at: "pre_norm" or "post_norm"; has to be given with a residual and with a branch_scale.
         branch_scale: multiplies what the residual is added to, never the residual.
         activation: "relu" or None.
         impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back. "hybrid"
@@ -111,6 +116,8 @@ def norm_act(
     """
     spec = build_spec(residual_at, branch_scale, 1, 0, 1, 1, eps, activation)
     residuals = () if residual is None else as_residuals(residual)
+    if residual_at is None and (residuals or spec.branch_scale != 1.0):
+        raise unplaced(residuals)
     call = Call(
         x, None, None, bn_weight, bn_bias, residuals, running_mean, running_var, None, spec, training,
         momentum,

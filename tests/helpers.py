@@ -125,6 +125,8 @@ def make_call(
         tensors["running_var"] = normal(c_out, dtype=norm_dtype).abs() + 0.5
     if bias:
         tensors["bias"] = normal(c_out)
+    if residuals or options.get("branch_scale", 1.0) != 1.0:
+        options.setdefault("residual_at", "pre_norm")
     geometry = [pair(options.get(name, default)) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     out = [
         (s + 2 * padding - dilation * (k - 1) - 1) // stride + 1

@@ -67,7 +67,7 @@ def test_in_evaluation(make):
 
 def test_the_functional_form():
     def function(x, weight):
-        return rir.functional.conv_bn_act(x, weight, training=True, residual=x, padding=1)
+        return rir.functional.conv_bn_act(x, weight, training=True, residual=x, residual_at="pre_norm", padding=1)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     x, weight = packed()[0], torch.randn(8, 8, 3, 3)

@@ -3,6 +3,7 @@
 Implementations, types and options; the kinds of bad input that docs/faults.md numbers are in negative/.
 """
 
+import inspect
 import math
 
 import pytest
@@ -48,6 +49,35 @@ def test_what_the_kernels_do_not_do(channels, kernel, options, message):
         conv_bn_act(**tensors, **options, impl="triton")
 
 
+FUNCTIONS = {
+    "conv_bn_act": (rir.functional.conv_bn_act, "(x, weight, bn_weight=..., bn_bias=...)"),
+    "reference": (reference.conv_bn_act, "(x, weight, bn_weight=..., bn_bias=...)"),
+    "norm_act": (rir.functional.norm_act, "(x, bn_weight=..., bn_bias=..., running_mean=...)"),
+}
+
+
+@pytest.mark.parametrize(("function", "shown"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_what_belongs_to_the_norm_is_named(function, shown):
+    """By position it came in another order than in F.batch_norm."""
+    parameters = inspect.signature(function).parameters
+    named = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    assert list(parameters) == [*list(parameters)[: len(parameters) - len(named)], *named] and "bn_weight" in named
+    tensors = [torch.ones(2, 4, 3, 3), torch.ones(4, 4, 1, 1), torch.ones(4), torch.ones(4)]
+    with refused(TypeError, f"write {function.__name__}{shown}", leaves_alone=tensors):
+        function(*tensors, training=True)
+
+
+@pytest.mark.parametrize(("function", "shown"), FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("given", ["residual", "branch_scale"])
+def test_where_a_residual_joins_is_said(function, shown, given):
+    x, weight = torch.ones(2, 4, 3, 3), torch.ones(4, 4, 1, 1)
+    arguments = {"x": x, "training": True} | ({"weight": weight} if "(x, weight" in shown else {})
+    function(**arguments)
+    value = {"residual": x, "branch_scale": 0.5}[given]
+    with refused(TypeError, f"a {given} needs residual_at", '"pre_norm"', '"post_norm"', leaves_alone=[x, weight]):
+        function(**arguments, **{given: value})
+
+
 def test_wrong_types():
     arguments = call_arguments()
     r = arguments["residual"]
@@ -69,7 +99,7 @@ def test_wrong_types():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("residual_at", "after"), ("residual_at", None), ("activation", "gelu"), ("activation", "ReLU"),
+        ("residual_at", "after"), ("activation", "gelu"), ("activation", "ReLU"),
         ("activation", True), ("branch_scale", math.nan), ("branch_scale", math.inf), ("branch_scale", "1"),
         ("stride", 0), ("stride", (1, 0)), ("stride", (1, 1, 1)), ("stride", 1.0), ("padding", -1),
         ("padding", "same"), ("dilation", 0), ("groups", 0), ("groups", (1, 1)), ("groups", True),

@@ -113,7 +113,9 @@ def test_without_statistics_training_uses_the_batchs(impl):
 def test_a_residual_without_channels_adds_nothing(impl):
     tensors, options = make_call(training=True, dtype=torch.float32)
     y = conv_bn_act(**tensors, **options, impl=impl)
-    assert torch.equal(conv_bn_act(**tensors, **options, impl=impl, residual=torch.zeros(3, 0, 5, 4)), y)
+    assert torch.equal(
+        conv_bn_act(**tensors, **options, impl=impl, residual=torch.zeros(3, 0, 5, 4), residual_at="pre_norm"), y
+    )
 
 
 # differentiability
@@ -127,13 +129,21 @@ def test_gradcheck_twice(impl, training, residual_at):
         channels=(2, 3), batch=2, size=(4, 3), stride=2, padding=1, residuals=(2, 3), bias=True, training=training,
         residual_at=residual_at, branch_scale=0.5, activation=None,  # no kink for finite differences to step over
     )  # fmt: skip
-    buffers = [tensors.pop(name) for name in ("running_mean", "running_var")]
+    buffers = {name: tensors.pop(name) for name in ("running_mean", "running_var")}
     x, weight, bn_weight, bn_bias, bias, *residual = (t.requires_grad_() for t in tensors.values())
 
     def function(x, weight, bn_weight, bn_bias, bias, *residual):
-        statistics = [buffer.clone() for buffer in buffers]
+        statistics = {name: buffer.clone() for name, buffer in buffers.items()}
         return conv_bn_act(
-            x, weight, bn_weight, bn_bias, *statistics, bias=bias, residual=residual, impl=impl, **options
+            x,
+            weight,
+            bn_weight=bn_weight,
+            bn_bias=bn_bias,
+            bias=bias,
+            residual=residual,
+            impl=impl,
+            **statistics,
+            **options,
         )
 
     inputs = (x, weight, bn_weight, bn_bias, bias, *residual)

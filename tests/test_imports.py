@@ -23,7 +23,7 @@ def call(impl, device="cpu"):
     mean, var = torch.zeros(4), torch.ones(4)
     x, weight = torch.ones(2, 3, 5, 5), torch.ones(4, 3, 3, 3)
     try:
-        return rir.functional.conv_bn_act(x, weight, None, None, mean, var, training=True, impl=impl)
+        return rir.functional.conv_bn_act(x, weight, running_mean=mean, running_var=var, training=True, impl=impl)
     except Exception as error:
         assert torch.equal(mean, torch.zeros(4)) and torch.equal(var, torch.ones(4))
         return f"{type(error).__name__}: {error}"

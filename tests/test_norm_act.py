@@ -64,11 +64,11 @@ def test_gradcheck_twice(impl, training, residual_at):
         3, batch=2, size=(4, 3), residuals=(3, 2), training=training, residual_at=residual_at, branch_scale=0.5,
         activation=None,
     )  # fmt: skip
-    buffers = [tensors.pop(name) for name in ("running_mean", "running_var")]
+    buffers = {name: tensors.pop(name) for name in ("running_mean", "running_var")}
 
     def function(x, bn_weight, bn_bias, *residual):
-        statistics = [buffer.clone() for buffer in buffers]
-        return norm_act(x, bn_weight, bn_bias, *statistics, residual=residual, impl=impl, **options)
+        statistics = {name: buffer.clone() for name, buffer in buffers.items()}
+        return norm_act(x, bn_weight=bn_weight, bn_bias=bn_bias, residual=residual, impl=impl, **statistics, **options)
 
     inputs = tuple(t.requires_grad_() for t in tensors.values())
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)

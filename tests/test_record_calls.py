@@ -148,7 +148,7 @@ def test_kernels(impl):
         norm_act(X4, residual=X4, residual_at="pre_norm", training=True, impl=impl)
         with rir.use_impl(impl):
             call()
-        conv_bn_act(X[:0], WEIGHT, None, None, torch.zeros(4), torch.ones(4), impl=impl)
+        conv_bn_act(X[:0], WEIGHT, running_mean=torch.zeros(4), running_var=torch.ones(4), impl=impl)
     chosen = "" if impl == "triton" else 'use_impl("hybrid")'
     assert seen(calls) == [
         *[("conv_bn_act", (2, 3, 5, 5), impl, True, "")] * 2,

@@ -108,11 +108,11 @@ def scrambled(module):
         {"stride": 2, "padding": 1, "activation": None},
         {"stride": (2, 1), "padding": (0, 2), "dilation": (1, 2), "bias": True},
         {"padding": 1, "groups": 2, "eps": 0.1},
-        {"padding": 1, "residual": (6,), "branch_scale": 0.3},
+        {"padding": 1, "residual": (6,), "branch_scale": 0.3, "residual_at": "pre_norm"},
         {"padding": 1, "residual": (6,), "branch_scale": 0.3, "bias": True, "residual_at": "post_norm"},
-        {"padding": 1, "residual": (2,), "branch_scale": -2, "stride": 2, "bias": True},
+        {"padding": 1, "residual": (2,), "branch_scale": -2, "stride": 2, "bias": True, "residual_at": "pre_norm"},
         {"padding": 1, "residual": (2,), "residual_at": "post_norm", "activation": None},
-        {"padding": 1, "residual": (2, 5), "branch_scale": 0.7},
+        {"padding": 1, "residual": (2, 5), "branch_scale": 0.7, "residual_at": "pre_norm"},
         {"padding": 1, "residual": (4, 1), "branch_scale": 0.7, "residual_at": "post_norm"},
         {"padding": 1, "branch_scale": 0.5, "residual_at": "post_norm"},  # the scale does not wait for a residual
     ],
@@ -148,10 +148,10 @@ def test_conv_bn_act_is_the_formula(options, training):
     y = reference.conv_bn_act(
         x,
         weight,
-        scale,
-        shift,
-        running_mean,
-        running_var,
+        bn_weight=scale,
+        bn_bias=shift,
+        running_mean=running_mean,
+        running_var=running_var,
         bias=bias if with_bias else None,
         residual=None if not residuals else residuals[0] if len(residuals) == 1 else residuals,
         training=training,
@@ -182,8 +182,8 @@ def test_conv_bn_act_gradients(residual_at):
         return reference.conv_bn_act(
             x,
             weight,
-            scale,
-            shift,
+            bn_weight=scale,
+            bn_bias=shift,
             bias=bias,
             residual=(first, second),
             residual_at=residual_at,
@@ -201,12 +201,11 @@ def test_conv_bn_act_gradients(residual_at):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_activations_beside_fp32_norm_parameters(dtype):
     x, weight, residual = (torch.randn(s).to(dtype) for s in ((4, 8, 6, 6), (8, 8, 3, 3), (4, 4, 6, 6)))
-    norm = [torch.rand(8) + 0.5 for _ in range(4)]
-    golden = reference.conv_bn_act(
-        x.double(), weight.double(), *norm, residual=residual.double(), padding=1, training=True
-    )
-    norm = [p.float() for p in norm]
-    y = reference.conv_bn_act(x, weight, *norm, residual=residual, padding=1, training=True)
+    norm = {name: torch.rand(8) + 0.5 for name in ("bn_weight", "bn_bias", "running_mean", "running_var")}
+    options = {"residual_at": "pre_norm", "padding": 1, "training": True}
+    golden = reference.conv_bn_act(x.double(), weight.double(), **norm, residual=residual.double(), **options)
+    norm = {name: p.float() for name, p in norm.items()}
+    y = reference.conv_bn_act(x, weight, **norm, residual=residual, **options)
     assert y.dtype == dtype
     # z, the sum and y are each rounded to dtype (eps / 2 of a value up to max|golden|, scale included): 2 eps covers it
     budget = 2 * torch.finfo(dtype).eps * golden.abs().max()
@@ -226,7 +225,8 @@ def test_half_activations_beside_fp32_norm_parameters(dtype):
     ],
 )
 def test_conv_bn_act_refuses(change, error, message):
-    arguments = {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), "training": True, **change}
+    arguments = {"x": torch.zeros(2, 3, 5, 5), "weight": torch.zeros(4, 3, 3, 3), "training": True}
+    arguments |= {"residual_at": "pre_norm"} | change
     with pytest.raises(error, match=message):
         reference.conv_bn_act(**arguments)
 
@@ -290,12 +290,15 @@ def test_layer_is_one_packed_convolution():
     layer = scrambled(reference.RiRLayer(6, 10, stride=2, branch_scale=0.8, residual_fraction=0.3))
     x = torch.randn(3, 6, 7, 7)
     weights = (conv.weight for conv in (layer.conv_rr, layer.conv_rt, layer.conv_tr, layer.conv_tt))
-    norm = [torch.cat([getattr(bn, name) for bn in (layer.bn_r, layer.bn_t)]) for name in ("weight", "bias")]
+    norm = {
+        f"bn_{name}": torch.cat([getattr(bn, name) for bn in (layer.bn_r, layer.bn_t)]) for name in ("weight", "bias")
+    }
     packed = reference.conv_bn_act(
         x,
         pack_weight(*weights),
-        *norm,
+        **norm,
         residual=padded_to(x[:, :2], 3, 2),
+        residual_at="pre_norm",
         branch_scale=0.8,
         stride=2,
         padding=1,

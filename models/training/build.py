@@ -87,9 +87,9 @@ def _check_impl(impl, device, dtype):
     if impl in ("auto", "reference"):
         return
     x = torch.ones(1, 1, 1, 1, device=device, dtype=dtype)
-    statistics = torch.ones(2, 1, device=device, dtype=dtype)
+    mean, var = torch.ones(2, 1, device=device, dtype=dtype)
     try:
-        rir.functional.conv_bn_act(x, x, None, None, *statistics, impl=impl)
+        rir.functional.conv_bn_act(x, x, running_mean=mean, running_var=var, impl=impl)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
 

@@ -44,8 +44,8 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
     if spec.shortcut_channels:
         residuals = (*residuals, spec.shortcut(x))
     return reference.conv_bn_act(
-        x, weight, bn_weight, bn_bias, running_mean, running_var,
-        bias=bias, residual=residuals, residual_at="post_norm" if spec.post_norm else "pre_norm",
+        x, weight, bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var, bias=bias,
+        residual=residuals, residual_at="post_norm" if spec.post_norm else "pre_norm",
         branch_scale=spec.branch_scale, stride=spec.stride, padding=spec.padding, dilation=spec.dilation,
         groups=spec.groups, training=training, momentum=momentum, eps=spec.eps,
         activation="relu" if spec.relu else None,

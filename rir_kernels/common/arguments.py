@@ -4,6 +4,8 @@ Every function raises ValueError, saying what came and what was expected, and re
 (tensors, shapes, dtypes) is checked elsewhere; what torch's own constructors refuse by themselves is left to them.
 """
 
+import functools
+import inspect
 import math
 from numbers import Integral, Real
 
@@ -129,3 +131,33 @@ def check_conv_bn_act(
     check_choice("activation", activation, ACTIVATIONS)
     check_eps(eps)
     check_momentum(momentum)
+
+
+def unplaced(residuals) -> TypeError:
+    """The error where a residual, or else a branch_scale, comes without residual_at: two different functions."""
+    name = "residual" if residuals else "branch_scale"
+    return TypeError(
+        f'a {name} needs residual_at: "pre_norm" (the norm sees the sum, as in RiR) or '
+        '"post_norm" (the sum follows the norm, as in an ordinary ResNet)'
+    )
+
+
+def named_from(count):
+    """Decorates a function whose arguments from that one on are keyword-only: a call that passes them by position is
+    told how it is written now."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **options):
+            if len(args) > count:
+                parameters = list(inspect.signature(function).parameters)
+                named = ", ".join(f"{name}=..." for name in parameters[count : len(args)])
+                raise TypeError(
+                    f"{function.__name__} takes {count} positional argument{'s' * (count > 1)}, got {len(args)}: write "
+                    f"{function.__name__}({', '.join(parameters[:count])}, {named})"
+                )
+            return function(*args, **options)
+
+        return call
+
+    return decorate

@@ -17,8 +17,12 @@ from ..common.spec import ConvBNActSpec
 
 
 def checked_spec(residual_at, branch_scale, stride, padding, dilation, groups, eps, activation) -> ConvBNActSpec:
-    """The spec of a call's options. ValueError names the option, what came and what is allowed."""
-    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    """The spec of a call's options; residual_at None: nothing is there to be placed.
+
+    ValueError names the option, what came and what is allowed.
+    """
+    if residual_at is not None:
+        check_choice("residual_at", residual_at, RESIDUAL_AT)
     check_choice("activation", activation, ACTIVATIONS)
     check_branch_scale(branch_scale)
     check_eps(eps)

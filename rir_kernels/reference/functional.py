@@ -10,21 +10,22 @@ The residual joins before or after the norm: two different functions in training
 import torch
 import torch.nn.functional as F
 
-from ..common.arguments import ACTIVATIONS, RESIDUAL_AT, check_choice
+from ..common.arguments import ACTIVATIONS, RESIDUAL_AT, check_choice, named_from, unplaced
 from ..common.streams import add_to_first_channels
 
 
+@named_from(2)
 def conv_bn_act(
     x,
     weight,
+    *,
     bn_weight=None,
     bn_bias=None,
     running_mean=None,
     running_var=None,
-    *,
     bias=None,
     residual=None,
-    residual_at="pre_norm",
+    residual_at=None,
     branch_scale=1.0,
     stride=1,
     padding=0,
@@ -46,12 +47,16 @@ def conv_bn_act(
     beside half activations. `branch_scale` multiplies every channel of what a residual would be added to, whether one
     is given or not. In training the running statistics are updated in place, as torch.nn.functional.batch_norm does.
 
-    TypeError for the dtypes, ValueError for an unknown `residual_at` or `activation` and for a residual of another
-    shape; what else torch's own functions refuse, they raise.
+    TypeError for the dtypes and for a residual or a branch_scale without residual_at, ValueError for an unknown
+    `residual_at` or `activation` and for a residual of another shape; what else torch's own functions refuse, they
+    raise.
     """
     residuals = as_tuple(residual)
     check_dtypes(x, weight, bias, *residuals)
-    check_choice("residual_at", residual_at, RESIDUAL_AT)
+    if residual_at is not None:
+        check_choice("residual_at", residual_at, RESIDUAL_AT)
+    elif residuals or branch_scale != 1.0:
+        raise unplaced(residuals)
     check_choice("activation", activation, ACTIVATIONS)
 
     z = x

@@ -72,7 +72,12 @@ def test_one_plan_a_kind(target, taken):
         "other weight format": lambda: _layer(target).to(memory_format=torch.contiguous_format)(x),
         "evaluation": lambda: layer.eval()(x),
         "no norm parameters": lambda: rir.functional.conv_bn_act(
-            x, layer.weight, None, None, layer.bn.running_mean, layer.bn.running_var, padding=1, impl="triton"
+            x,
+            layer.weight,
+            running_mean=layer.bn.running_mean,
+            running_var=layer.bn.running_var,
+            padding=1,
+            impl="triton",
         ),
         "scale": lambda: _layer(target, branch_scale=0.5)(x),
     }

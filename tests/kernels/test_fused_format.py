@@ -153,7 +153,13 @@ def test_whose_rule_it_is_makes_another_plan(device):
     x, bn = images(2, 4, 4, 4, device=device), model.bn
     for _ in range(2):
         theirs = rir.functional.conv_bn_act(
-            x, model.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, impl="triton"
+            x,
+            model.conv.weight,
+            bn_weight=bn.weight,
+            bn_bias=bn.bias,
+            running_mean=bn.running_mean,
+            running_var=bn.running_var,
+            impl="triton",
         )
         ours = model(x, x)
         assert is_channels_last(ours) and not is_channels_last(theirs) and torch.equal(ours, theirs)
