@@ -25,12 +25,12 @@ FAST = (
     "pytorchcv/shakedropresnet20_cifar10",
 )
 COUNTS = {
-    "torchvision/resnet18": {"P1": 9, "P2": 3, "P3": 8},
-    "torchvision/resnet50": {"P1": 33, "P2": 4, "P3": 16},
-    "timm/resnet50d": {"P1": 35, "P2": 4, "P3": 16},
-    "timm/resnetv2_50": {"P1": 32, "P5": 17},
-    "pytorchcv/resnet20_cifar10": {"P1": 10, "P2": 2, "P3": 9},
-    "pytorchcv/preresnet20_cifar10": {"P1": 9, "P5": 10},
+    "torchvision/resnet18": {"conv_bn_act": 9, "conv_bn": 3, "conv_bn_add_act": 8},
+    "torchvision/resnet50": {"conv_bn_act": 33, "conv_bn": 4, "conv_bn_add_act": 16},
+    "timm/resnet50d": {"conv_bn_act": 35, "conv_bn": 4, "conv_bn_add_act": 16},
+    "timm/resnetv2_50": {"conv_bn_act": 32, "bn_act": 17},
+    "pytorchcv/resnet20_cifar10": {"conv_bn_act": 10, "conv_bn": 2, "conv_bn_add_act": 9},
+    "pytorchcv/preresnet20_cifar10": {"conv_bn_act": 9, "bn_act": 10},
 }
 
 

@@ -173,7 +173,13 @@ def results():
         "spills": 0, "shared_kb": 64.0, "products": 2, "conversions": 0, "local_loads": 0, "warnings": [], "faults": [],
         "passed": True,
     }  # fmt: skip
-    replaced = {"name": "<script>alert(1)</script>", "pattern": "P4", "kind": "RiRLayer", "impl": "auto", "parts": []}
+    replaced = {
+        "name": "<script>alert(1)</script>",
+        "pattern": "conv_add_bn_act",
+        "kind": "RiRLayer",
+        "impl": "auto",
+        "parts": [],
+    }
     return {
         "schema": 1, "passed": True, "failures": [], "skipped": {"speeds": "No GPU & no speed."},
         "seconds": {"Environment": 0.1}, "environment": {"torch": "<b>2</b>"},

@@ -86,16 +86,18 @@ def test_a_filter_fn_that_raises_changes_nothing():
 
 
 def test_patterns():
-    assert [item.pattern for item in fuse_(net(), patterns=("P4", "P6")).replaced] == ["P4", "P4"]
+    for patterns in (("conv_add_bn_act", "conv_bn_scaled_add_act"), ["P6", "P4"], "P4"):
+        report = fuse_(net(), patterns=patterns)
+        assert [(item.pattern, item.code) for item in report.replaced] == [("conv_add_bn_act", "P4")] * 2
     report = fuse_(net(), patterns=[])
     assert not report.replaced and len(units_skipped(report)) == OPERATIONS
-    assert "P1 is not among the patterns" in report.skipped[0].reason
+    assert "conv_bn_act is not among the patterns" in report.skipped[0].reason
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"patterns": ["P1", "P7"]}, ValueError, r"P1, P2, .* got 'P7'"),
+        ({"patterns": ["conv_bn_act", "P7"]}, ValueError, r"conv_bn_act, conv_bn, .* got 'P7'"),
         ({"patterns": [4]}, ValueError, "got 4"),
         ({"impl": "cuda"}, ValueError, "impl must be one of .* got 'cuda'"),
     ],
@@ -136,7 +138,7 @@ def test_what_is_bypassed_is_not_offered_again(monkeypatch):
             self.inside, self.beside = Net().stem, Net().stem
 
     def find(module):
-        return [Refusal("odd", ("inside",)) if module.training else Match("P6", ("inside",))]
+        return [Refusal("odd", ("inside",)) if module.training else Match("conv_bn_scaled_add_act", ("inside",))]
 
     family = Family(**exactly(lambda: Outer), find=find, mixin=type("FusedOuter", (Fused,), {}))
     monkeypatch.setattr(rir_kernels.surgery.fuse, "families", lambda: [family, *families()])
@@ -156,14 +158,14 @@ def test_report_reads_well():
     text = str(report)
     assert text == repr(report) and len(text.splitlines()) < 12
     assert "Sequential: fused 8 operations: 29 of 41 convolutions (70 %); skipped 21" in text
-    assert "7 x P4 in RiRLayer, impl=auto: 0, 1, 4, 5 and 3 more" in text
+    assert "7 x conv_add_bn_act in RiRLayer, impl=auto: 0, 1, 4, 5 and 3 more" in text
     assert "1 x RiRLayer, bn_r: a hook is registered on it: 3, with 2 BatchNorm2d, 4 Conv2d" in text
     assert "1 x RiRLayer, the norms differ in mode" in text
     page = report._repr_html_()
     assert "&lt;b&gt;" in page and "<b>" not in page and "<table" in page
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["model"] == "Sequential" and plain["dry_run"] is False
-    assert plain["skipped"][0]["name"] == "2" and plain["replaced"][0]["pattern"] == "P4"
+    assert plain["skipped"][0]["name"] == "2" and plain["replaced"][0]["pattern"] == "conv_add_bn_act"
     assert str(fuse_(nn.Linear(1, 1))) == "Linear: fused 0 operations, skipped 0"
 
 

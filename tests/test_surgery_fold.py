@@ -31,12 +31,12 @@ def scaled():
 
 # (model, inputs, norms that are folded into a convolution, norms that become an affine map, norms that stay)
 MODELS = {
-    "P1": (nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 1, 1, 0, 0),
+    "conv_bn_act": (nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), 1, 1, 0, 0),
     "P2, bias and grouped": (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.BatchNorm2d(4)), 1, 1, 0, 0),
     "no affine": (nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False)), 1, 1, 0, 0),
-    "P3": (Block(downsample()), 1, 3, 0, 0),
-    "P6": (scaled(), 1, 2, 0, 0),
-    "P5": (PreBlock(), 1, 1, 0, 1),
+    "conv_bn_add_act": (Block(downsample()), 1, 3, 0, 0),
+    "conv_bn_scaled_add_act": (scaled(), 1, 2, 0, 0),
+    "bn_act": (PreBlock(), 1, 1, 0, 1),
     "P4, traced": (Generalized(), 2, 0, 1, 0),
     "P4, reference layer": (reference.RiRLayer(4, 4), 1, 0, 2, 0),
     "P4, layer": (rir.RiRLayer(4, 4), 1, 0, 1, 0),

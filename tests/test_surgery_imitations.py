@@ -20,7 +20,7 @@ X = randn(2, 4, 6, 6)
 class BasicBlock(nn.Module):
     """The ordinary one, P1 and P3: what the others imitate."""
 
-    fused = ("P1", "P3")
+    fused = ("conv_bn_act", "conv_bn_add_act")
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class GroupNormed(BasicBlock):
-    fused = ("P3",)
+    fused = ("conv_bn_add_act",)
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class GroupNormed(BasicBlock):
 
 
 class InstanceNormed(BasicBlock):
-    fused = ("P1",)
+    fused = ("conv_bn_act",)
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class InstanceNormed(BasicBlock):
 class CalledTwice(BasicBlock):
     """One convolution, two norms: weights are shared, which the operation may do."""
 
-    fused = ("P1", "P3")
+    fused = ("conv_bn_act", "conv_bn_add_act")
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv2(x)))
@@ -74,7 +74,7 @@ class NormCalledTwice(BasicBlock):
 
 
 class ScaledByTensor(BasicBlock):
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def __init__(self):
         super().__init__()
@@ -88,7 +88,7 @@ class ScaledByTensor(BasicBlock):
 class ResidualScaled(BasicBlock):
     """relu(norm + 0.5 x): the residual is a value like any other."""
 
-    fused = ("P1", "P3")
+    fused = ("conv_bn_act", "conv_bn_add_act")
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
@@ -96,7 +96,7 @@ class ResidualScaled(BasicBlock):
 
 
 class Subtracted(BasicBlock):
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
@@ -106,7 +106,7 @@ class Subtracted(BasicBlock):
 
 
 class AddedWithAlpha(BasicBlock):
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
@@ -116,7 +116,7 @@ class AddedWithAlpha(BasicBlock):
 class IntoTheIdentity(BasicBlock):
     """The identity takes the sum, and is seen afterwards."""
 
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def forward(self, x):
         identity = seen = x.clone()
@@ -128,7 +128,7 @@ class IntoTheIdentity(BasicBlock):
 class SharedInPlace(BasicBlock):
     """What is added later on is what the ReLU has left of it."""
 
-    fused = ("P2", "P3")
+    fused = ("conv_bn", "conv_bn_add_act")
 
     def forward(self, x):
         normed = self.bn1(self.conv1(x))
@@ -139,7 +139,7 @@ class SharedInPlace(BasicBlock):
 class IdentityOverwritten(BasicBlock):
     """The identity changes between the norm and the sum: the fused operation comes after that, too."""
 
-    fused = ("P1", "P3")
+    fused = ("conv_bn_act", "conv_bn_add_act")
 
     def forward(self, x):
         identity = x.clone()
@@ -156,7 +156,7 @@ class Doubled(nn.Module):
 class ChildOverwrites(BasicBlock):
     """The residual is overwritten in a forward that is not seen, before the ReLU."""
 
-    fused = ("P1",)
+    fused = ("conv_bn_act",)
 
     def __init__(self):
         super().__init__()
@@ -179,7 +179,7 @@ class ActivationBetween(BasicBlock):
 
 
 class LeakyRelu(BasicBlock):
-    fused = ("P2", "P3")
+    fused = ("conv_bn", "conv_bn_add_act")
 
     def __init__(self):
         super().__init__()
@@ -187,7 +187,7 @@ class LeakyRelu(BasicBlock):
 
 
 class ReluSix(BasicBlock):
-    fused = ("P2", "P3")
+    fused = ("conv_bn", "conv_bn_add_act")
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ class ReluSix(BasicBlock):
 class ConvolutionUsedTwice(BasicBlock):
     """What enters the norm is returned too."""
 
-    fused = ("P1", "P5")
+    fused = ("conv_bn_act", "bn_act")
 
     def forward(self, x):
         out = self.conv2(self.relu(self.bn1(self.conv1(x))))
@@ -205,7 +205,7 @@ class ConvolutionUsedTwice(BasicBlock):
 
 
 class NormUsedTwice(BasicBlock):
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def forward(self, x):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -213,7 +213,7 @@ class NormUsedTwice(BasicBlock):
 
 
 class AddedToItself(BasicBlock):
-    fused = ("P1", "P2")
+    fused = ("conv_bn_act", "conv_bn")
 
     def forward(self, x):
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -221,7 +221,7 @@ class AddedToItself(BasicBlock):
 
 
 class DroppedBetween(BasicBlock):
-    fused = ("P1",)
+    fused = ("conv_bn_act",)
 
     def __init__(self):
         super().__init__()
@@ -235,7 +235,7 @@ class DroppedBetween(BasicBlock):
 class BroadcastResidual(BasicBlock):
     """Fused, but each call sees a residual of another shape, and adds as torch does."""
 
-    fused = ("P1", "P3")
+    fused = ("conv_bn_act", "conv_bn_add_act")
     calls = 1
 
     def forward(self, x):
@@ -246,7 +246,7 @@ class BroadcastResidual(BasicBlock):
 class FunctionalNorm(BasicBlock):
     """bn2 is there but its statistics are not used."""
 
-    fused = ("P1",)
+    fused = ("conv_bn_act",)
 
     def forward(self, x):
         out = self.conv2(self.relu(self.bn1(self.conv1(x))))

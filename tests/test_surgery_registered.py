@@ -63,9 +63,9 @@ def pair_of(model, patterns, **options):
 
 
 def test_a_class_that_is_looked_into():
-    pair_of(Block(), ["P2"])
+    pair_of(Block(), ["conv_bn"])
     assert rir.register_pattern(ConvNorm) is ConvNorm  # a decorator of the class, too
-    fused, original = pair_of(Block(), ["P3"])
+    fused, original = pair_of(Block(), ["conv_bn_add_act"])
     assert_same(fused, original, X)
     for model in (fused, original):
         model.branch.register_forward_hook(lambda _module, _inputs, y: 2 * y)
@@ -80,15 +80,15 @@ def test_only_the_exact_class():
     rir.register_pattern(ConvNorm)
     model = Block()
     model.branch = Doubling()
-    fused, original = pair_of(model, ["P2"])
+    fused, original = pair_of(model, ["conv_bn"])
     assert_same(fused, original, X)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_forward_written_by_hand(training):
     assert "cannot be traced" in rir.fuse_(Gate()).skipped[0].reason
-    rir.register_pattern(Gate, pattern="P3", parts=PARTS)(gate)
-    fused, original = pair_of(Gate().train(training), ["P3"])
+    rir.register_pattern(Gate, pattern="conv_bn_add_act", parts=PARTS)(gate)
+    fused, original = pair_of(Gate().train(training), ["conv_bn_add_act"])
     for _ in range(2):
         assert_same(fused, original, X)
     assert_same(pickle.loads(pickle.dumps(fused)), copy.deepcopy(original), X)
@@ -97,8 +97,8 @@ def test_a_forward_written_by_hand(training):
 
 
 def test_a_bypassed_part_that_changes():
-    rir.register_pattern(Gate, pattern="P3", parts=PARTS)(gate)
-    fused, original = pair_of(Gate(), ["P3"])
+    rir.register_pattern(Gate, pattern="conv_bn_add_act", parts=PARTS)(gate)
+    fused, original = pair_of(Gate(), ["conv_bn_add_act"])
     for model in (fused, original):
         model.bn.register_forward_hook(lambda _module, _inputs, y: 2 * y)
     assert_same(fused, original, X, calls=0)
@@ -106,8 +106,10 @@ def test_a_bypassed_part_that_changes():
 
 
 def test_an_obstacle_of_ones_own():
-    rir.register_pattern(Gate, pattern="P3", parts=PARTS, obstacle=lambda m: "" if m.active else "it is closed")(gate)
-    fused, original = pair_of(Gate(), ["P3"])
+    rir.register_pattern(
+        Gate, pattern="conv_bn_add_act", parts=PARTS, obstacle=lambda m: "" if m.active else "it is closed"
+    )(gate)
+    fused, original = pair_of(Gate(), ["conv_bn_add_act"])
     assert_same(fused, original, X)
     for model in (fused, original):
         model.active = False
@@ -117,7 +119,7 @@ def test_an_obstacle_of_ones_own():
 
 def test_impl_is_handed_on():
     seen = []
-    rir.register_pattern(Gate, pattern="P3", parts=PARTS)(lambda m, x, *, impl: seen.append(impl) or x)
+    rir.register_pattern(Gate, pattern="conv_bn_add_act", parts=PARTS)(lambda m, x, *, impl: seen.append(impl) or x)
     model = Gate()
     rir.fuse_(model, impl="reference")
     model(X.float())
@@ -131,8 +133,8 @@ def test_impl_is_handed_on():
         ((int,), {}, TypeError),
         ((Gate,), {"parts": PARTS}, ValueError),
         ((Gate,), {"pattern": "P7", "parts": PARTS}, ValueError),
-        ((Gate,), {"pattern": "P3"}, ValueError),
-        ((Gate,), {"pattern": "P3", "parts": {"conv": "Conv2d"}}, ValueError),
+        ((Gate,), {"pattern": "conv_bn_add_act"}, ValueError),
+        ((Gate,), {"pattern": "conv_bn_add_act", "parts": {"conv": "Conv2d"}}, ValueError),
     ],
     ids=str,
 )

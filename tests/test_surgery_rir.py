@@ -37,7 +37,7 @@ def layer(**options):
 def pair_of(module):
     """(fused, original) with the same values."""
     fused = copy.deepcopy(module)
-    assert [item.pattern for item in fuse_(fused).replaced] == ["P4"]
+    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_add_bn_act"]
     return fused, module
 
 
@@ -326,7 +326,7 @@ def test_subclasses_are_refused():
     class Other(reference.RiRLayer):
         pass
 
-    report = fuse_(nn.ModuleList([Wider(4, 4, 1), Other(8, 8)]), patterns="P4")
+    report = fuse_(nn.ModuleList([Wider(4, 4, 1), Other(8, 8)]), patterns="conv_add_bn_act")
     assert not report.replaced
     refused = [item for item in report.skipped if "subclass" in item.reason]
     assert [(item.name, item.within) for item in refused[:2]] == [("0", None), ("1", None)]
@@ -337,7 +337,7 @@ def test_subclasses_are_refused():
 def test_pytorchcv_is_not_imported(monkeypatch):
     model = unit()
     monkeypatch.delitem(sys.modules, "pytorchcv.models.rir_cifar")
-    assert "P4" not in [item.pattern for item in fuse_(model).replaced]
+    assert "conv_add_bn_act" not in [item.pattern for item in fuse_(model).replaced]
     assert "pytorchcv.models.rir_cifar" not in sys.modules
 
 
@@ -353,7 +353,9 @@ class TestRirCifar10:
         parameters, keys = list(fused.parameters()), list(fused.state_dict())
         report = fuse_(fused)
         found = [(item.pattern, item.kind) for item in report.replaced]
-        assert found == [("P1", "ConvBlock")] * 2 + [("P4", "RiRUnit")] * 16 + [("P2", "ConvBlock")]
+        assert found == [("conv_bn_act", "ConvBlock")] * 2 + [("conv_add_bn_act", "RiRUnit")] * 16 + [
+            ("conv_bn", "ConvBlock")
+        ]
         # convolutions of the identity, and the last one, which is for the logits
         assert {(item.kind, item.within) for item in report.skipped} == {("Conv2d", None)}
         assert report.coverage.convolutions == report.coverage.fused + len(report.skipped)

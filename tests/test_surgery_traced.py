@@ -112,12 +112,18 @@ def of_two_convolutions(m, x):
 
 
 FOUND = {
-    "P3, module": (Block(), ["P1", "P3"]),
-    "P3, downsample": (Block(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))), ["P1", "P3", "P2"]),
-    "P5": (PreBlock(), ["P5", "P1"]),
-    **{f"P3, {f.__name__}": (Variant(f), ["P3"]) for f in (plain, in_place, methods, identity_first, no_relu)},
-    "P6": (Variant(scaled), ["P6"]),
-    "one weight twice": (Variant(of_two_convolutions), ["P3"]),
+    "P3, module": (Block(), ["conv_bn_act", "conv_bn_add_act"]),
+    "P3, downsample": (
+        Block(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
+        ["conv_bn_act", "conv_bn_add_act", "conv_bn"],
+    ),
+    "bn_act": (PreBlock(), ["bn_act", "conv_bn_act"]),
+    **{
+        f"P3, {f.__name__}": (Variant(f), ["conv_bn_add_act"])
+        for f in (plain, in_place, methods, identity_first, no_relu)
+    },
+    "conv_bn_scaled_add_act": (Variant(scaled), ["conv_bn_scaled_add_act"]),
+    "one weight twice": (Variant(of_two_convolutions), ["conv_bn_add_act"]),
 }
 
 
@@ -154,7 +160,7 @@ WAYS = {
     "fuse_": {},
     "dry_run": {"dry_run": True},
     "refused": {"filter_fn": lambda module, name: False},
-    "other patterns": {"patterns": ["P4"]},
+    "other patterns": {"patterns": ["conv_add_bn_act"]},
 }
 
 
@@ -197,14 +203,14 @@ def test_found(name, training):
 
 
 def test_the_norm_after_the_sum():
-    fused, original = pair_of(Generalized(), ["P4"])
+    fused, original = pair_of(Generalized(), ["conv_add_bn_act"])
     assert_same(fused, original, X, randn(2, 4, 6, 6, seed=1))
 
 
 def test_stable_resnet():
     model = Block()
     model.scale = 0.5
-    fused, original = pair_of(model, ["P1", "P6"])
+    fused, original = pair_of(model, ["conv_bn_act", "conv_bn_scaled_add_act"])
     assert_same(fused, original, X, calls=2)
 
 
@@ -260,7 +266,7 @@ def test_method_replaced_on_the_instance():
         def norm(self, x):
             return self.relu(self.bn(x))
 
-    fused, original = pair_of(Methods(), ["P1"])
+    fused, original = pair_of(Methods(), ["conv_bn_act"])
     assert_same(fused, original, X, calls=1)
     compiled = torch.compile(fused, fullgraph=True, backend="eager")
     compiled(X), original(X)
@@ -277,7 +283,7 @@ def test_what_does_not_fit_runs_one_by_one():
         def forward(self, x, other):
             return self.relu(self.bn(self.conv(x)) + other)
 
-    fused, original = pair_of(Joined(), ["P3"])
+    fused, original = pair_of(Joined(), ["conv_bn_add_act"])
     assert_same(fused, original, X, X, calls=1)
     assert_same(fused, original, X, randn(2, 4, 1, 1), calls=0)
     for model in (fused, original):
@@ -294,7 +300,7 @@ def test_arguments_as_they_come():
             y = self.relu(self.bn(self.conv(x))) * scale
             return y if shift is None else y + shift
 
-    fused, original = pair_of(Optional(), ["P1"])
+    fused, original = pair_of(Optional(), ["conv_bn_act"])
     assert_same(fused, original, X, calls=1)
     for given in ({"x": X}, {"x": X, "scale": 2.0}, {"x": X, "shift": 1.0}):
         torch.testing.assert_close(fused(**given), original(**given), rtol=1e-10, atol=1e-10)
@@ -313,7 +319,7 @@ def test_borders_are_crossed_where_they_must_be():
         def forward(self, x):
             return F.relu(self.body(x) + self.beside(x))
 
-    fused, original = pair_of(Body(), ["P1", "P3", "P1"])
+    fused, original = pair_of(Body(), ["conv_bn_act", "conv_bn_add_act", "conv_bn_act"])
     assert type(fused.body) is nn.Sequential and type(fused.beside) is not nn.Sequential
     assert_same(fused, original, X, calls=3)
     for model in (fused, original):

@@ -24,7 +24,7 @@ class Record:
     """What is known of one network after `check`; `defects` says what should not be so."""
 
     id: str
-    replaced: dict[str, int] = field(default_factory=dict)  # by pattern
+    replaced: dict[str, int] = field(default_factory=dict)  # by code of the pattern
     skipped: dict[str, int] = field(default_factory=dict)  # by class and reason
     report_lines: int = 0
     fused_calls: dict[str, int] = field(default_factory=dict)  # by mode, in one forward
@@ -48,7 +48,7 @@ def check(architecture, *, dtype=torch.float64) -> Record | None:
     start = time.perf_counter()
     report = rir.fuse_(fused)
     record.seconds = time.perf_counter() - start
-    record.replaced = dict(sorted(Counter(item.pattern for item in report.replaced).items()))
+    record.replaced = dict(sorted(Counter(item.code for item in report.replaced).items()))
     # one cause once: what stands within a module that has an entry for it is left out
     left = [item for item in report.skipped if item.within is None]
     record.skipped = dict(Counter(f"{item.kind}: {item.reason}" for item in left).most_common())

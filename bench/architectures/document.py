@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench.architectures.check import BATCH, GROUPS, TOLERANCE, Record
-from rir_kernels.surgery.patterns import PATTERNS
+from rir_kernels.surgery.pattern_names import NAMES
 
 HEAD = """# fuse_ on the networks of other libraries
 
@@ -40,7 +40,7 @@ def write(records: list[Record], versions: dict[str, str], folder: Path) -> list
 
 def page(records: list[Record], versions: dict[str, str]) -> str:
     """The Markdown."""
-    used = [pattern for pattern in PATTERNS if any(pattern in record.replaced for record in records)]
+    used = [pattern for pattern in NAMES if any(pattern in record.replaced for record in records)]
     columns = ["network", *used, "run", "left", "error", "back", "fuse_"]
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *(_row(record, used) for record in records)]
     table = [f"| {' | '.join(row)} |" for row in rows]
@@ -66,7 +66,7 @@ def _summary(records):
     for record in records:
         total.update(record.replaced)
     untouched = sum(not record.replaced for record in records)
-    counts = ", ".join(f"{total[pattern]} x {pattern}" for pattern in PATTERNS if total[pattern])
+    counts = ", ".join(f"{total[pattern]} x {pattern}" for pattern in NAMES if total[pattern])
     failed = sum(bool(record.defects) for record in records)
     return (
         f"{len(records)} networks, {sum(total.values())} operations ({counts}). {untouched} networks have nothing to "

@@ -46,10 +46,12 @@ class Chain:
     @property
     def pattern(self) -> str:
         if self.conv is None:
-            return "P5"
+            return "bn_act"
         if self.residuals:
-            return "P4" if not self.post_norm else "P3" if self.scale == 1 else "P6"
-        return "P1" if self.relu or self.norm_has_relu else "P2"
+            if not self.post_norm:
+                return "conv_add_bn_act"
+            return "conv_bn_add_act" if self.scale == 1 else "conv_bn_scaled_add_act"
+        return "conv_bn_act" if self.relu or self.norm_has_relu else "conv_bn"
 
     @property
     def identities(self) -> list[fx.Node]:
@@ -119,7 +121,7 @@ class _Finder:
         chain.norm_has_relu = norm_has_relu(self.child(norm))
         if not chain.norm_has_relu:
             self.forth(chain)
-        return None if chain.pattern == "P5" and not (chain.relu or chain.norm_has_relu) else chain
+        return None if chain.pattern == "bn_act" and not (chain.relu or chain.norm_has_relu) else chain
 
     def back(self, node, residuals=0, scaled=False):
         """(conv, residuals, scale, nodes) of what ends in `node`; residuals, scaled: what has been passed."""

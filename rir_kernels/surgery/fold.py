@@ -20,16 +20,16 @@ from .uses import Pair, Users
 def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionReport:
     """Fold the batch norms of `model` into its convolutions, in place, for inference. Returns `model`.
 
-    Where a convolution's output goes to its norm alone (P1, P2, P3, P6; grouped and dilated ones too), the convolution
-    gets the norm's scale in its weight, and a bias; the norm's place is taken by a `FoldedNorm` that does nothing.
-    Where an identity joins before the norm (P4, the layers of Resnet in Resnet) both are scaled per channel: the norm
-    becomes the affine map that it is, a FoldedNorm with weight and bias, applied in the kernel's epilogue. A norm with
-    no convolution in front (P5) stays. What `fuse_` would refuse to bypass (hooks, parametrizations, subclasses) is
-    left unchanged, and so is a chain of which the model makes another use: a second call of the convolution, another
-    norm that forward may choose, a parameter that is shared or read. Every forward in `model` is traced for such uses;
-    one that cannot be traced, and a hook, are judged by what they hold and the names in their code. So pass the whole
-    model: uses outside it, and methods that no forward calls, are not seen. An attribute that forward decides by should
-    not change afterwards: a flag that skips the norm has no effect on a folded one.
+    Where a convolution's output goes only to its norm (grouped and dilated convolutions too), the convolution gets the
+    norm's scale in its weight, and a bias; the norm's place is taken by a `FoldedNorm` that does nothing. Where an
+    identity joins before the norm (conv_add_bn_act, the layers of Resnet in Resnet) both are scaled per channel: the
+    norm becomes the affine map that it is, a FoldedNorm with weight and bias, applied in the kernel's epilogue. A norm
+    with no convolution in front (bn_act) stays. What `fuse_` would refuse to bypass (hooks, parametrizations,
+    subclasses) is left unchanged, and so is a chain of which the model makes another use: a second call of the
+    convolution, another norm that forward may choose, a parameter that is shared or read. Every forward in `model` is
+    traced for such uses; one that cannot be traced, and a hook, are judged by what they hold and the names in their
+    code. So pass the whole model: uses outside it, and methods that no forward calls, are not seen. An attribute that
+    forward decides by should not change afterwards: a flag that skips the norm has no effect on a folded one.
 
     The weight and bias of such a convolution are new Parameter objects: what refers to the old ones keeps their values.
     Each chain is folded as a whole or not at all, also where an exception ends the call.
@@ -38,9 +38,9 @@ def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionRe
     (`unfuse_` raises). The weights are rounded to their dtype: fold in fp32, and cast afterwards.
 
     Args:
-        dry_run: change nothing, and return a FusionReport: as `replaced` what would be folded (P4: a norm that becomes
-            an affine map; P2: all others, with the convolution), as `skipped` every norm that stays and why. After
-            folding it lists those that stayed.
+        dry_run: change nothing, and return a FusionReport: as `replaced` what would be folded (conv_add_bn_act: a norm
+            that becomes an affine map; conv_bn: all others, with the convolution), as `skipped` every norm that stays
+            and why. After folding it lists those that stayed.
 
     Raises, with nothing changed: ValueError for a model in training mode, TypeError for one that is no nn.Module.
     """
@@ -102,7 +102,7 @@ def _folds(model, report):
             report.skipped.append(Skipped(name, reason, type(norm).__name__))
             continue
         parts = (one.norm,) if conv is None else (one.conv, one.norm)
-        pattern = "P4" if conv is None else "P2"
+        pattern = "conv_add_bn_act" if conv is None else "conv_bn"
         report.replaced.append(Replaced(users.names[module], pattern, class_of(module).__name__, "", parts))
         folds.append(_Fold(name, model.get_submodule(name.rpartition(".")[0]), norm, conv))
     return folds

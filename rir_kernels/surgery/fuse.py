@@ -13,7 +13,8 @@ from .classes import subclass_obstacle
 from .coverage import Ledger
 from .folded_norm import FoldedNorm
 from .macs import macs_share
-from .patterns import PATTERNS, Match, Refusal, families
+from .pattern_names import PATTERNS, pattern_name
+from .patterns import Match, Refusal, families
 from .recording import Untraceable, session
 from .report import FusionReport, Replaced, Skipped
 from .swap import Recipe, changed_class, fused_class, is_covered, is_fused, swap_back, swap_in
@@ -32,10 +33,11 @@ def fuse_(
     """Let conv, BN, (+ identity,) ReLU in a row run as one operation wherever `model` has them, in place.
 
     The forward of each module is traced once by torch.fx, its children black boxes. In its graph Conv2d, BatchNorm2d,
-    ReLU is P1 and without the ReLU P2; P3 adds something behind the norm, P6 to a multiple of it, P4 before the norm;
-    P5 is a norm and ReLU with no convolution in front. A child is looked into where a row crosses its border, if it is
-    an nn.Sequential or of a class that is known (pytorchcv's blocks, `register_pattern`). Known as a whole are
-    RiRLayer and ConvBNAct of rir_kernels.reference and pytorchcv's RiRUnit.
+    ReLU is "conv_bn_act", without the ReLU "conv_bn"; "conv_bn_add_act" adds something after the norm,
+    "conv_bn_scaled_add_act" to a multiple of it, "conv_add_bn_act" before the norm; "bn_act" has no convolution. A
+    child is looked into where a row crosses its border, if it is an nn.Sequential or of a class that is known
+    (pytorchcv's blocks, `register_pattern`). Known as a whole are RiRLayer and ConvBNAct of rir_kernels.reference and
+    pytorchcv's RiRUnit.
 
     Only the class of such a module changes, to a subclass of itself: submodules, parameter objects, state_dict keys,
     hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
@@ -55,7 +57,7 @@ def fuse_(
     Args:
         filter_fn: called as filter_fn(module, name); False leaves that module alone. One that is reached by several
             names is fused only if none of them is refused.
-        patterns: of "P1" ... "P6", those to be fused; None is all.
+        patterns: the names of those to be fused, or "P1" ... "P6"; None is all.
         impl: see functional.conv_bn_act. One that cannot run is refused by the call, not here.
         dry_run: only report what would be done.
         example_inputs: what forward takes, a tensor or a tuple, for report.coverage.macs_share: a copy of the model
@@ -233,7 +235,4 @@ def _check_patterns(patterns):
     if patterns is None:
         return PATTERNS
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    unknown = [name for name in patterns if name not in PATTERNS]
-    if unknown:
-        raise ValueError(f"patterns must be names out of {', '.join(PATTERNS)}, got {', '.join(map(repr, unknown))}")
-    return tuple(sorted(set(patterns)))
+    return tuple(sorted(set(map(pattern_name, patterns))))

@@ -28,6 +28,7 @@ from .fallback import note
 from .granted import Granted, granted
 from .guards import bypass_obstacle, call_obstacle
 from .outside import Outside
+from .pattern_names import pattern_name
 from .reads import Path, Read, child, holds, is_of_the_class, path_of
 from .recording import Untraceable
 from .tracing import Trace
@@ -89,7 +90,8 @@ class Program:
     def states(self, module: nn.Module) -> list[tuple[str, str]]:
         """As Fused._rir_operations."""
         reason = self.obstacle(module)
-        return [(one.pattern, reason or one.obstacle(module)) for one in self.operations]
+        # a program pickled by version 0.1 has codes
+        return [(pattern_name(one.pattern), reason or one.obstacle(module)) for one in self.operations]
 
     def methods(self, original: type) -> tuple[Method, ...]:
         """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
+from .pattern_names import CODES
 
 _SHOWN = 4  # names of a group, before the rest is counted
 
@@ -19,7 +20,8 @@ class Replaced:
     """One fused operation. A container that holds several gives one for each, all with its own name.
 
     name: the module whose forward is replaced, as in named_modules ("" is the model itself); also: its other names.
-    pattern: "P1" ... "P6". kind: the module's class. parts: names of the children that are bypassed.
+    pattern: "conv_bn_act" and so on; code: "P1" ... "P6". kind: the module's class. parts: names of the children that
+    are bypassed.
     """
 
     name: str
@@ -28,6 +30,10 @@ class Replaced:
     impl: str
     parts: tuple[str, ...]
     also: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> str:
+        return CODES[self.pattern]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from .swap import changed_class, is_fused
 class OperationStatus:
     """One operation of a fused model.
 
-    name: the module whose forward was replaced, as in named_modules ("" is the model itself); pattern: "P1" ... "P6".
+    name: the module whose forward was replaced, as in named_modules ("" is the model itself). pattern:
+    "conv_bn_act" and so on.
     fused: whether it would run fused now. reason: why not, or an empty string.
     """
 

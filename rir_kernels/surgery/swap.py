@@ -14,6 +14,7 @@ from torch import nn
 
 from .classes import Method, methods_of, replaced, subclass_of
 from .fallback import note
+from .pattern_names import pattern_name
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Recipe:
     methods: tuple[Method, ...] = None  # type: ignore[assignment] # it is never None once __post_init__ has run
 
     def __post_init__(self):
+        object.__setattr__(self, "patterns", tuple(sorted(map(pattern_name, self.patterns))))  # codes in old pickles
         if self.methods is None:
             also = () if self.program is None else self.program.methods(self.original)
             found = dict.fromkeys((*methods_of(self.original, "forward"), *also))

@@ -43,7 +43,11 @@ def _plain():
 
 def _fused(impl="hybrid"):
     model = _plain()
-    assert [item.pattern for item in rir.fuse_(model, impl=impl).replaced] == ["P1", "P1", "P3"]
+    assert [item.pattern for item in rir.fuse_(model, impl=impl).replaced] == [
+        "conv_bn_act",
+        "conv_bn_act",
+        "conv_bn_add_act",
+    ]
     return model
 
 

@@ -19,8 +19,8 @@ CLOSE = 2e-5
 MODELS = {
     "P1, P3, P2": lambda: Block(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
     "P5, P1": PreBlock,
-    "P4": Generalized,
-    "P6": lambda: Variant(scaled),
+    "conv_add_bn_act": Generalized,
+    "conv_bn_scaled_add_act": lambda: Variant(scaled),
 }
 
 
@@ -43,7 +43,7 @@ def test_same_step(name, training, impl, device):
     golden, fused = copy.deepcopy(original).double(), copy.deepcopy(original)
     operations = len(rir.fuse_(fused, impl=impl).replaced)
     assert operations == len(name.split(", "))
-    inputs = [randn(2, 4, 6, 6, seed=i).float().to(device) for i in range(2 if name == "P4" else 1)]
+    inputs = [randn(2, 4, 6, 6, seed=i).float().to(device) for i in range(2 if name == "conv_add_bn_act" else 1)]
     with fused_calls(operations):
         ours = step(fused, *inputs)
     for name, exact in step(golden, *(x.double() for x in inputs)).items():

@@ -266,9 +266,9 @@ def test_row_54_fuse_and_unfuse_leave_no_trace():
     report = fuse_(model)
     assert report.model is model
     assert [(item.name, item.pattern, item.kind) for item in report.replaced] == [
-        ("stem", "P1", "Sequential"),
-        ("layers.0", "P4", "RiRLayer"),
-        ("layers.1", "P4", "RiRLayer"),
+        ("stem", "conv_bn_act", "Sequential"),
+        ("layers.0", "conv_add_bn_act", "RiRLayer"),
+        ("layers.1", "conv_add_bn_act", "RiRLayer"),
     ]
     assert isinstance(model.layers[0], reference.RiRLayer) and "FusedRiRLayer" in repr(model)
     assert snapshot(model)[0] != before[0]

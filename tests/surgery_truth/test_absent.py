@@ -65,7 +65,7 @@ def of_the_child(m):
 def pair(model):
     original = settle(model).eval()
     fused = copy.deepcopy(original)
-    assert [item.pattern for item in fuse_(fused).replaced] == ["P1"]
+    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_bn_act"]
     assert_same(fused, original, X, calls=1)
     return fused, original
 

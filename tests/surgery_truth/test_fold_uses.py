@@ -356,7 +356,7 @@ def test_the_report_says_what_would_be_done_and_what_stays():
     report = rir.fold_bn_(model, dry_run=True)
     assert not any(isinstance(m, FoldedNorm) for m in model.modules())
     [item] = report.replaced
-    assert (item.name, item.pattern, item.parts) == ("first.stem", "P2", ("0", "1"))
+    assert (item.name, item.pattern, item.parts) == ("first.stem", "conv_bn", ("0", "1"))
     assert [item.name for item in report.skipped] == ["second.stem.1"]
     assert "would fold 1 operations, skipped 1" in str(report)
     after = rir.fold_bn_(rir.fold_bn_(model), dry_run=True)

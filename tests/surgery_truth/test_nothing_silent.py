@@ -244,15 +244,17 @@ def test_left_alone_by_the_caller():
     assert [(item.name, item.reason) for item in report.skipped] == [
         ("0", "excluded by filter_fn"), ("0.conv", "0: excluded by filter_fn"), ("0.bn", "0: excluded by filter_fn")
     ]  # fmt: skip
-    report = fuse_(model, patterns="P3")
-    assert len(report.skipped) == 6 and all("P1 is not among the patterns" in item.reason for item in report.skipped)
+    report = fuse_(model, patterns="conv_bn_add_act")
+    assert len(report.skipped) == 6 and all(
+        "conv_bn_act is not among the patterns" in item.reason for item in report.skipped
+    )
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
-    for patterns in ("P1", None):  # what was asked for first is what runs
+    for patterns in ("conv_bn_act", None):  # what was asked for first is what runs
         report = fuse_(model, patterns=patterns)
         assert report.coverage.operations == report.coverage.fused == 1
         assert [(item.name, item.reason) for item in report.skipped[1:]] == [
-            ("3", "the model itself: P2 is not among the patterns asked for"),
-            ("4", "the model itself: P2 is not among the patterns asked for"),
+            ("3", "the model itself: conv_bn is not among the patterns asked for"),
+            ("4", "the model itself: conv_bn is not among the patterns asked for"),
         ]
 
 

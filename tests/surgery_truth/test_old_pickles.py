@@ -21,6 +21,9 @@ def test_they_load_and_compute_the_same():
             torch.testing.assert_close(model(saved["x"]), expected, rtol=1e-5, atol=1e-6)
     trained, folded, _ = saved["models"]
     assert [len(rir.fusion_status(model)) for model in (trained, folded)] == [1, 2]
-    assert all(entry.fused for model in (trained, folded) for entry in rir.fusion_status(model))
+    status = [entry for model in (trained, folded) for entry in rir.fusion_status(model)]
+    assert [(entry.pattern, entry.fused) for entry in status] == [
+        ("conv_bn_act", True), ("conv_bn_act", True), ("conv_bn", True),
+    ]  # fmt: skip
     rir.unfuse_(trained)
     assert len(rir.fusion_status(trained)) == 0

@@ -143,7 +143,7 @@ def pair(model):
     original = settle(model).eval()
     fused = copy.deepcopy(original)
     report = fuse_(fused)
-    assert [item.pattern for item in report.replaced] == ["P1"], str(report)
+    assert [item.pattern for item in report.replaced] == ["conv_bn_act"], str(report)
     assert_same(fused, original, X, calls=1)
     return fused, original
 

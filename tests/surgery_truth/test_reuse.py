@@ -88,7 +88,7 @@ def pair_of(model, operations=1):
     original = settle(model).eval()
     fused = copy.deepcopy(original)
     report = fuse_(fused)
-    assert [item.pattern for item in report.replaced] == ["P1"] * operations, str(report)
+    assert [item.pattern for item in report.replaced] == ["conv_bn_act"] * operations, str(report)
     return fused, original
 
 

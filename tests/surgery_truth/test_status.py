@@ -26,8 +26,14 @@ from tests.surgery_truth.test_one_by_one import added, of, plain
 from tests.surgery_truth.test_patched_classes import doubled, patched
 
 X = randn(2, 4, 6, 6)
-ALL = [("", "P1"), ("layer1.0", "P1"), ("layer1.0", "P3"), ("layer2.0", "P1"), ("layer2.0", "P3")]
-ALL.append(("layer2.0.downsample", "P2"))
+ALL = [
+    ("", "conv_bn_act"),
+    ("layer1.0", "conv_bn_act"),
+    ("layer1.0", "conv_bn_add_act"),
+    ("layer2.0", "conv_bn_act"),
+    ("layer2.0", "conv_bn_add_act"),
+]
+ALL.append(("layer2.0.downsample", "conv_bn"))
 
 
 @pytest.fixture(autouse=True)
@@ -258,22 +264,24 @@ def counts_differ(m):
 
 
 UNITS = {
-    "layer": (layer, "P4", lambda m: None, "", 0),
-    "layer, hook": (layer, "P4", lambda m: hook(m.conv_rt), f"conv_rt: {HOOK}", 0),
+    "layer": (layer, "conv_add_bn_act", lambda m: None, "", 0),
+    "layer, hook": (layer, "conv_add_bn_act", lambda m: hook(m.conv_rt), f"conv_rt: {HOOK}", 0),
     "layer, one norm in training": (
-        layer, "P4", lambda m: m.bn_t.train(),
+        layer, "conv_add_bn_act", lambda m: m.bn_t.train(),
         "the norms differ in mode, eps, momentum, tracking, affine parameters, dtype or process group", 0,
     ),
     "layer, norm": (
-        layer, "P4", lambda m: setattr(m, "bn_r", nn.Identity()), "bn_r: Identity is not a BatchNorm2d", 1,
+        layer, "conv_add_bn_act", lambda m: setattr(m, "bn_r", nn.Identity()), "bn_r: Identity is not a BatchNorm2d", 1,
     ),
-    "layer, counts": (layer, "P4", counts_differ, "the norms have counted different numbers of batches", 1),
-    "unit": (lambda: settle(reference.ConvBNAct(4, 4, 3)), "P1", lambda m: None, "", 0),
+    "layer, counts": (
+        layer, "conv_add_bn_act", counts_differ, "the norms have counted different numbers of batches", 1,
+    ),
+    "unit": (lambda: settle(reference.ConvBNAct(4, 4, 3)), "conv_bn_act", lambda m: None, "", 0),
     "unit, no ReLU": (
-        lambda: settle(reference.ConvBNAct(4, 4, 3, activation=None)), "P2", lambda m: hook(m.bn), HOOK, 0,
+        lambda: settle(reference.ConvBNAct(4, 4, 3, activation=None)), "conv_bn", lambda m: hook(m.bn), HOOK, 0,
     ),
     "unit, padding": (
-        lambda: settle(reference.ConvBNAct(4, 4, 3)), "P1", lambda m: setattr(m.conv, "padding", "same"),
+        lambda: settle(reference.ConvBNAct(4, 4, 3)), "conv_bn_act", lambda m: setattr(m.conv, "padding", "same"),
         "padding='same': expected numbers", 1,
     ),
 }  # fmt: skip
@@ -301,7 +309,7 @@ def test_pytorchcvs_unit():
     model = settle(rir_cifar.RiRUnit(2, 2, stride=1)).eval()
     rir.fuse_(model)
     halves = X[:, :2], X[:, 2:]
-    assert [(one.pattern, one.fused) for one in rir.fusion_status(model)] == [("P4", True)]
+    assert [(one.pattern, one.fused) for one in rir.fusion_status(model)] == [("conv_add_bn_act", True)]
     with rir.record_calls() as calls:
         model(*halves)
         assert not warned(lambda: model(halves[0], halves[1][:1]))
@@ -328,7 +336,7 @@ def gate(module, x, *, impl):
 @pytest.fixture
 def gates():
     register = rir.register_pattern(
-        Gate, pattern="P3", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d},
+        Gate, pattern="conv_bn_add_act", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d},
         obstacle=lambda module: "it is closed" if module.closed else "",
     )  # fmt: skip
     register(gate)
@@ -342,7 +350,7 @@ def test_forwards_that_are_registered(gates):
         gates(X)
         gates.closed = True  # by its own obstacle, which is no news
         assert not warned(lambda: gates(X))
-        assert [(one.pattern, one.reason) for one in rir.fusion_status(gates)] == [("P3", "it is closed")]
+        assert [(one.pattern, one.reason) for one in rir.fusion_status(gates)] == [("conv_bn_add_act", "it is closed")]
         gates.conv.groups = 2
         with contextlib.suppress(RuntimeError):  # the weight is not that of groups
             assert not gates(X)
@@ -371,7 +379,7 @@ def test_what_is_printed():
     status = rir.fusion_status(fused)
     lines = str(status).splitlines()
     assert lines[0] == "ResNet: 5 of 6 operations run fused" and len(lines) == 9
-    assert lines[3] == f"(the model itself)   P1       no     its norm: {HOOK}"
+    assert lines[3].split(maxsplit=5) == ["(the", "model", "itself)", "conv_bn_act", "no", f"its norm: {HOOK}"]
     assert status._repr_html_().count("<tr>") == 7 and repr(status) == str(status)
     assert str(rir.fusion_status(original)) == "ResNet: 0 of 0 operations run fused"
 

@@ -1,7 +1,8 @@
 """The kinds of module that can be fused, one file each. To add one, write its file and name it here."""
 
+from ..pattern_names import PATTERNS
 from . import own, pytorchcv, reference_unit, registered, rir_layer, rir_unit, timm, traced
-from .base import PATTERNS, Family, Fold, Match, Refusal
+from .base import Family, Fold, Match, Refusal
 from .registered import register_pattern, unregister_pattern
 
 # classes of other libraries whose forward is traced as well, with what has to be known of them

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from ..swap import Fused
 
-PATTERNS = ("P1", "P2", "P3", "P4", "P5", "P6")
-
 
 class Match(NamedTuple):
     """One fused operation: its pattern, and the paths of the children that are bypassed.

@@ -23,8 +23,10 @@ def _runs(module):
     if type(module).forward not in (ConvBNAct.forward, RiRLayer.forward):
         return []
     if isinstance(module, RiRLayer):
-        return [Match("P4", ("bn",))]
-    pattern = "P4" if module.residual_at == "pre_norm" else "P2" if module.activation is None else "P1"
+        return [Match("conv_add_bn_act", ("bn",))]
+    pattern = "conv_bn" if module.activation is None else "conv_bn_act"
+    if module.residual_at == "pre_norm":
+        pattern = "conv_add_bn_act"
     return [Match(pattern, ("conv", "bn"))]
 
 

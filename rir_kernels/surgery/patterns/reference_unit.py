@@ -1,4 +1,4 @@
-"""rir_kernels.reference.ConvBNAct: P1 or P2, or with the residual that a call may bring P3, P4 or P6."""
+"""rir_kernels.reference.ConvBNAct: conv_bn_act or conv_bn, or what a residual that a call may bring makes of it."""
 
 from ... import reference
 from ...common.spec import spec_of_conv
@@ -31,7 +31,7 @@ class FusedConvBNAct(Fused):
 
 
 def _pattern(unit):
-    return "P1" if unit.activation == "relu" else "P2"
+    return "conv_bn_act" if unit.activation == "relu" else "conv_bn"
 
 
 def _obstacle(unit):

@@ -11,8 +11,9 @@ from .. import registry
 from ..classes import BatchNorm2d, Conv2d, Method, methods_of
 from ..fallback import note
 from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
+from ..pattern_names import pattern_name
 from ..reads import Path, child, path_of
-from .base import PATTERNS, Family, Match, Refusal, exactly
+from .base import Family, Match, Refusal, exactly
 from .traced import FusedForward
 
 FAMILIES: dict[type, Family] = {}
@@ -32,7 +33,7 @@ def register_pattern(
 
     With `pattern` it is a decorator for a fused forward written by hand, for what torch.fx cannot trace:
 
-        @rir.register_pattern(Gate, pattern="P3", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d})
+        @rir.register_pattern(Gate, pattern="conv_bn_add_act", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d})
         def gate(module, x, *, impl):
             return rir.surgery.conv_bn_act(x, module.conv, module.bn, None, x, impl=impl)
 
@@ -40,7 +41,7 @@ def register_pattern(
     name if the fused module is to be pickled.
 
     Args:
-        pattern: "P1" ... "P6", as the report names it.
+        pattern: as the report names it, "conv_bn_act" say.
         parts: the children that the function bypasses, by their paths, with the exact class of each. They are looked at
             in every call, and where one is not an untouched instance of it (a hook, a parametrization), the original
             forward runs.
@@ -56,8 +57,7 @@ def register_pattern(
             raise ValueError("parts and obstacle belong to a fused forward: name its pattern and decorate the function")
         registry.inline(kind)
         return kind
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    pattern = pattern_name(pattern)
     if not parts or not all(isinstance(part, type) and issubclass(part, nn.Module) for part in parts.values()):
         raise ValueError("parts must name the children that are bypassed, each with its class, such as nn.Conv2d")
 

@@ -1,4 +1,4 @@
-"""rir_kernels.reference.RiRLayer: P4, with its options and both call forms."""
+"""rir_kernels.reference.RiRLayer: conv_add_bn_act, with its options and both call forms."""
 
 from ... import reference
 from ...common.stream_views import join, split
@@ -44,7 +44,7 @@ class FusedRiRLayer(Fused):
         return y if packed else split(y, self.out_residual)
 
     def _rir_operations(self):
-        return [("P4", _obstacle(_layer(self)))]
+        return [("conv_add_bn_act", _obstacle(_layer(self)))]
 
 
 def _obstacle(layer):
@@ -55,7 +55,7 @@ def _find(module):
     layer = _layer(module)
     parts = tuple(name for name in (*_CONVS, *_NORMS) if name in module._modules)
     reason = four_convs.obstacle(layer)
-    return [Refusal(reason, parts) if reason else Match("P4", parts)]
+    return [Refusal(reason, parts) if reason else Match("conv_add_bn_act", parts)]
 
 
 def _layer(module):

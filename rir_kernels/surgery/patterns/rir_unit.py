@@ -1,4 +1,4 @@
-"""pytorchcv's RiRUnit (pytorchcv.models.rir_cifar, as of 0.0.74): P4.
+"""pytorchcv's RiRUnit (pytorchcv.models.rir_cifar, as of 0.0.74): conv_add_bn_act.
 
     r' = PA_r(res_pass(r) + trans_cross(t) + identity(r)),  t' = PA_t(trans_pass(t) + res_cross(r)),  PA = ReLU(BN(.))
 
@@ -47,13 +47,13 @@ class FusedRiRUnit(Fused):
         return split(y, channels)
 
     def _rir_operations(self):
-        return [("P4", _obstacle(self) or four_convs.counts_obstacle(_layer(self)))]
+        return [("conv_add_bn_act", _obstacle(self) or four_convs.counts_obstacle(_layer(self)))]
 
 
 def _find(unit):
     parts = (*_CONVS, *_ACTIVATIONS)
     reason = _obstacle(unit)
-    return [Refusal(reason, parts) if reason else Match("P4", parts)]
+    return [Refusal(reason, parts) if reason else Match("conv_add_bn_act", parts)]
 
 
 def _library():
