@@ -16,7 +16,7 @@ from .simulate.command import add_simulate
 ROOT = Path(__file__).resolve().parent
 STAND_IN = "on a stand-in for a GPU: what is measured means nothing"
 PIECES = ("first", "gpu")
-DOCUMENTS = ("choose", "report", "compare", "check", "headline", "memory", "architectures", "simulate")
+DOCUMENTS = ("choose", "report", "compare", "check", "headline", "memory", "traffic", "architectures", "simulate")
 COMMANDS = ("all", *SUITES, *PIECES, "tune", *DOCUMENTS)
 
 
@@ -70,6 +70,10 @@ def _parser():
     memory.add_argument("--networks", **_some, help="such as resnet18; default: all")
     memory.add_argument("--batch", default="256", metavar="N", help="images; default: %(default)s")
     memory.set_defaults(run=_memory)
+    traffic = commands.add_parser(
+        "traffic", help="how often a layer passes over memory, counted, written into the README with its picture"
+    )
+    traffic.set_defaults(run=_traffic)
     architectures = commands.add_parser("architectures", help="fuse_ on the networks of other libraries: is all well?")
     architectures.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     architectures.add_argument("--only", **_some, help="networks with this in their names, such as timm/resnet")
@@ -270,6 +274,14 @@ def _memory(options, arguments):
     path = run(names, batch_of(options.batch), options.out, command=arguments)
     console.say(f"wrote {path}" if path else "nothing could be counted")
     return 0 if path else 1
+
+
+def _traffic(_options, _arguments):
+    from . import console
+    from .traffic import update
+
+    console.say(f"traffic: {', '.join(map(str, update(ROOT.parent))) or 'up to date already'}")
+    return 0
 
 
 def _architectures(options, _arguments):

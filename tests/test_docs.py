@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.libraries import torchvision
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("bench/*.md"))]
@@ -15,12 +17,15 @@ def blocks_of(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
-def test_code_blocks_run(page):
+def test_code_blocks_run(page, capsys):
+    if page == README and torchvision() is None:
+        pytest.skip("torchvision cannot be imported here")
     namespace = {"__name__": page.stem}
     for block in blocks_of(page):
         exec(compile(block, str(page), "exec"), namespace)
     if page == README:
-        assert namespace["report"].passed
+        printed = capsys.readouterr().out
+        assert "fused 53 operations: 53 of 53 convolutions" in printed and "equivalent in train mode" in printed
         assert namespace["y"].shape == (2, 192, 16, 16)
         assert namespace["logits"].shape == (2, 10)
 
