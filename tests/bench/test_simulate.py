@@ -59,10 +59,10 @@ def test_an_instruction_and_its_control_bits():
         "LDC R1, c[0x0][0x28]", "LDC", "", ("R1", "c[0x0][0x28]"), stall=4, sets=2, reads=7, waits=()
     )
     found = decode("@!UP0 IADD3 R4, P1, R5.reuse, -R6, RZ", control(2, reads=3, waits=0b001001))
-    assert (found.op, found.guard, found.operands) == ("IADD3", "!UP0", ("R4", "conv_bn_act", "R5", "-R6", "RZ"))
+    assert (found.op, found.guard, found.operands) == ("IADD3", "!UP0", ("R4", "P1", "R5", "-R6", "RZ"))
     assert (found.stall, found.sets, found.reads, found.waits) == (2, 7, 3, (0, 3))
     guarded = decode("BRA P2, `(.L_x_5)", control(5))
-    assert (guarded.op, guarded.guard, guarded.label) == ("BRA", "conv_bn", ".L_x_5")
+    assert (guarded.op, guarded.guard, guarded.label) == ("BRA", "P2", ".L_x_5")
 
 
 def test_a_listing(monkeypatch):
@@ -87,9 +87,9 @@ MAX = 0xFFFFFFFF
 @pytest.mark.parametrize(
     ("text", "given", "expected"),
     [
-        ("IADD3 R0, P1, R1, R2, RZ", {"R1": MAX, "R2": 3}, {"R0": 2, "conv_bn_act": 1}),
-        ("IADD3 R0, P1, R1, -R2, RZ", {"R1": 3, "R2": 5}, {"R0": MAX - 1, "conv_bn_act": 0}),
-        ("IADD3.X R0, R1, R2, RZ, P1, !PT", {"R1": 1, "R2": 2, "conv_bn_act": 1}, {"R0": 4}),
+        ("IADD3 R0, P1, R1, R2, RZ", {"R1": MAX, "R2": 3}, {"R0": 2, "P1": 1}),
+        ("IADD3 R0, P1, R1, -R2, RZ", {"R1": 3, "R2": 5}, {"R0": MAX - 1, "P1": 0}),
+        ("IADD3.X R0, R1, R2, RZ, P1, !PT", {"R1": 1, "R2": 2, "P1": 1}, {"R0": 4}),
         ("UIADD3.64 UR0, UR2, UR4, URZ", {"UR2": MAX, "UR3": 1, "UR4": 1, "UR5": 0}, {"UR0": 0, "UR1": 2}),
         ("IMAD.WIDE R0, R2, R3, RZ", {"R2": MAX, "R3": 2}, {"R0": MAX - 1, "R1": MAX}),  # -1 times 2
         ("IMAD.HI.U32 R0, R2, R3, RZ", {"R2": 1 << 31, "R3": 6}, {"R0": 3}),
@@ -103,10 +103,10 @@ MAX = 0xFFFFFFFF
         ("PRMT R0, R1, 0x5410, R2", {"R1": 0x11112222, "R2": 0x33334444}, {"R0": 0x44442222}),
         ("SGXT R0, R1, 0x8", {"R1": 0x80}, {"R0": MAX - 0x7F}),
         ("VIADDMNMX R0, R1, 0xffffffff, RZ, !PT", {"R1": 0}, {"R0": 0}),  # max(-1, 0)
-        ("ISETP.LT.AND P0, P1, R1, 0x1, P2", {"R1": MAX, "conv_bn": 1}, {"P0": 1, "conv_bn_act": 0}),
-        ("ISETP.LT.U32.AND P0, P1, R1, 0x1, P2", {"R1": MAX, "conv_bn": 1}, {"P0": 0, "conv_bn_act": 1}),
-        ("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x8", {"conv_bn_act": 1, "conv_bn": 0}, {"P0": 0}),  # and
-        ("P2R R0, PR, R1, 0x5", {"R1": 8, "P0": 1, "conv_bn": 1}, {"R0": 13}),
+        ("ISETP.LT.AND P0, P1, R1, 0x1, P2", {"R1": MAX, "P2": 1}, {"P0": 1, "P1": 0}),
+        ("ISETP.LT.U32.AND P0, P1, R1, 0x1, P2", {"R1": MAX, "P2": 1}, {"P0": 0, "P1": 1}),
+        ("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x8", {"P1": 1, "P2": 0}, {"P0": 0}),  # and
+        ("P2R R0, PR, R1, 0x5", {"R1": 8, "P0": 1, "P2": 1}, {"R0": 13}),
         ("I2F.U32.RP R0, R1", {"R1": 16777217}, {"R0": 0x4B800001}),  # 2**24 + 1 is no float: the next one is 2 more
     ],
 )  # fmt: skip
@@ -138,7 +138,7 @@ def test_bits_that_are_not_known_leave_the_others_known():
     program, warp = Program(found, {("P", 1), ("P", 2)}), Warp(SimpleNamespace(index=0), 0, {})
     for index, ins in enumerate(found):
         warp.run(program, index, ins.guard)
-    assert warp.holds("conv_bn_act") is True and warp.holds("!P1") is False and warp.holds("conv_bn") is None
+    assert warp.holds("P1") is True and warp.holds("!P1") is False and warp.holds("P2") is None
     both = either(0b1100, 0b1010)
     assert isinstance(both, Partial) and (both.known, both.unknown) == (0b1000, 0b0110)
     assert both & 0b1001 == 0b1000 and (both | 0b0110) == 0b1110 and either(5, 5) == 5
@@ -166,7 +166,7 @@ def test_predicates_packed_into_a_register_that_nothing_has_set(set_):
     program, warp = Program(found, {("P", 1), ("P", 2), ("R", 1)}), Warp(SimpleNamespace(index=0), 0, {})
     for index, ins in enumerate(found):
         warp.run(program, index, ins.guard)
-    assert warp.holds("conv_bn_act") is set_ and warp.holds("conv_bn") is None
+    assert warp.holds("P1") is set_ and warp.holds("P2") is None
     with pytest.raises(CannotModel, match="depends on what is not followed"):
         warp.read("R[1]")
 

@@ -207,7 +207,7 @@ CONVOLUTION = [
     # launchers
     Mutant(
         "data gradient launched as a forward pass", LAUNCH,
-        "SIGN=-1 if gradient else 1", "SIGN=1", _integers("1x3"),
+        "SIGN=-1 if self.gradient else 1", "SIGN=1", _integers("1x3"),
     ),
     Mutant(
         "data gradient: the residual's part lost", LAUNCH,
@@ -219,7 +219,7 @@ CONVOLUTION = [
     ),
     Mutant(
         "inference: residual joined before the norm", LAUNCH,
-        "POST_NORM=spec.post_norm and not gradient", "POST_NORM=False", INFERENCE,
+        "POST_NORM=spec.post_norm and not self.gradient", "POST_NORM=False", INFERENCE,
     ),
     Mutant(
         "weight packed without a turn", PACKING,

@@ -3,12 +3,14 @@
 Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arguments are taken as validated.
 """
 
+from dataclasses import dataclass
 from math import prod
 from typing import cast
 
 import torch
 
 from rir_kernels.common.memory_format import empty_channels_last
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.kernels.conv import _conv_fwd_kernel
 from rir_kernels.triton.kernels.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
@@ -34,15 +36,15 @@ def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileM
     """z = conv (with its epilogue under "pre_norm") and the per-tile statistics of z."""
     z = empty_channels_last(spec.output_shape(x, weight), x)
     addends = () if spec.post_norm else residuals
-    moments = _launch(x, weight, z, bias=bias, residuals=addends, spec=spec, statistics=True)
-    return z, moments
+    moments = _forward(x, weight, z, addends, spec, bias=bias, statistics=True).run()
+    return z, cast(TileMoments, moments)
 
 
 def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save_z):
     """(y, z or None) of the whole layer with given statistics, in one kernel; `mean`, `var` (C_out,)."""
     y = empty_channels_last(spec.output_shape(x, weight), x)
     z = torch.empty_like(y) if save_z else None
-    _launch(x, weight, y, z_out=z, bias=bias, residuals=residuals, spec=spec, norm=(mean, var, gamma, beta))
+    _forward(x, weight, y, residuals, spec, bias=bias, z_out=z, norm=(mean, var, gamma, beta)).run()
     return y, z
 
 
@@ -61,24 +63,26 @@ def conv_data_grad(
     # 16-bit operands can be read transposed from shared memory; fp32 ones cannot
     weight_t = dz.element_size() == 2
     gradient = {
+        "out": dx,
+        "planes": [dz, None, None, None],
+        "weight": pack_weight(weight, transposed=not weight_t),
+        "weight_t": weight_t,
+        "addends": [dz[:, : spec.shortcut_channels]] if spec.shortcut_channels else [],
+        "spec": spec,
         "c": shape[1],
         "k": weight.shape[0],
         "kernel": tuple(weight.shape[2:]),
-        "addends": [dz[:, : spec.shortcut_channels]] if spec.shortcut_channels else [],
-        "spec": spec,
-        "weight_t": weight_t,
     }
-    packed = pack_weight(weight, transposed=not weight_t)
     if spec.stride != (1, 1):
-        _launch_planes(dz, packed, dx, **gradient)
+        StridedGradientLaunch(**gradient).run()
         return dx, None
     if upstream is not None and not is_describable(upstream.z):
         upstream = None
-    sums = _launch_tiles([dz, None, None, None], packed, dx, gradient=True, upstream=upstream, **gradient)
+    sums = ConvLaunch(**gradient, gradient=True, upstream=upstream).run()
     return dx, cast(torch.Tensor | None, sums)
 
 
-def _launch(x, weight, out, *, residuals, spec, **epilogue):
+def _forward(x, weight, out, residuals, spec, **epilogue) -> "ConvLaunch":
     x = describable(x)
     addends = [describable(residual) for residual in residuals]
     if spec.shortcut_channels:
@@ -88,215 +92,212 @@ def _launch(x, weight, out, *, residuals, spec, **epilogue):
         for plane_h in range(spec.stride[0]):
             for plane_w in range(spec.stride[1]):
                 planes[2 * plane_h + plane_w] = x[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
-    return _launch_tiles(
-        planes,
-        pack_weight(weight, transposed=False),
-        out,
-        c=weight.shape[0],
-        k=weight.shape[1],
-        kernel=tuple(weight.shape[2:]),
-        addends=addends,
-        spec=spec,
-        **epilogue,
-    )
+    c, k, *kernel = weight.shape
+    packed = pack_weight(weight, transposed=False)
+    return ConvLaunch(out, planes, packed, False, addends, spec, c, k, tuple(kernel), **epilogue)
 
 
-def _launch_tiles(
-    planes,
-    packed_weight,
-    out,
-    *,
-    c,
-    k,
-    kernel,
-    addends,
-    spec,
-    z_out=None,
-    bias=None,
-    norm=(None, None, None, None),
-    statistics=False,
-    gradient=False,
-    upstream=None,
-    weight_t=False,
-) -> TileMoments | torch.Tensor | None:
-    """Returns what the epilogue gathers tile by tile: the statistics of z, or the sums of the layer upstream."""
-    n, _, h, w = out.shape
-    padding = _padding(kernel, spec, gradient) if spec.stride == (1, 1) else None
-    problem = Problem(n, h, w, c, k, kernel, out.element_size(), padding)
-    kind = gradient, statistics, norm[0] is not None, z_out is not None, upstream is not None
+@dataclass(frozen=True)
+class _Launch:
+    """A convolution from `planes` to `out`, whatever its tile.
 
-    def attempt(config):
-        return _launch_tiles_of(
-            config, planes, packed_weight, out, c=c, k=k, kernel=kernel, addends=addends, spec=spec, z_out=z_out,
-            bias=bias, norm=norm, statistics=statistics, gradient=gradient, upstream=upstream, weight_t=weight_t,
-        )  # fmt: skip
+    planes: of the input, those of its parities where the stride is two; None where there is none. weight: packed, and
+    read transposed where weight_t. c, k: channels of the output and the input. kernel: its height and width.
+    """
 
-    return _with_room(_conv_fwd_kernel, kind, problem, out, attempt)
+    out: torch.Tensor
+    planes: list[torch.Tensor | None]
+    weight: torch.Tensor
+    weight_t: bool
+    addends: list[torch.Tensor]
+    spec: ConvBNActSpec
+    c: int
+    k: int
+    kernel: tuple[int, int]
 
-
-def _with_room(kernel, kind, problem, out, attempt):
-    """attempt(tile), by the rule's tile or a smaller one."""
-    gpu, tensor_cores = gpu_of(out), uses_tensor_cores(out)
-    return with_tile_fallback(
-        (kernel.__name__, kind, problem, tensor_cores, gpu),
-        kernel.__name__,
-        conv_config(problem, tensor_cores, gpu),
-        attempt,
-        needs=lambda tile: tile.num_stages * stage_bytes(tile, problem),
-        ranked=None if is_forced() else lambda: tiles_for(problem, tensor_cores, gpu),
-    )
-
-
-def _launch_tiles_of(
-    config, planes, packed_weight, out, *, c, k, kernel, addends, spec, z_out, bias, norm, statistics, gradient,
-    upstream, weight_t,
-):  # fmt: skip
-    """With that tile."""
-    n, _, h, w = out.shape
-    tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
-    tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
-    moments = TileMoments.empty(tiles, c, out.device) if statistics else None
-    upstream_args, partial, relu = [None] * 5, None, spec.relu
-    by_descriptor = gpu_of(out).has_descriptors and has_aligned_rows(c, out.element_size())
-
-    def described(tensor, block, box=config.box):
-        return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
-
-    def stored(tensor):
-        return described(tensor, config.block_c) if by_descriptor else tensor
-
-    in_box = config.box
-    if config.fold:
-        in_box = config.box[0], config.box[1] // 2, config.box[2] // 2
-        planes = [planes[0][:, :, plane // 2 :: 2, plane % 2 :: 2] for plane in range(4)]
-    # a plane that no tap meets need not be read
-    met = [
-        plane if prod(_taps_of_plane(kernel, spec, (index // 2, index % 2))) or index == 0 else None
-        for index, plane in enumerate(planes)
-    ]
-    weight = packed_weight.mT if weight_t else packed_weight
-    scale = spec.conv_scale if gradient else spec.branch_scale
-    addends = [described(addend, config.block_c) for addend in addends]
-    if upstream is not None and holds_upstream(config, out.element_size(), gpu_of(out)):
-        z = described(upstream.z, config.block_c)
-        upstream_args = [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta]
-        partial = torch.empty((tiles, 2, c), dtype=torch.float32, device=out.device)
-        relu = upstream.relu
-    with device_guard(out):
-        launch(
-            _conv_fwd_kernel,
-            tiles * cdiv(c, config.groups * config.block_c),
-            *[described(plane, config.block_k, in_box) for plane in met],
-            weight if config.fold else _described_weight(packed_weight, config, weight_t),
-            *addends,
-            *[None] * (2 - len(addends)),
-            stored(out),
-            stored(z_out),
-            bias,
-            *norm,
-            None if moments is None else moments.mean,
-            None if moments is None else moments.m2,
-            None if moments is None else moments.count,
-            *upstream_args,
-            partial,
-            n,
-            h,
-            w,
-            tiles_h,
-            tiles_w,
-            *[out.stride(d) for d in (0, 2, 3)],
-            float(scale) if addends or scale != 1 else None,
-            float(spec.eps),
-            C=c,
-            K=k,
-            KERNEL=kernel,
-            STRIDE=spec.stride,
-            PAD=spec.padding,
-            SIGN=-1 if gradient else 1,
-            WEIGHT_T=weight_t,
-            POST_NORM=spec.post_norm and not gradient,
-            RELU=relu,
-            BOX=config.box,
-            BLOCK_C=config.block_c,
-            GROUPS=config.groups,
-            ROWS=config.rows,
-            SKIPS=config.skips,
-            FOLD=config.fold,
-            WEIGHT_STRIDES=weight.stride() if config.fold else None,
-            BLOCK_K=config.block_k,
-            PRECISION=dot_precision(out),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return moments if statistics else partial
-
-
-def _launch_planes(dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight_t) -> None:
-    """The data gradient at strides of two."""
-    parities = [(p, q) for p in range(spec.stride[0]) for q in range(spec.stride[1])]
-    planes = {(p, q): dx[:, :, p :: spec.stride[0], q :: spec.stride[1]] for p, q in parities}
-    # an image of one row has no odd rows; programs of most taps start first
-    parities = [parity for parity in parities if planes[parity].numel()]
-    parities.sort(key=lambda parity: -prod(_taps_of_plane(kernel, spec, parity)))
-    n, _, h, w = planes[0, 0].shape
-    problem = Problem(n, h, w, c, k, kernel, dx.element_size(), planes=len(parities))
-
-    def attempt(config):
-        _launch_planes_of(
-            config, planes, parities, dz, packed_weight, dx,
-            c=c, k=k, kernel=kernel, addends=addends, spec=spec, weight_t=weight_t,
-        )  # fmt: skip
-
-    _with_room(_conv_bwd_data_kernel, bool(addends), problem, dx, attempt)
-
-
-def _launch_planes_of(
-    config, planes, parities, dz, packed_weight, dx, *, c, k, kernel, addends, spec, weight_t
-) -> None:
-    """With that tile."""
-    n, _, h, w = planes[0, 0].shape
-    tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
-    tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(c, config.groups * config.block_c)
-    outs = [planes[parity] for parity in parities]
-    if gpu_of(dx).has_descriptors and has_aligned_rows(c, dx.element_size()):
-        outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
-    with device_guard(dx):
-        launch(
-            _conv_bwd_data_kernel,
-            tiles * len(parities),
-            describe_pixels(dz, config.box, config.block_k),
-            _described_weight(packed_weight, config, weight_t),
-            describe_pixels(addends[0], config.box, config.block_c) if addends else None,
-            *outs,
-            *[None] * (4 - len(outs)),
-            n,
-            dx.shape[2],
-            dx.shape[3],
-            tiles_h,
-            tiles_w,
-            *[planes[0, 0].stride(d) for d in (0, 2, 3)],
-            float(spec.conv_scale) if spec.conv_scale != 1 else None,
-            C=c,
-            K=k,
-            KERNEL=kernel,
-            STRIDE=spec.stride,
-            PAD=spec.padding,
-            PLANES=tuple(parities),
-            WEIGHT_T=weight_t,
-            BOX=config.box,
-            BLOCK_C=config.block_c,
-            GROUPS=config.groups,
-            BLOCK_K=config.block_k,
-            PRECISION=dot_precision(dx),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    def _run(self, jit_function, kind, problem):
+        """`_at` the rule's tile, or a smaller one that the GPU has room for."""
+        gpu, tensor_cores = gpu_of(self.out), uses_tensor_cores(self.out)
+        return with_tile_fallback(
+            (jit_function.__name__, kind, problem, tensor_cores, gpu),
+            jit_function.__name__,
+            conv_config(problem, tensor_cores, gpu),
+            self._at,
+            needs=lambda tile: tile.num_stages * stage_bytes(tile, problem),
+            ranked=None if is_forced() else lambda: tiles_for(problem, tensor_cores, gpu),
         )
 
+    def _at(self, config):
+        """Launches with that tile."""
+        raise NotImplementedError
 
-def _described_weight(packed_weight, config, weight_t):
-    block = (config.block_k, config.block_c) if weight_t else (config.block_c, config.block_k)
-    # the leading one keeps the left operand of the product in shared memory
-    return describe(packed_weight, [1, *block])
+    def _constants(self, config):
+        """What both kernels are compiled for."""
+        return {
+            "C": self.c, "K": self.k, "KERNEL": self.kernel, "STRIDE": self.spec.stride, "PAD": self.spec.padding,
+            "WEIGHT_T": self.weight_t, "BOX": config.box, "BLOCK_C": config.block_c, "GROUPS": config.groups,
+            "BLOCK_K": config.block_k, "PRECISION": dot_precision(self.out),
+            "num_warps": config.num_warps, "num_stages": config.num_stages,
+        }  # fmt: skip
+
+    def _described_weight(self, config):
+        block = (config.block_k, config.block_c) if self.weight_t else (config.block_c, config.block_k)
+        # the leading one keeps the left operand of the product in shared memory
+        return describe(self.weight, [1, *block])
+
+
+@dataclass(frozen=True)
+class ConvLaunch(_Launch):
+    """Forward, or the data gradient at stride 1, with an epilogue; see `kernels.conv`.
+
+    norm: mean, var, gamma, beta of inference. z_out: where z goes as well. statistics: of z, tile by tile.
+    """
+
+    z_out: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    norm: tuple[torch.Tensor | None, ...] = (None, None, None, None)
+    statistics: bool = False
+    gradient: bool = False
+    upstream: Upstream | None = None
+
+    def run(self) -> TileMoments | torch.Tensor | None:
+        """Returns what the epilogue gathers tile by tile: the statistics of z, or the sums of the layer upstream."""
+        n, _, h, w = self.out.shape
+        padding = self._padding() if self.spec.stride == (1, 1) else None
+        problem = Problem(n, h, w, self.c, self.k, self.kernel, self.out.element_size(), padding)
+        is_inference = self.norm[0] is not None
+        kind = self.gradient, self.statistics, is_inference, self.z_out is not None, self.upstream is not None
+        return self._run(_conv_fwd_kernel, kind, problem)
+
+    def _at(self, config):
+        out, spec = self.out, self.spec
+        n, _, h, w = out.shape
+        tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
+        tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
+        moments = TileMoments.empty(tiles, self.c, out.device) if self.statistics else None
+        upstream, relu, sums = self._upstream_arguments(config, tiles)
+        addends = [_described(addend, config.box, config.block_c) for addend in self.addends]
+        weight = self.weight.mT if self.weight_t else self.weight  # for FOLD, which reads it by its strides
+        scale = spec.conv_scale if self.gradient else spec.branch_scale
+        with device_guard(out):
+            launch(
+                _conv_fwd_kernel,
+                tiles * cdiv(self.c, config.groups * config.block_c),
+                *self._described_planes(config),
+                weight if config.fold else self._described_weight(config),
+                *addends,
+                *[None] * (2 - len(addends)),
+                self._stored(out, config),
+                self._stored(self.z_out, config),
+                self.bias,
+                *self.norm,
+                *([None] * 3 if moments is None else [moments.mean, moments.m2, moments.count]),
+                *upstream,
+                sums,
+                n,
+                h,
+                w,
+                tiles_h,
+                tiles_w,
+                *[out.stride(d) for d in (0, 2, 3)],
+                float(scale) if addends or scale != 1 else None,
+                float(spec.eps),
+                SIGN=-1 if self.gradient else 1,
+                POST_NORM=spec.post_norm and not self.gradient,
+                RELU=relu,
+                ROWS=config.rows,
+                SKIPS=config.skips,
+                FOLD=config.fold,
+                WEIGHT_STRIDES=weight.stride() if config.fold else None,
+                **self._constants(config),
+            )
+        return moments if self.statistics else sums
+
+    def _described_planes(self, config):
+        box, planes = config.box, self.planes
+        if config.fold:
+            x = cast(torch.Tensor, planes[0])
+            box = box[0], box[1] // 2, box[2] // 2
+            planes = [x[:, :, plane // 2 :: 2, plane % 2 :: 2] for plane in range(4)]
+        # a plane that no tap meets need not be read
+        is_met = [prod(_taps_of_plane(self.kernel, self.spec, (i // 2, i % 2))) > 0 or i == 0 for i in range(4)]
+        return [
+            _described(plane if met else None, box, config.block_k) for plane, met in zip(planes, is_met, strict=True)
+        ]
+
+    def _stored(self, tensor, config):
+        """As the kernel writes it: through a descriptor where the GPU has them and its rows are aligned."""
+        by_descriptor = gpu_of(self.out).has_descriptors and has_aligned_rows(self.c, self.out.element_size())
+        return _described(tensor, config.box, config.block_c) if by_descriptor else tensor
+
+    def _upstream_arguments(self, config, tiles):
+        """(arguments for the layer upstream, which ReLU the kernel has, where its sums go or None)"""
+        upstream, out = self.upstream, self.out
+        if upstream is None or not holds_upstream(config, out.element_size(), gpu_of(out)):
+            return [None] * 5, self.spec.relu, None
+        z = _described(upstream.z, config.box, config.block_c)
+        sums = torch.empty((tiles, 2, self.c), dtype=torch.float32, device=out.device)
+        return [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta], upstream.relu, sums
+
+    def _padding(self) -> tuple[int, int]:
+        """Of the convolution that is launched: the data gradient is one with the padding that is left."""
+        if not self.gradient:
+            return self.spec.padding
+        h, w = (size - 1 - pad for size, pad in zip(self.kernel, self.spec.padding, strict=True))
+        return h, w
+
+
+@dataclass(frozen=True)
+class StridedGradientLaunch(_Launch):
+    """The data gradient at strides of two, a sum for each parity plane of `out`; planes: dz first."""
+
+    def run(self) -> None:
+        parities, planes = self._parities()
+        n, _, h, w = planes[0, 0].shape
+        problem = Problem(n, h, w, self.c, self.k, self.kernel, self.out.element_size(), planes=len(parities))
+        self._run(_conv_bwd_data_kernel, bool(self.addends), problem)
+
+    def _parities(self):
+        """Those that `out` has pixels of, those that most taps meet first, and the plane of each."""
+        stride_h, stride_w = self.spec.stride
+        parities = [(p, q) for p in range(stride_h) for q in range(stride_w)]
+        planes = {(p, q): self.out[:, :, p::stride_h, q::stride_w] for p, q in parities}
+        # an image of one row has no odd rows; programs of most taps start first
+        parities = [parity for parity in parities if planes[parity].numel()]
+        parities.sort(key=lambda parity: -prod(_taps_of_plane(self.kernel, self.spec, parity)))
+        return parities, planes
+
+    def _at(self, config):
+        parities, planes = self._parities()
+        n, _, h, w = planes[0, 0].shape
+        tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
+        tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(self.c, config.groups * config.block_c)
+        outs = [planes[parity] for parity in parities]
+        if gpu_of(self.out).has_descriptors and has_aligned_rows(self.c, self.out.element_size()):
+            outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
+        with device_guard(self.out):
+            launch(
+                _conv_bwd_data_kernel,
+                tiles * len(parities),
+                _described(self.planes[0], config.box, config.block_k),
+                self._described_weight(config),
+                _described(self.addends[0], config.box, config.block_c) if self.addends else None,
+                *outs,
+                *[None] * (4 - len(outs)),
+                n,
+                self.out.shape[2],
+                self.out.shape[3],
+                tiles_h,
+                tiles_w,
+                *[planes[0, 0].stride(d) for d in (0, 2, 3)],
+                float(self.spec.conv_scale) if self.spec.conv_scale != 1 else None,
+                PLANES=tuple(parities),
+                **self._constants(config),
+            )
+
+
+def _described(tensor, box, block):
+    return None if tensor is None or tensor.numel() == 0 else describe_pixels(tensor, box, block)
 
 
 def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
@@ -304,10 +305,3 @@ def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
     first = [(p + pad) % stride for p, pad, stride in zip(plane, spec.padding, spec.stride, strict=True)]
     h, w = (cdiv(size - f, stride) for size, f, stride in zip(kernel, first, spec.stride, strict=True))
     return h, w
-
-
-def _padding(kernel, spec, gradient) -> tuple[int, int]:
-    """Of the convolution that is launched: the data gradient is one with the padding that is left."""
-    if not gradient:
-        return spec.padding
-    return tuple(size - 1 - pad for size, pad in zip(kernel, spec.padding, strict=True))
