@@ -11,7 +11,7 @@ import zlib
 import pytest
 import torch
 
-from tests import emulation
+from tests.support import emulation
 
 # the tensors are tiny: more threads only wait for each other
 torch.set_num_threads(1)

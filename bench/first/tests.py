@@ -7,8 +7,8 @@ import time
 
 from bench.process import run_limited
 
-FOLDERS = ("tests/kernels", "tests/citizen", "tests/training", "tests/bench", "tests/fuzz", "tests")
-DRY = ("tests/test_markers.py",)
+FOLDERS = ("tests/kernels", "tests/pytorch", "tests/models/training", "tests/bench", "tests/fuzz", "tests")
+DRY = ("tests/repository/test_markers.py",)
 RESERVE = 10.0  # seconds: what is left when the tests are ended, for the file to be written
 
 

@@ -31,15 +31,23 @@ CELLS = (
 # two minutes on two cores together; none needs other people's networks
 SUITES = {
     "launches": ("tests/kernels/test_launches.py",),  # first: one process makes them all, and takes longest
-    "imports": ("tests/test_imports.py", "tests/test_env.py"),
-    "contract": ("tests/test_functional.py", "tests/test_modules.py", "tests/test_module_state.py"),
-    "compile": ("tests/test_compile.py", "tests/citizen/test_compile_fused.py", "tests/citizen/test_opcheck.py"),
+    "imports": ("tests/repository/test_imports.py", "tests/repository/test_env.py"),
+    "contract": (
+        "tests/functional/test_functional.py",
+        "tests/modules/test_modules.py",
+        "tests/modules/test_module_state.py",
+    ),
+    "compile": (
+        "tests/pytorch/test_compile.py",
+        "tests/pytorch/test_compile_fused.py",
+        "tests/pytorch/test_opcheck.py",
+    ),
     "surgery": (
-        "tests/test_surgery.py",
-        "tests/test_surgery_sequential.py",
-        "tests/test_surgery_traced.py",
-        "tests/test_surgery_fold.py",
-        "tests/surgery_truth/test_outside.py",
+        "tests/surgery/test_surgery.py",
+        "tests/surgery/test_surgery_sequential.py",
+        "tests/surgery/test_surgery_traced.py",
+        "tests/surgery/test_surgery_fold.py",
+        "tests/surgery/test_outside.py",
     ),
     "interpreter": (
         "tests/kernels/test_interpreter.py",

@@ -9,7 +9,7 @@ from bench import peers
 from bench.modules import prepared
 from bench.networks import BasicBlock, Bottleneck
 from models import RiR
-from tests.helpers import (
+from tests.support.helpers import (
     double_precision,  # noqa: F401
     module_results,
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 import rir_kernels as rir
 from bench.peers import cudnn_graph, cudnn_ops, cudnn_plans
-from tests.helpers import assert_same_results, scrambled
+from tests.support.helpers import assert_same_results, scrambled
 
 
 class Block(nn.Module):

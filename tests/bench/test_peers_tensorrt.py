@@ -14,7 +14,7 @@ from bench.networks import BasicBlock, Bottleneck, ResNet
 from bench.peers import tensorrt_engine
 from bench.peers.tensorrt_network import Translation
 from models import RiR
-from tests.helpers import scrambled
+from tests.support.helpers import scrambled
 
 
 class Later:

@@ -9,7 +9,8 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels.common import switches
-from tests.distributed.ranks import (
+from tests.distributed.test_sync_parts import CLOSE
+from tests.support.ranks import (
     assert_same,
     counted_gathers,
     of_all_ranks,
@@ -17,7 +18,6 @@ from tests.distributed.ranks import (
     settled,
     whole_of,
 )
-from tests.distributed.test_sync_parts import CLOSE
 
 pytestmark = pytest.mark.xdist_group("distributed")  # processes of their own: not in two workers at once
 

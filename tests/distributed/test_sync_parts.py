@@ -14,7 +14,7 @@ from torch import nn
 import rir_kernels as rir
 from rir_kernels import reference
 from rir_kernels.common import switches
-from tests.distributed.ranks import (
+from tests.support.ranks import (
     assert_same,
     counted_gathers,
     norms,

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rir_kernels as rir
-from tests.distributed.ranks import assert_same, of_all_ranks, part, settled
-from tests.surgery_helpers import Net
+from tests.support.ranks import assert_same, of_all_ranks, part, settled
+from tests.support.surgery_helpers import Net
 
 pytestmark = pytest.mark.xdist_group("distributed")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

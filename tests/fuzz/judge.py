@@ -11,7 +11,7 @@ import functools
 import torch
 
 from rir_kernels import functional, reference
-from tests.helpers import formula, make_call, output_gradient
+from tests.support.helpers import formula, make_call, output_gradient
 
 from .cases import Case
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rir_kernels as rir
-from tests.helpers import scrambled
+from tests.support.helpers import scrambled
 
 from .cases import DTYPES, LAYOUTS, Written, out_size
 from .judge import laid_out, repeatable

@@ -9,7 +9,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.emulation import gpu
+from tests.support.emulation import gpu
 
 from .cases import Case, cases
 from .judge import check, use_test_settings

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rir_kernels.surgery import fold_bn_, fuse_, unfuse_
-from tests.surgery_helpers import randn
+from tests.support.surgery_helpers import randn
 
 TOLERANCE = 1e-9
 _numbers = itertools.count()

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from tests.emulation import gpu
+from tests.support.emulation import gpu
 
 
 def _target(device, name, *marks):

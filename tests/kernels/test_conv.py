@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.common.spec import ConvBNActSpec
-from tests.emulation import gpu
+from tests.support.emulation import gpu
 
 from .targets import TARGETS, assert_close, crossed, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from tests.surgery_helpers import fused_calls, randn, settle
-from tests.test_surgery_traced import Block, Generalized, PreBlock, Variant, scaled
+from tests.support.surgery_helpers import fused_calls, randn, settle
+from tests.surgery.test_surgery_traced import Block, Generalized, PreBlock, Variant, scaled
 
 from .targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 

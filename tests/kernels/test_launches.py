@@ -6,7 +6,7 @@ import torch
 from rir_kernels.triton.kernels.weight_packing import _pack_weight_kernel
 from rir_kernels.triton.launch import runtime
 from rir_kernels.triton.launch.packing import pack_weight
-from tests.simulated_helpers import needs_compiler, simulated
+from tests.support.simulated_helpers import needs_compiler, simulated
 
 from .targets import TARGETS, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
-from helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 import rir_kernels as rir
 from rir_kernels import functional, reference
+from tests.support.helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 from .targets import INTERPRETED_HALF, TARGETS, crossed, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
 

@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-from helpers import assert_within_budget, make_norm_call, norm_formula, output_gradient, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from rir_kernels.dispatch import bn_state, plan_cache
 from rir_kernels.functional import norm_act
 from rir_kernels.triton.launch import runtime
 from rir_kernels.triton.plan.plan import Plan
+from tests.support.helpers import assert_within_budget, make_norm_call, norm_formula, output_gradient, run
 
 from .targets import TARGETS, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
 

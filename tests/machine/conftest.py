@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import emulation
+from tests.support import emulation
 
 
 @pytest.fixture

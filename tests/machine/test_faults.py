@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests import emulation
+from tests.support import emulation
 
 from .faults import FAULTS as FAULTS_OF
 from .judge import assert_no_race

@@ -5,7 +5,7 @@ import torch
 
 from rir_kernels.common import tracing
 from rir_kernels.functional import conv_bn_act
-from tests.helpers import make_call, run
+from tests.support.helpers import make_call, run
 
 from .layer import tiles_of
 

@@ -7,8 +7,8 @@ from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch import batchnorm, conv
 from rir_kernels.triton.tiling.conv_tiles import use_tile
 from rir_kernels.triton.tiling.tile import ConvConfig
-from tests import emulation
 from tests.kernels.targets import rand
+from tests.support import emulation
 
 pytestmark = pytest.mark.machine
 BFLOAT16 = torch.device("cpu"), torch.bfloat16

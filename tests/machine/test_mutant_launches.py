@@ -11,8 +11,8 @@ from rir_kernels.triton.inspect import waits_first
 from rir_kernels.triton.launch import batchnorm, conv, wgrad
 from rir_kernels.triton.plan.places import Slot, Unplannable
 from rir_kernels.triton.plan.plan import record
-from tests import emulation
 from tests.kernels.targets import rand
+from tests.support import emulation
 
 pytestmark = pytest.mark.machine
 BFLOAT16 = torch.device("cpu"), torch.bfloat16

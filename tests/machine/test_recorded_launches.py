@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rir_kernels as rir
-from tests import emulation
+from tests.support import emulation
 
 pytestmark = pytest.mark.machine
 

@@ -23,7 +23,7 @@ REFUSED = (
 BIAS = ("tests/kernels/test_layer.py::test_within_the_budget[train-triton-cpu-float32-scaled before the norm, bias]",)
 OP = ("tests/kernels/test_plans.py::test_the_op_repeats_its_plans[cpu-float32]",)
 OF_A_BATCH = ("tests/kernels/test_tiles.py::test_few_tiles_serve_the_batches",)
-STREAMS, JOINING = "tests/test_streams.py", "tests/test_joining.py"
+STREAMS, JOINING = "tests/functional/test_streams.py", "tests/functional/test_joining.py"
 
 CALLS = [
     Mutant(

@@ -2,7 +2,7 @@
 
 from .mutant import Mutant
 
-TRUTH = "tests/surgery_truth"
+TRUTH = "tests/surgery"
 
 
 def _fault(name, file, old, new, test):

@@ -11,7 +11,7 @@ from torch import nn
 
 import rir_kernels as rir
 from rir_kernels.surgery import fuse_, unfuse_
-from tests.citizen.networks import BasicBlock, Bottleneck, ResNet
+from tests.pytorch.networks import BasicBlock, Bottleneck, ResNet
 
 RATE = 0.01
 

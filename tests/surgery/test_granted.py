@@ -1,0 +1,219 @@
+"""What forward asks in ways that leave no trace: which of two names is which, classes, attributes by a string.
+
+Modules and parameters with two names, of which a graph has one, may be different things later.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rir_kernels.surgery import fuse_
+from tests.support.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
+
+X = randn(2, 4, 6, 6)
+
+
+class Net(nn.Module):
+    """forward goes by the second name of a convolution, of a part of a Sequential, and of a tied parameter."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.conv, self.bn, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.again, self.body = self.conv, nn.Sequential(self.conv)
+        self.tied = nn.Conv2d(4, 4, 1)
+        self.tied.weight = self.other.weight
+
+    def forward(self, x):
+        if self.way == "child":
+            return F.relu(self.bn(self.again(x)) + self.other(x))
+        if self.way == "inlined":
+            return F.relu(self.bn(self.body(x)) + self.other(x))
+        return F.relu(self.bn(self.conv(x)) + F.conv2d(x, self.tied.weight))
+
+
+def new_conv(m):
+    m.conv = copy.deepcopy(m.conv)
+    m.conv.weight.data.mul_(2)
+
+
+def all_names_of_its_own(m):
+    new_conv(m)
+    m.again = m.conv
+
+
+def new_weight(m):
+    m.other.weight = nn.Parameter(2 * m.other.weight.detach())
+
+
+def both_names(m):
+    m.conv = m.again = m.body[0] = copy.deepcopy(m.conv)
+    m.conv.weight.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("way", "change", "calls"),
+    [
+        ("child", new_conv, 0), ("inlined", new_conv, 0), ("inlined", all_names_of_its_own, 0),
+        ("child", all_names_of_its_own, 1), ("tied", new_weight, 0), ("child", both_names, 1),
+        ("inlined", both_names, 1),
+    ],
+)  # fmt: skip
+def test_one_of_the_names_gets_another(way, change, calls):
+    original = settle(Net(way)).eval()
+    fused = copy.deepcopy(original)
+    assert [item.pattern for item in fuse_(fused, filter_fn=lambda module, name: not name).replaced] == [
+        "conv_bn_add_act"
+    ]
+    assert_same(fused, original, X)
+    for model in (fused, original):
+        change(model)
+    assert_same(fused, original, X, calls=calls)
+
+
+def test_one_of_the_names_of_a_compiled_model():
+    original = settle(Net("child")).eval()
+    fused = copy.deepcopy(original)
+    fuse_(fused)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    for change in (lambda m: None, new_conv):
+        for model in (fused, original):
+            change(model)
+        torch.testing.assert_close(compiled(X), original(X), **CLOSE)
+
+
+class Asking(nn.Module):
+    """forward: what is asked, as a number."""
+
+    kind, rates = 1, (1.0,)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([nn.Tanh()])
+
+    def block(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+def _asks(number):
+    return lambda: type("Net", (Asking,), {"forward": lambda self, x: self.block(x) * (1 + number(self))})()
+
+
+class BySuper(Asking):
+    def forward(self, x):
+        return self.block(x) * super().kind
+
+
+class ByImport(Asking):
+    def forward(self, x):
+        from math import tau
+
+        return self.block(x) * tau
+
+
+def other_is(value):
+    return lambda patch, model: setattr(model, "other", value())
+
+
+def of_the_class(name, value):
+    return lambda patch, model: patch.setattr(Asking, name, value)
+
+
+def of_the_weight(patch, model):
+    model.other.weight = model.bn.weight
+
+
+def the_norm(patch, model):
+    model.other = model.bn
+
+
+def in_a_list(patch, model):
+    model.layers[0] = nn.ReLU()
+
+
+ASKED = {
+    "type": (_asks(lambda m: type(m).kind), of_the_class("kind", 2)),
+    "class": (_asks(lambda m: m.__class__.kind), of_the_class("kind", 2)),
+    "class, absent": (
+        _asks(lambda m: getattr(type(m), "absent", 0)),
+        lambda p, m: p.setattr(Asking, "absent", 1, False),
+    ),
+    "super": (BySuper, of_the_class("kind", 2)),
+    "import": (ByImport, lambda patch, model: patch.setattr(math, "tau", 1.0)),
+    "a module's, absent": (_asks(lambda m: hasattr(nn, "absent")), lambda p, m: p.setattr(nn, "absent", 1, False)),
+    "type of a child": (_asks(lambda m: type(m.other) is nn.BatchNorm2d), other_is(nn.Identity)),
+    "isinstance": (_asks(lambda m: isinstance(m.other, nn.BatchNorm2d)), other_is(nn.Identity)),
+    "isinstance in a list": (_asks(lambda m: sum(isinstance(one, nn.Tanh) for one in m.layers)), in_a_list),
+    "name of the class": (_asks(lambda m: m.other.__class__.__name__ == "Identity"), other_is(nn.Identity)),
+    "same child": (_asks(lambda m: m.bn is m.other), the_norm),
+    "equal child": (_asks(lambda m: m.bn == m.other), the_norm),
+    "same weight": (_asks(lambda m: m.bn.weight is m.other.weight), of_the_weight),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_answer_is_another_one(name, monkeypatch):
+    make, change = ASKED[name]
+    original = settle(make()).eval()
+    fused = copy.deepcopy(original)
+    assert len(fuse_(fused).replaced) == 1
+    with fused_calls(1):
+        before = fused(X)
+    with monkeypatch.context() as patch, fused_calls(0):
+        for model in (fused, original):
+            change(patch, model)
+        assert torch.equal(fused(X), original(X)) and not torch.allclose(fused(X), before)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (lambda m: m.__dict__.get("absent", 1), "__dict__"), (lambda m: vars(m).get("absent", 1), "vars"),
+        (lambda m: globals().get("ABSENT", 1), "globals"), (lambda m: eval("X.size(0)"), "eval"),
+    ],
+)  # fmt: skip
+def test_what_may_be_anything_is_refused(number, reason):
+    report = fuse_(settle(_asks(number)()))
+    assert not report.replaced and reason in report.skipped[0].reason, str(report)
+
+
+class Named(Asking):
+    """An attribute has the name of a function that reads anything."""
+
+    vars = 2
+
+    def forward(self, x):
+        return self.block(x) * self.vars
+
+
+def test_an_attribute_of_such_a_name():
+    assert fuse_(settle(Named())).replaced
+
+
+class Shared(nn.Module):
+    """One norm, called by a fused child and by a forward that is not fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), self.bn, nn.ReLU())
+
+    def forward(self, x):
+        return self.body(self.bn(torch.tanh(self.conv(x))))
+
+
+def test_a_norm_that_is_called_elsewhere_keeps_its_backward():
+    """torch's norm keeps the running statistics for backward: those that are moved since are not another version."""
+    original = settle(Shared())
+    fused = copy.deepcopy(original)
+    fuse_(fused)
+    version = fused.bn.running_mean._version
+    assert_same(fused, original, X)
+    assert fused.bn.running_mean._version == version
+    with fused_calls(1):
+        fused(X)

@@ -1,0 +1,176 @@
+"""One block that cannot be fused, or whose names Python cannot spell, keeps no other block from being fused.
+
+The tolerance is surgery_helpers'.
+"""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rir_kernels.surgery import fold_bn_, fuse_
+from rir_kernels.surgery.patterns import traced
+from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
+
+X = randn(2, 4, 6, 6)
+
+
+def good():
+    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+class Named(nn.Module):
+    """Its children have these names; so has a parameter, and a decoy stands where an escape would lead."""
+
+    def __init__(self, name, decoy):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name = name
+        self.add_module(name, nn.Conv2d(4, 4, 1))
+        self.add_module(decoy, nn.Conv2d(4, 4, 1))
+        self.inner = nn.ModuleDict({name: nn.Conv2d(4, 4, 1), decoy: nn.Conv2d(4, 4, 1)})
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.holder = nn.Module()
+        self.holder.register_parameter(name, nn.Parameter(torch.full((1,), 2.0)))
+        self.holder.register_parameter(decoy, nn.Parameter(torch.full((1,), 3.0)))
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(getattr(self, self.name)(x))))
+        return self.inner[self.name](y) * getattr(self.holder, self.name)
+
+
+NAMES = [
+    ("class", "klass"), ("None", "none"), ("print", "print_"), ("a\\there", "a\there"), ("it's", 'it"s'),
+    ("1", "2"), ("naïve", "naive"), ("a b", "a_b"), ("{x}", "x"), ("x", "y"), ("line\nbreak", "line"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "decoy"), NAMES)
+def test_names_of_children(name, decoy):
+    original = settle(Named(name, decoy))
+    fused = copy.deepcopy(original)
+    report = fuse_(fused)
+    assert [item.pattern for item in report.replaced] == ["conv_bn_act"] and report.coverage.fused == 1
+    assert len(report.skipped) == report.coverage.convolutions - 1
+    assert all("no norm behind it" in item.reason for item in report.skipped)
+    assert_same(pickle.loads(pickle.dumps(fused)), original, X)
+
+
+@pytest.mark.parametrize("name", ["class", "a\\there"])
+def test_names_of_the_parts(name):
+    torch.manual_seed(0)
+    original = good()
+    original.add_module(name, nn.Conv2d(4, 4, 1))
+    original.add_module("if", nn.BatchNorm2d(4))
+    fused = copy.deepcopy(settle(original))
+    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_bn_act", "conv_bn"]
+    assert_same(fused, original, X, calls=2)
+
+
+class Doubled(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), function
+
+    def forward(self, x):
+        return F.relu(self.bn(self.function(self.conv(x), x)))
+
+
+def with_itself(z, x):
+    return z + z
+
+
+def with_itself_in_place(z, x):
+    z += z
+    return z
+
+
+def with_itself_scaled(z, x):
+    return z * 0.5 + z
+
+
+def with_itself_and_x(z, x):
+    return (z + z) + x
+
+
+@pytest.mark.parametrize("function", [with_itself, with_itself_in_place, with_itself_scaled, with_itself_and_x])
+def test_sums_with_itself(function):
+    torch.manual_seed(0)
+    original = settle(nn.Sequential(Doubled(function), good()))
+    fused = copy.deepcopy(original)
+    assert [item.pattern for item in fuse_(fused).replaced] == ["bn_act", "conv_bn_act"]
+    assert_same(fused, original, X, calls=2)
+
+
+class OnAConstant(nn.Module):
+    """Fails when it is called, but not when it is looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(1.0)) + x
+
+
+def test_a_constant_is_skipped():
+    report = fuse_(nn.Sequential(OnAConstant(), good()))
+    assert [item.name for item in report.replaced] == ["1"]
+    assert [item.name for item in report.skipped] == ["0", "0.conv", "0.bn"]
+    assert all("constant" in item.reason for item in report.skipped)
+
+
+class Scripted(nn.Module):
+    def __init__(self, scripted):
+        super().__init__()
+        self.a, self.b = good(), scripted
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["scripted", "traced"])
+@pytest.mark.parametrize("change", [fuse_, fold_bn_])
+def test_scripted_children_are_left_alone(make, change):
+    torch.manual_seed(0)
+    original = settle(Scripted(make(settle(good()).eval()))).eval()
+    changed = copy.deepcopy(original)
+    done = change(changed)
+    assert change is fold_bn_ or [item.name for item in done.replaced] == ["a"]
+    assert change is fuse_ or not isinstance(changed.a[1], nn.BatchNorm2d)
+    torch.testing.assert_close(changed(X), original(X), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_model():
+    report = fuse_(torch.jit.script(good()))
+    assert not report.replaced
+
+
+@pytest.mark.parametrize("place", ["find", "program"])
+def test_a_fault_of_ours_skips_its_block_only(monkeypatch, place):
+    model = nn.Sequential(good(), good())
+
+    right = getattr(traced.FAMILY, place)
+
+    def faulty(module, *args):
+        if module is model[0]:
+            raise KeyError("a node")
+        return right(module, *args)
+
+    monkeypatch.setattr(traced, "FAMILY", dataclasses.replace(traced.FAMILY, **{place: faulty}))
+    report = fuse_(model)
+    assert [item.name for item in report.replaced] == ["1"]
+    reason = "it cannot be fused: KeyError: 'a node'"
+    found = [(item.name, item.reason) for item in report.skipped]
+    assert found == [("0", reason), ("0.0", f"0: {reason}"), ("0.1", f"0: {reason}")]
+
+
+def test_a_fault_of_the_caller_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        fuse_(good(), filter_fn=lambda module, name: 1 / 0)

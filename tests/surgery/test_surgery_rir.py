@@ -1,0 +1,377 @@
+"""fuse_ on generalized residual layers, reference.RiRLayer and pytorchcv's RiRUnit; tolerance as in surgery_helpers."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from rir_kernels import reference
+from rir_kernels.surgery import fuse_, unfuse_
+from tests.support.surgery_helpers import (
+    ANY_CHANGES,
+    CONV_CHANGES,
+    NORM_CHANGES,
+    RELU_CHANGES,
+    assert_same,
+    fused_calls,
+    randn,
+    settle,
+)
+
+rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
+
+
+def unit(stride=1, out_channels=4):
+    model = settle(rir_cifar.RiRUnit(4, out_channels, stride))
+    for postactiv in (model.res_postactiv, model.trans_postactiv):
+        postactiv.activ.inplace = False  # torch refuses a backward hook before an activation in place
+    return model
+
+
+def layer(**options):
+    return settle(reference.RiRLayer(8, options.pop("out_channels", 8), **options))
+
+
+def pair_of(module):
+    """(fused, original) with the same values."""
+    fused = copy.deepcopy(module)
+    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_add_bn_act"]
+    return fused, module
+
+
+R, T = randn(3, 4, 6, 6, seed=1), randn(3, 4, 6, 6, seed=2)
+BOTH = {"unit": unit, "layer": layer}
+# the same roles in both: a residual-to-transient convolution, the norms of r and t
+CONV = {"unit": "res_cross_conv", "layer": "conv_rt"}
+NORMS = {"unit": ("res_postactiv.bn", "trans_postactiv.bn"), "layer": ("bn_r", "bn_t")}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("stride", "out_channels"), [(1, 4), (2, 8), (1, 6), (2, 4)])
+def test_unit(stride, out_channels, training):
+    fused, original = pair_of(unit(stride, out_channels).train(training))
+    for _ in range(2):  # the second step shows what the first one left in the buffers
+        assert_same(fused, original, R, T)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "out_channels": 12},
+        {"stride": 2, "out_channels": 5, "shortcut": "projection"},
+        {"shortcut": "projection"},  # the identity: the shape does not change
+        {"shortcut": "none", "kernel_size": 1},
+        {"residual_fraction": 0.25, "branch_scale": 0.3, "kernel_size": 5},
+        {"residual_fraction": 0, "out_channels": 6},
+        {"residual_fraction": 1, "out_channels": 6},
+        {"residual_fraction": 1, "eps": 0.1, "momentum": None},
+    ],
+    ids=str,
+)
+def test_layer(options, training):
+    fused, original = pair_of(layer(**options).train(training))
+    x = randn(3, 8, 6, 6)
+    for _ in range(2):
+        assert_same(fused, original, x)
+    r, t = x[:, : original.in_residual], x[:, original.in_residual :]
+    size = 6 // original.stride
+    for channels in (0, 1, original.out_channels):
+        assert_same(fused, original, r, t, outer=randn(3, channels, size, size, seed=3))
+    if t.shape[1] == 0:
+        assert_same(fused, original, r, None)
+
+
+def test_adjacent_streams_and_separate_ones_agree():
+    fused, original = pair_of(unit())
+    packed = torch.cat([R, T], dim=1)
+    with fused_calls(2):
+        assert_same(fused, original, R, T)
+        for found, expected in zip(fused(packed[:, :4], packed[:, 4:]), original(R, T), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("change", CONV_CHANGES)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_changed_convolution(kind, change, before):
+    _check_change(kind, CONV[kind], CONV_CHANGES[change], before)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("change", NORM_CHANGES)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_changed_norm(kind, change, before):
+    _check_change(kind, NORMS[kind][1], NORM_CHANGES[change], before)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("res_postactiv.activ", name) for name in RELU_CHANGES] + [("trans_postactiv", name) for name in ANY_CHANGES],
+)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_changed_activation(part, change, before):
+    _check_change("unit", part, RELU_CHANGES[change], before)
+
+
+DISAGREEMENTS = {
+    "mode": lambda r, t: t.eval(),
+    "eps": lambda r, t: setattr(r, "eps", 0.5),
+    "momentum": lambda r, t: setattr(t, "momentum", 0.7),
+    "cumulative": lambda r, t: setattr(t, "momentum", None),
+    "tracking": lambda r, t: setattr(t, "track_running_stats", False),
+    "affine": lambda r, t: setattr(t, "weight", None),
+    "buffers": lambda r, t: (setattr(r, "running_mean", None), setattr(r, "running_var", None)),
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("change", DISAGREEMENTS)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_norms_that_disagree(kind, change, before):
+    def apply(model):
+        DISAGREEMENTS[change](*(model.get_submodule(name) for name in NORMS[kind]))
+
+    _check(kind, apply, before)
+
+
+OPTIONS = {
+    "groups": {"groups": 2},
+    "dilation": {"dilation": 2, "padding": 2},
+    "padding_mode": {"padding_mode": "circular"},
+    "kernel size": {"kernel_size": 5, "padding": 2},
+    "bias": {"bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_replaced_by_a_convolution_of_another_kind(kind, option, before):
+    options = {"kernel_size": 3, "padding": 1, "bias": False} | OPTIONS[option]
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, **options).double()
+    _check(kind, lambda model: setattr(model, CONV[kind], copy.deepcopy(conv)), before)
+
+
+def _check_change(kind, part, change, before):
+    _check(kind, lambda model: change(model.get_submodule(part)) and None, before)
+
+
+def _check(kind, change, before):
+    """Changed before: refused, with the reason. Changed after: the unfused model's numbers, bit by bit."""
+    fused, original = BOTH[kind](), BOTH[kind]()
+    fused.load_state_dict(original.state_dict())
+    change(original)
+    if before:
+        change(fused)
+        report = fuse_(fused)
+        assert report.skipped[0].name == "" and report.skipped[0].reason
+        assert type(fused) is type(original)
+        calls = len(report.replaced)  # norm and ReLU of a stream
+    else:
+        assert fuse_(fused).replaced
+        change(fused)
+        calls = 0
+    assert_same(fused, original, R, T, exact=True, calls=calls)
+
+
+KEPT = {
+    "frozen by eval": lambda m, norms: [norm.eval() for norm in norms],
+    "no gradients": lambda m, norms: [p.requires_grad_(False) for p in m.parameters()],
+    "some gradients": lambda m, norms: [p.requires_grad_(False) for p in [*m.parameters()][::2]],
+    "momentum": lambda m, norms: [setattr(norm, "momentum", 0.9) for norm in norms],
+    "cumulative": lambda m, norms: [setattr(norm, "momentum", None) for norm in norms],
+    "eps": lambda m, norms: [setattr(norm, "eps", 0.5) for norm in norms],
+    "no tracking": lambda m, norms: [setattr(norm, "track_running_stats", False) for norm in norms],
+    "no affine": lambda m, norms: [setattr(norm, name, None) for norm in norms for name in ("weight", "bias")],
+    "no statistics": lambda m, norms: [setattr(n, f"running_{name}", None) for n in norms for name in ("mean", "var")],
+    "weights in place": lambda m, norms: [p.data.mul_(1.5) for p in m.parameters()],
+    "new parameter": lambda m, norms: setattr(norms[0], "weight", nn.Parameter(norms[0].weight.detach() * 2)),
+    "reset norm": lambda m, norms: norms[0].reset_parameters(),
+    "counters": lambda m, norms: norms[1].num_batches_tracked.fill_(7),
+}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("change", KEPT)
+@pytest.mark.parametrize("training", [True, False])
+def test_changes_that_the_fused_layer_follows(kind, change, training):
+    fused, original = pair_of(BOTH[kind]().train(training))
+    for model in (fused, original):
+        KEPT[change](model, [model.get_submodule(name) for name in NORMS[kind]])
+    for _ in range(2):
+        assert_same(fused, original, R, T)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_cumulative_average_needs_equal_counts(kind):
+    fused, original = pair_of(BOTH[kind]())
+    for model in (fused, original):
+        norms = [model.get_submodule(name) for name in NORMS[kind]]
+        norms[0].momentum = norms[1].momentum = None
+        norms[1].num_batches_tracked.fill_(3)
+    assert_same(fused, original, R, T, exact=True, calls=0)
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_tensors_that_are_no_longer_registered(kind):
+    """As a network that makes another one's weights leaves them: the layer takes them by their names."""
+    for part, name in ((CONV[kind], "weight"), (NORMS[kind][0], "bias")):
+        fused, original = pair_of(BOTH[kind]())
+        for model in (fused, original):
+            owner = model.get_submodule(part)
+            value = getattr(owner, name).detach() * 2
+            delattr(owner, name)
+            setattr(owner, name, value)
+        assert_same(fused, original, R, T)
+
+
+def test_one_norm_for_both_streams_is_left_alone():
+    fused, original = pair_of(unit())
+    for model in (fused, original):
+        model.trans_postactiv.bn = model.res_postactiv.bn
+    assert_same(fused, original, R, T, exact=True, calls=0)
+    assert "share one norm" in fuse_(unfuse_(fused)).skipped[0].reason
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_projection_keeps_its_hooks(stride):
+    fused, original = pair_of(unit(stride, 8))
+    for model in (fused, original):
+        model.identity_conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    assert_same(fused, original, R, T)
+
+
+def test_another_projection_is_left_alone():
+    fused, original = pair_of(unit(2, 8))
+    for model in (fused, original):
+        model.identity_conv = nn.Sequential(model.identity_conv, nn.BatchNorm2d(8).double())
+    assert_same(fused, original, R, T, exact=True, calls=0)
+
+
+def test_streams_that_broadcast_are_left_alone():
+    fused, original = pair_of(unit())
+    assert_same(fused, original, R, T[:1], exact=True, calls=0)
+
+
+def _conv(inputs, outputs, **options):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **options).double()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_what_fits_only_in_sum_raises_as_before(kind):
+    """Packed, it would go through unnoticed."""
+    for model in pair_of(BOTH[kind]()):
+        for inputs in ((R[:, :3], torch.cat([R[:, 3:], T], dim=1)), (R.float(), T), (R[0], T[0])):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                model(*inputs)
+    for model in pair_of(BOTH[kind]()):
+        for name, channels in zip(NORMS[kind], (3, 5), strict=True):
+            model.get_submodule(name).__init__(channels, dtype=torch.float64)
+        with pytest.raises(RuntimeError):
+            model(R, T)
+
+
+def test_convolutions_that_fit_only_in_sum_raise_as_before():
+    for model in pair_of(layer()):
+        model.conv_rr, model.conv_rt, model.conv_tr, model.conv_tt = _conv(3, 4), _conv(3, 4), _conv(5, 4), _conv(5, 4)
+        with pytest.raises(RuntimeError):
+            model(R, T)
+    for stride, channels in ((2, 4), (1, 6)):
+        for model in pair_of(unit()):
+            for name in ("res_pass_conv", "res_cross_conv", "trans_cross_conv", "trans_pass_conv"):
+                setattr(model, name, _conv(4, channels, stride=stride))
+            for postactiv in (model.res_postactiv, model.trans_postactiv):
+                postactiv.bn = nn.BatchNorm2d(channels).double()
+            with pytest.raises(RuntimeError):  # the identity has another shape
+                model(R, T)
+
+
+@pytest.mark.parametrize("x", [randn(3, 7, 6, 6), randn(8, 6, 6)], ids=["channels", "dimensions"])
+def test_packed_input_of_another_shape(x):
+    for model in pair_of(layer(stride=2, shortcut="projection")):
+        with pytest.raises(ValueError, match=r"x must have the shape \(N, 8, H, W\)"):
+            model(x)
+
+
+def test_a_call_that_raises_changes_nothing():
+    fused = unit()
+    fuse_(fused, impl="triton")  # there are no fp64 kernels
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises((TypeError, ImportError)):
+        fused(R, T)
+    for name, value in fused.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_runs_in_the_implementation_asked_for():
+    fused = copy.deepcopy(original := unit(2, 8).float())
+    assert fuse_(fused, impl="reference").replaced[0].impl == "reference"
+    with fused_calls(1) as calls:
+        found = fused(R.float(), T.float())
+    assert [call.impl for call in calls] == ["reference"]
+    for a, b in zip(found, original(R.float(), T.float()), strict=True):
+        torch.testing.assert_close(a, b)  # fp32 at its default tolerance: a few rounding errors
+
+
+def test_subclasses_are_refused():
+    class Wider(rir_cifar.RiRUnit):
+        def forward(self, x_res, x_trans):
+            return super().forward(2 * x_res, x_trans)
+
+    class Other(reference.RiRLayer):
+        pass
+
+    report = fuse_(nn.ModuleList([Wider(4, 4, 1), Other(8, 8)]), patterns="conv_add_bn_act")
+    assert not report.replaced
+    refused = [item for item in report.skipped if "subclass" in item.reason]
+    assert [(item.name, item.within) for item in refused[:2]] == [("0", None), ("1", None)]
+    # their convolutions and norms; two of the norms have a ReLU behind, for another pattern
+    assert [item.within for item in refused[2:]] == ["0"] * 4 + ["1"] * 6
+
+
+def test_pytorchcv_is_not_imported(monkeypatch):
+    model = unit()
+    monkeypatch.delitem(sys.modules, "pytorchcv.models.rir_cifar")
+    assert "conv_add_bn_act" not in [item.pattern for item in fuse_(model).replaced]
+    assert "pytorchcv.models.rir_cifar" not in sys.modules
+
+
+class TestRirCifar10:
+    """The real network, 18 layers wide, at batch 2 and full image size: slow enough to be built once."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def models(cls):
+        torch.manual_seed(0)
+        original = rir_cifar.rir_cifar10()
+        fused = copy.deepcopy(original)
+        parameters, keys = list(fused.parameters()), list(fused.state_dict())
+        report = fuse_(fused)
+        found = [(item.pattern, item.kind) for item in report.replaced]
+        assert found == [("conv_bn_act", "ConvBlock")] * 2 + [("conv_add_bn_act", "RiRUnit")] * 16 + [
+            ("conv_bn", "ConvBlock")
+        ]
+        # convolutions of the identity, and the last one, which is for the logits
+        assert {(item.kind, item.within) for item in report.skipped} == {("Conv2d", None)}
+        assert report.coverage.convolutions == report.coverage.fused + len(report.skipped)
+        assert list(fused.state_dict()) == keys
+        assert all(new is old for new, old in zip(fused.parameters(), parameters, strict=True))
+        assert sum(p.numel() for p in fused.parameters()) == 9_492_980
+        return fused, original
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_same_function(self, models, training):
+        fused, original = (copy.deepcopy(model).double().train(training) for model in models)
+        assert_same(fused, original, randn(2, 3, 32, 32), calls=19)
+
+    def test_unfused_is_bit_identical(self, models):
+        fused, original = (copy.deepcopy(model).eval() for model in models)
+        x = randn(2, 3, 32, 32).float()
+        with fused_calls(0), torch.no_grad():
+            assert torch.equal(unfuse_(fused)(x), original(x))
+        assert [type(m) for m in fused.modules()] == [type(m) for m in original.modules()]

@@ -1,0 +1,227 @@
+"""The swapped class under everything that copies, stores, traces or wraps a module; tolerance as in surgery_helpers."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rir_kernels import reference
+from rir_kernels.surgery import fuse_, unfuse_
+from tests.support.surgery_helpers import (
+    CLOSE,
+    OPERATIONS,
+    Net,
+    assert_same,
+    counting,
+    fused_calls,
+    net,
+    pair_of,
+    randn,
+    settle,
+)
+
+X = randn(2, 4, 6, 6)
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "torch.save": _saved,
+    **{f"pickle {p}": lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_run_on_their_own_weights(kind):
+    fused, original = pair_of(net())
+    twin, other = COPIES[kind](fused), copy.deepcopy(original)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in fused.modules()]
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in fused.parameters()}
+    with torch.no_grad():
+        for model in (twin, other):
+            for tensor in model.state_dict().values():
+                tensor.add_(1)
+    assert_same(twin, other, X, calls=OPERATIONS)
+    assert_same(fused, original, X, calls=OPERATIONS)
+    assert [type(m) for m in unfuse_(twin).modules()] == [type(m) for m in original.modules()]
+    assert all(a is not b for a, b in zip(fused.modules(), twin.modules(), strict=True))
+
+
+def test_shallow_copy_shares_the_weights():
+    fused, _ = pair_of(net())
+    twin = copy.copy(fused.layers[0])
+    assert type(twin) is type(fused.layers[0]) and twin.conv_rr is fused.layers[0].conv_rr
+    unfuse_(twin)
+    assert type(fused.layers[0]) is not type(twin)
+
+
+def test_averaged_model():
+    fused, original = pair_of(net())
+    averages = [torch.optim.swa_utils.AveragedModel(m, use_buffers=True) for m in (fused, original)]
+    for _ in range(2):
+        for model, average in zip((fused, original), averages, strict=True):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1)
+            average.update_parameters(model)
+    assert_same(averages[0].module, averages[1].module, X, calls=OPERATIONS)
+
+
+def test_optimizer_made_before():
+    fused, original = copy.deepcopy(model := net()), model
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (fused, original)]
+    fuse_(fused)
+    for _ in range(3):
+        for m, optimizer in zip((fused, original), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(X).square().sum().backward()
+            optimizer.step()
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value, **CLOSE)
+
+
+def test_state_dict_goes_both_ways():
+    fused, original = pair_of(net())
+    assert list(fused.state_dict()) == list(original.state_dict())
+    torch.manual_seed(1)
+    other = settle(Net())
+    fused.load_state_dict(other.state_dict())
+    assert_same(fused, other, X, calls=OPERATIONS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_without_graph_breaks(training):
+    (fused, original), convolutions = pair_of(net().train(training)), []
+    fused.compile(fullgraph=True, backend=counting(convolutions))
+    assert_same(fused, original, X, calls=0)
+    assert convolutions == [OPERATIONS]
+
+
+def test_compiled_before_fusing():
+    model, convolutions = net().eval(), []
+    expected = model(X)
+    compiled = torch.compile(model, fullgraph=True, backend=counting(convolutions))
+    compiled(X)
+    fuse_(model)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X), expected, **CLOSE)
+    assert convolutions == [9, OPERATIONS]
+    unfuse_(model)
+    assert torch.equal(compiled(X), expected)
+
+
+LAYER_CHANGES = {
+    "mode": lambda m: m.eval(),
+    "one mode": lambda m: m.bn_r.eval(),
+    "parametrized": lambda m: parametrize.register_parametrization(m.conv_rt, "weight", nn.Tanh()),
+}
+CHAIN_CHANGES = {
+    "eps": lambda m: setattr(m[1], "eps", 0.5),
+    "replaced": lambda m: m.__setitem__(2, nn.Sigmoid()),
+    "weight": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() * 2)),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYER_CHANGES, *CHAIN_CHANGES])
+def test_changes_after_compiling_are_seen(name):
+    model = reference.RiRLayer(4, 4) if name in LAYER_CHANGES else Net().stem
+    fused, original = copy.deepcopy(settle(model)), model
+    fuse_(fused)
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    for m in (compiled, original):
+        m(X)
+    for m in (fused, original):
+        (LAYER_CHANGES | CHAIN_CHANGES)[name](m)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X), original(X), **CLOSE)
+
+
+def test_each_class_has_recompilations_of_its_own():
+    """The compiler counts them by code object, up to eight: kinds of blocks that are compiled apart share none."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for make in (
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+            lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        ):
+            model = settle(make())
+            assert fuse_(model).replaced
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(randn(2, 4, 3, 3)), model(randn(2, 4, 3, 3)))
+
+
+def test_export():
+    fused, original = pair_of(net().eval())
+    program = torch.export.export(fused, (X,))
+    assert sum("conv2d" in str(node.target) for node in program.graph.nodes) == OPERATIONS
+    torch.testing.assert_close(program.module()(X), original(X), **CLOSE)
+
+
+def test_functional_call_and_transforms():
+    fused, original = pair_of(net().eval())
+    state = {name: value.detach() * 1.5 for name, value in fused.state_dict().items()}
+    with fused_calls(OPERATIONS):
+        found = torch.func.functional_call(fused, state, (X,))
+    torch.testing.assert_close(found, torch.func.functional_call(original, state, (X,)), **CLOSE)
+
+    def gradient(model):
+        return torch.func.grad(lambda values: torch.func.functional_call(model, values, (X,)).square().sum())(state)
+
+    state = {name: value.detach() for name, value in fused.named_parameters()}
+    found, expected = gradient(fused), gradient(original)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **CLOSE)
+    inputs = torch.stack([X, 2 * X])
+    torch.testing.assert_close(torch.func.vmap(fused)(inputs), torch.func.vmap(original)(inputs), **CLOSE)
+
+
+def test_autocast():
+    """bf16 has 8 bits: with norms between, a few operations agree to some units of 2**-8."""
+    fused, original = (model.float() for model in pair_of(net()))
+    with torch.autocast("cpu", torch.bfloat16), fused_calls(OPERATIONS):
+        found = fused(X.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = original(X.float())
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_hooks_on_the_unit_itself_run():
+    fused, original = pair_of(net())
+    for model in (fused, original):
+        for unit in (model.stem, model.layers[1]):
+            unit.register_forward_pre_hook(lambda _module, inputs: tuple(2 * x for x in inputs))
+        model.stem.register_forward_hook(lambda _module, _inputs, output: output + 1)
+        model.stem.register_full_backward_hook(lambda _module, grads, _: (grads[0] * 3,))
+    assert_same(fused, original, X, calls=OPERATIONS)
+
+
+def test_hooks_on_all_modules_run():
+    fused, original = pair_of(net())
+    seen = {fused: [], original: []}
+    for model, calls in seen.items():
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, _inputs, _output, calls=calls: calls.append(type(module).__name__.replace("Fused", ""))
+        )
+        try:
+            with fused_calls(0):
+                model(X)
+        finally:
+            handle.remove()
+    assert seen[fused] == seen[original] and "BatchNorm2d" in seen[fused]
+    assert_same(fused, original, X, calls=OPERATIONS)
