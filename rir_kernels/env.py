@@ -73,7 +73,11 @@ def _availability(impl, device) -> str:
 def _flat(report):
     for name, value in report.items():
         if isinstance(value, dict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
+            reasons: dict[str, str] = {}
+            for key, item in value.items():
+                # one implementation often lacks what another does: the reason differs only in its name
+                first = reasons.setdefault(item.replace(f'"{key}"', ""), key)
+                yield f"{name}.{key}", item if item == "yes" or first == key else f"no: as {first}"
         elif isinstance(value, list):
             yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
         else:

@@ -45,8 +45,10 @@ def test_prints_as_a_table_and_goes_into_json():
 
 
 def test_says_what_is_missing(monkeypatch):
+    """Once, where two implementations lack the same."""
     monkeypatch.setattr(versions, "triton_missing", lambda: "triton >= 3.6, found 3.0")
     impls = env_report()["impls"]
+    assert str(env_report()).count("found 3.0") == 1 and "impls.triton     no: as hybrid" in str(env_report())
     assert impls["torch"] == "yes"
     assert impls["triton"].startswith("no: ") and impls["triton"].endswith("found 3.0")
 
