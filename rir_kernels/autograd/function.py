@@ -64,8 +64,9 @@ class ConvBNActFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernels: Kernels, options: Call, *inputs):
-        call = options.with_inputs(*inputs)
+    def forward(ctx, kernels: Kernels, call: Call, *inputs):
+        if call.x is None:  # torch.compile must see the inputs only once
+            call = call.with_inputs(*inputs)
         x, weight, spec, residuals = call.x, call.weight, call.spec, call.residuals
         root = x.new_empty(0)  # first, as the buffers may be updated next: an out-of-memory error leaves them untouched
         y, z, mean, invstd, *statistics = kernels.forward(call)

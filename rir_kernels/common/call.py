@@ -48,7 +48,7 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def without_inputs(self) -> "Call":
-        """What autograd.Function is handed besides the inputs, which have to be arguments of their own there."""
+        """What a traced autograd.Function is handed besides the inputs, which are arguments of their own there."""
         return self.with_inputs(None, None, None, None, None)
 
     def in_channels_last(self) -> "Call":

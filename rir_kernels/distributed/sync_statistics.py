@@ -129,10 +129,10 @@ class KernelsOfRanks:
         running: list[Any] = [call.running_mean, call.running_var]
         batches = call.num_batches_tracked
         dense = running if kind.dense else [buffer.contiguous() for buffer in running]
-        options = call.without_inputs().having(
-            running_mean=dense[0], running_var=dense[1], num_batches_tracked=batches if kind.counts else None
-        )
-        _, y = ConvBNActFunction.apply(self, options, *call.inputs())
+        if not kind.dense or (batches is not None and not kind.counts):
+            counter = batches if kind.counts else None
+            call = call.having(running_mean=dense[0], running_var=dense[1], num_batches_tracked=counter)
+        _, y = ConvBNActFunction.apply(self, call, *call.inputs())
         if not kind.dense:
             for buffer, values in zip(running, dense, strict=True):
                 buffer.copy_(values)
