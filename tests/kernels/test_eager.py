@@ -1,6 +1,8 @@
 """The short way of eager calls: taken where it may be, never otherwise, and with the results of the long way."""
 
 import contextlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +211,30 @@ def test_cumulative_average_and_untracked_statistics(target, taken):
     layer.bn = torch.nn.BatchNorm2d(8, track_running_stats=False, device=target[0])
     layer(x)
     assert len(taken) == 4
+
+
+@pytest.mark.interpreter
+def test_a_repeated_call_is_a_short_one(taken):
+    """From the function to its plan: so many Python frames of ours, and none that checks or chooses."""
+    package = Path(rir.__file__).parent
+    target = torch.device("cpu"), torch.float32
+    x, weight = rand((2, 8, 4, 4), target, seed=1), rand((8, 8, 3, 3), target, seed=2)
+    norm = {name: torch.ones(8) for name in ("bn_weight", "bn_bias", "running_mean", "running_var")}
+    files: list[Path] = []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            files.append(path.relative_to(package))
+
+    for profile in (None, None, note):
+        sys.setprofile(profile)
+        try:
+            with torch.no_grad():
+                rir.functional.conv_bn_act(x, weight, **norm, padding=1, impl="triton")
+        finally:
+            sys.setprofile(None)
+    assert len(taken) == 3
+    before = files[: files.index(Path("triton/plan/plan.py"))]
+    assert len(before) <= 20
+    assert not {"dispatch/tensors.py", "dispatch/choose.py"} & {str(path) for path in before}
