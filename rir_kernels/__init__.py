@@ -3,15 +3,15 @@
     import rir_kernels as rir
     y = rir.functional.conv_bn_act(x, weight, ...)     the one operation
     rir.RiRLayer, rir.RiRBlock, rir.ConvBNAct          drop-in modules
-    rir.fuse_(model), rir.unfuse_(model)               into an existing model, and out again
-    rir.register_pattern(kind), rir.fold_bn_(model)    for blocks of your own, and for inference
-    rir.fusion_status(model), rir.fused_source(module) what runs fused now and why not, and as what
-    with rir.record_calls(model) as calls: ...         every operation that ran, and in which implementation
+    rir.fuse_(model), rir.unfuse_(model)               fuse an existing model, and undo it
+    rir.register_pattern(kind), rir.fold_bn_(model)    fuse your own blocks; fold norms for inference
+    rir.fusion_status(model), rir.fused_source(module) what runs fused and why not; the source that runs
+    with rir.record_calls(model) as calls: ...         every operation that ran, and its implementation
     rir.compare(reference, candidate, inputs)          proof of equivalence
     rir.convert_sync_batchnorm(model)                  batch statistics over all ranks
-    rir.precompile(model, images)                      its kernels compiled ahead of the first step, in parallel
-    with rir.preserved_statistics(model): ...          what warms up a CUDA graph does not count as batches
-    with rir.recompute(): ...                          half of the activations kept, the rest made again in backward
+    rir.precompile(model, images)                      compile its kernels ahead of the first step, in parallel
+    with rir.preserved_statistics(model): ...          CUDA graph warm-up doesn't update running statistics
+    with rir.recompute(): ...                          store one activation per layer, recompute the other
 
 Nothing here imports triton or starts CUDA: kernels are loaded by the first call that runs them.
 """
@@ -70,5 +70,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What completion offers: the public names, not the modules that make them."""
+    """Limits completion to the public names, without the modules that define them."""
     return sorted(name for name in globals() if name in __all__ or name.startswith("__"))

@@ -1,4 +1,4 @@
-"""env_report: what a bug report should say about where it happened. `python -m rir_kernels` prints it."""
+"""env_report: the environment, for a bug report. `python -m rir_kernels` prints it."""
 
 import importlib
 import platform
@@ -13,7 +13,7 @@ from .dispatch.preference import IMPLS
 
 
 class EnvReport(dict):
-    """Name -> value, both fit for JSON; str() is a table."""
+    """Name -> value, both JSON-serializable; str() is a table."""
 
     def __str__(self) -> str:
         lines = list(_flat(self))
@@ -22,11 +22,11 @@ class EnvReport(dict):
 
 
 def env_report() -> EnvReport:
-    """Versions, devices, switches, and which implementations run here (otherwise what they lack).
+    """Reports versions, devices, switches, and which implementations run here (otherwise what they lack).
 
-    "tested" says which version lies outside those that the package is tested with (`versions.TESTED`), or "yes".
+    "tested" lists the versions outside those that the package is tested with (`versions.TESTED`), or is "yes".
 
-    CUDA is started only where it is available. Raises nothing: what cannot be found out is said in its place.
+    Starts CUDA only if it is available. Never raises: what cannot be determined is reported as such.
     """
     cuda = torch.cuda.is_available()
     versions = {
@@ -63,7 +63,7 @@ def _describe(index) -> str:
 
 def _availability(impl, device) -> str:
     x = torch.empty(1, 1, 1, 1, device=device)
-    try:  # as a call is answered
+    try:  # resolved as for a call
         choose.resolve(impl, x, x, ConvBNActSpec())
     except (ImportError, RuntimeError) as error:
         return f"no: {error}"

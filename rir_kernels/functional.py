@@ -5,7 +5,7 @@
 
     y = act(branch_scale * norm(conv(x, W) + bias) + [residual | 0])     residual_at="post_norm": an ordinary ResNet
 
-The norm uses the batch's statistics in training and the running ones otherwise. `norm_act` leaves the convolution out.
+The norm uses the batch's statistics in training and the running ones otherwise. `norm_act` has no convolution.
 """
 
 import torch
@@ -45,11 +45,11 @@ def conv_bn_act(
     Args:
         x: (N, C_in, H, W), contiguous or channels_last (the kernels' own format; the other one is converted).
         weight: (C_out, C_in/groups, kh, kw).
-        bn_weight, bn_bias, running_mean, running_var: (C_out,) or None; x's dtype, or fp32 beside half activations.
+        bn_weight, bn_bias, running_mean, running_var: (C_out,) or None; x's dtype, or fp32 with half activations.
             The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
         bias: (C_out,), added to the convolution's output.
         residual: (N, C_res, H', W') with C_res <= C_out, or a tuple of two such, added to the first C_res channels.
-        residual_at: "pre_norm" or "post_norm"; has to be given with a residual and with a branch_scale.
+        residual_at: "pre_norm" or "post_norm"; required with a residual or a branch_scale.
         branch_scale: multiplies what the residual is added to, never the residual.
         activation: "relu" or None.
         impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back.
@@ -57,7 +57,7 @@ def conv_bn_act(
     Returns: (N, C_out, H', W') in x's dtype (autocast's, within autocast) and memory format.
 
     Raises, before any work: TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and
-    missing statistics, ImportError and NotImplementedError where the implementation asked for cannot run.
+    missing statistics, ImportError and NotImplementedError if the requested implementation cannot run.
     """
     spec = build_spec(residual_at, branch_scale, stride, padding, dilation, groups, eps, activation)
     if weight is None:
@@ -94,25 +94,25 @@ def norm_act(
         y = act(norm(branch_scale * x + [residual | 0]))    "pre_norm"
         y = act(branch_scale * norm(x) + [residual | 0])    "post_norm"
 
-    Our kernels read x twice in training and once in evaluation, and keep nothing but x for backward. A slice of
-    another tensor's channels is copied first, and what joins before the norm is added to x by torch's operators.
+    Our kernels read x twice in training and once in evaluation, and save only x for backward. A channel slice
+    of another tensor is copied first, and torch's operators apply what comes before the norm to x.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last (the kernels' own format; the other one is converted).
-        bn_weight, bn_bias, running_mean, running_var: (C,) or None; x's dtype, or fp32 beside half activations.
+        bn_weight, bn_bias, running_mean, running_var: (C,) or None; x's dtype, or fp32 with half activations.
             The statistics are updated in place when training, exactly as torch.nn.functional.batch_norm does.
         residual: (N, C_res, H, W) with C_res <= C, or a tuple of two such, added to the first C_res channels.
-        residual_at: "pre_norm" or "post_norm"; has to be given with a residual and with a branch_scale.
+        residual_at: "pre_norm" or "post_norm"; required with a residual or a branch_scale.
         branch_scale: multiplies what the residual is added to, never the residual.
         activation: "relu" or None.
         impl: "auto", "reference", "torch", "hybrid" or "triton"; a name other than "auto" never falls back. "hybrid"
             and "triton" are the same here.
 
-    Returns: (N, C, H, W) in x's dtype and memory format. Autocast does not cast x, as it does not for torch's own
-    batch_norm; a residual takes x's dtype within it.
+    Returns: (N, C, H, W) in x's dtype and memory format. Autocast does not cast x, as with torch's own batch_norm;
+    within it residuals are cast to x's dtype.
 
     Raises, before any work: TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and
-    missing statistics, ImportError and NotImplementedError where the implementation asked for cannot run.
+    missing statistics, ImportError and NotImplementedError if the requested implementation cannot run.
     """
     spec = build_spec(residual_at, branch_scale, 1, 0, 1, 1, eps, activation)
     residuals = () if residual is None else as_residuals(residual)

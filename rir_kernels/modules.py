@@ -1,7 +1,8 @@
 """The fused modules: RiRLayer, RiRBlock and ConvBNAct. They own parameters and buffers; `functional` does the work.
 
-Constructors, forward signatures and meaning are those of `rir_kernels.reference`, where the formulas stand. The `conv`
-and `bn` within hold parameters and buffers and are never called: hooks on them do not run, those on the module do.
+Constructors, forward signatures and semantics are those of `rir_kernels.reference`, which states the formulas. The
+inner `conv` and `bn` only hold parameters and buffers and are never called: hooks on them do not run, hooks on the
+module do.
 """
 
 from typing import Any
@@ -32,12 +33,12 @@ class RiRLayer(nn.Module):
     """Generalized residual layer: one packed convolution, one norm, the identity added inside the kernel.
 
     forward(x): packed x = [r | t] (N, in_channels, H, W) -> (N, out_channels, H', W'), H' = ceil(H / stride).
-    forward(r, t) -> (r', t'): two slices of one buffer, not to be changed in place where autograd records; where r and
-    t lie side by side they are not copied. An absent stream is None or has zero channels, and comes back with zero
-    channels. `outer` (N, C_o <= out_channels, H', W') joins the sum before the norm: a block's outer shortcut.
+    forward(r, t) -> (r', t'): two slices of one buffer, not to be changed in place while autograd records; adjacent r
+    and t are not copied. An absent stream is None or has zero channels, and is returned with zero channels. `outer`
+    (N, C_o <= out_channels, H', W') is added before the norm: a block's outer shortcut.
 
     Attributes: weight (out_channels, in_channels, k, k), rows [r' | t'], columns [r | t]; bn (BatchNorm2d);
-    projection (Conv2d, 1x1) where shortcut="projection" and the residual stream changes shape, else None.
+    projection (Conv2d, 1x1) if shortcut="projection" and the residual stream changes shape, else None.
 
     impl: see functional.conv_bn_act. Errors as there; ValueError for arguments out of range.
     """
@@ -73,7 +74,7 @@ class RiRLayer(nn.Module):
         check_impl(impl)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        # numpy's numbers are numbers too, but not to the schema of an op
+        # an op's schema does not accept numpy's numbers
         self.kernel_size = int(kernel_size)
         self.stride = int(stride)
         self.residual_fraction = residual_fraction
@@ -91,7 +92,7 @@ class RiRLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He normal, with the fan-in of the packed weight."""
+        """Initializes the weights: He normal, with the fan-in of the packed weight."""
         nn.init.normal_(self.weight, std=init_std(self.in_channels, self.kernel_size))
         if self.projection is not None:
             nn.init.normal_(self.projection.weight, std=init_std(self.in_residual, 1))
@@ -120,14 +121,14 @@ class RiRLayer(nn.Module):
         )
 
     def to_reference(self) -> "reference.RiRLayer":
-        """An independent, exact copy as four convolutions and two norms; mode, device and requires_grad are kept."""
+        """Returns an independent, exact copy as four convolutions and two norms; keeps mode, device, requires_grad."""
         return convert.layer_to_reference(self)
 
     @classmethod
     def from_reference(cls, ref: "reference.RiRLayer", *, impl: str = "auto") -> "RiRLayer":
-        """The reverse of `to_reference`, exact as well.
+        """The inverse of `to_reference`, also exact.
 
-        ValueError where `ref` cannot be packed: its four weights must agree in requires_grad, and its two norms in
+        Raises ValueError if `ref` cannot be packed: its four weights must agree in requires_grad, and its two norms in
         everything but their per-channel values.
         """
         return convert.layer_from_reference(cls, ref, impl)
@@ -143,10 +144,10 @@ class RiRLayer(nn.Module):
 class RiRBlock(nn.Module):
     """`num_layers` generalized residual layers and an outer shortcut around them; the stride is the first layer's.
 
-    forward(x) and forward(r, t) as in RiRLayer. outer_shortcut: "pre_norm" (joins the last layer's sum, before its
+    forward(x) and forward(r, t) as in RiRLayer. outer_shortcut: "pre_norm" (added to the last layer's sum, before its
     norm), "post_act" (added after the last ReLU, nothing follows) or "none"; outer_streams: "residual" or "both"
-    (stream by stream). `layer_options` go to every layer, and the outer shortcut is of the layers' kind `shortcut`
-    ("pad" where that is "none").
+    (stream by stream). `layer_options` go to every layer, and the outer shortcut has the layers' kind `shortcut`
+    ("pad" if that is "none").
 
     Attributes: layers (ModuleList); projection, projection_t: the outer 1x1 convolutions of the two streams, or None.
     """
@@ -183,7 +184,7 @@ class RiRBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He normal for the outer projections; the layers look after their own."""
+        """Initializes the outer projections: He normal. The layers initialize their own."""
         for projection in (self.projection, self.projection_t):
             if projection is not None:
                 nn.init.normal_(projection.weight, std=init_std(projection.in_channels, 1))
@@ -201,13 +202,13 @@ class RiRBlock(nn.Module):
         return y if packed else split(y, self.out_residual)
 
     def _outer_channels(self):
-        """(in, out) of the outer shortcut's part on each stream; the transient one's is empty unless it has one."""
+        """(in, out) channels of the outer shortcut on each stream; (0, 0) if the transient stream has none."""
         both = self.outer_streams == "both"
         transient = (self.in_channels - self.in_residual, self.out_channels - self.out_residual) if both else (0, 0)
         return (self.in_residual, self.out_residual), transient
 
     def _outer(self, x):
-        """The outer shortcut (N, C_o, H', W'); where no stream changes shape, a slice of x or x itself."""
+        """The outer shortcut (N, C_o, H', W'); if no stream changes shape, a slice of x or x itself."""
         check_packed(x, self.in_channels)
         (r_in, r_out), (t_in, t_out) = self._outer_channels()
         if (r_in, t_in) == (r_out, t_out) and self.stride == 1:
@@ -223,13 +224,13 @@ class RiRBlock(nn.Module):
         return projection(stream)
 
     def to_reference(self) -> "reference.RiRBlock":
-        """An independent, exact copy, as RiRLayer.to_reference."""
+        """Returns an independent, exact copy, like RiRLayer.to_reference."""
         return convert.block_to_reference(self)
 
     @classmethod
     def from_reference(cls, ref: "reference.RiRBlock", *, impl: str = "auto") -> "RiRBlock":
-        """The reverse of `to_reference`, as RiRLayer.from_reference."""
-        layers: Any = ref.layers  # a ModuleList does not say what it holds
+        """The inverse of `to_reference`, like RiRLayer.from_reference."""
+        layers: Any = ref.layers  # a ModuleList does not declare the type of its items
         return convert.block_from_reference(cls, ref, [RiRLayer.from_reference(one, impl=impl) for one in layers])
 
     def extra_repr(self) -> str:
@@ -242,7 +243,7 @@ def _pack(module, r, t):
 
 
 class ConvBNAct(nn.Module):
-    """Convolution, batch norm, activation, and a residual: the unit that ordinary ResNets and CNNs are made of.
+    """Convolution, batch norm, activation and a residual: the unit of ordinary ResNets and CNNs.
 
     forward(x, residual=None): x (N, in_channels, H, W), residual (N, C_res <= out_channels, H', W') or two such ->
     (N, out_channels, H', W'). kernel_size, stride, padding, dilation: int or pair; padding None is kernel_size // 2.

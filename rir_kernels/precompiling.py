@@ -1,7 +1,7 @@
-"""precompile: the kernels of a model compiled ahead of its first step, in parallel, with or without the GPU.
+"""precompile: compiles the kernels of a model ahead of its first step, in parallel, with or without the GPU.
 
-The model runs on meta tensors that stand for tensors on the GPU: what would be launched is noted, compiled by processes
-of their own into Triton's cache, and found there when training starts.
+The model runs on meta tensors that stand in for tensors on the GPU: the launches are recorded, separate processes
+compile them into Triton's cache, and training finds them there.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .common.arguments import check_positive_int
 @dataclass(frozen=True)
 class PrecompileReport:
     """kernels: how many different ones the model launches; compiled: how many of them were not in Triton's cache yet;
-    seconds: how long that took."""
+    seconds: how long precompile took."""
 
     kernels: int
     compiled: int
@@ -57,23 +57,23 @@ def precompile(
         rir.precompile(model, images, batch_sizes=[256, 100], training=False)  # inference, at two others
         rir.precompile(model, images, arch="sm_90")                            # for a GPU that is not here
 
-    The kernels are those of the GPU that is current, or of a typical one of `arch`. Within torch.autocast("cuda") they
-    are those of its dtype; without a GPU torch leaves autocast off, so give the model its dtype. The model is not
-    changed, and its forward runs on meta tensors, which have no values: one that reads them cannot be precompiled. A
-    model under torch.compile is given as the module that was compiled.
+    The kernels are those for the current GPU, or for a typical one of `arch`. Within torch.autocast("cuda") they are
+    those for its dtype; without a GPU torch keeps autocast off, so convert the model to its dtype. The model is not
+    changed, and its forward runs on meta tensors, which have no values: a forward that reads values cannot be
+    precompiled. For a model under torch.compile, pass the module that was compiled.
 
     Args:
-        model: with fused units or modules of ours; on any device, in the dtype and memory format that it will have.
-        example_inputs: what forward is called with. Tensors are (N, ...) with the batch in front; of these only shape,
-            strides, dtype and requires_grad matter.
-        batch_sizes: batches in place of the examples' own.
+        model: contains fused units or our modules; on any device, in the dtype and memory format that it will have.
+        example_inputs: forward's arguments. Tensors are (N, ...), batch first; only their shape, strides, dtype and
+            requires_grad matter.
+        batch_sizes: used instead of the examples' own.
         training: the kernels of a training step, forward and backward; False: those of inference, without gradients.
-        workers: processes; None: one for each core.
-        arch: as "sm_90", from "sm_80" on; None: that of the current GPU.
+        workers: number of processes; None: one per core.
+        arch: such as "sm_90", from "sm_80" on; None: that of the current GPU.
 
-    TypeError for a model that is no nn.Module; ValueError for an `arch` that is none, or missing where there is no GPU,
+    Raises TypeError for a model that is no nn.Module; ValueError for an invalid `arch`, or a missing one without a GPU,
     and for batch sizes or workers that are not positive; ImportError without Triton; RuntimeError in Triton's
-    interpreter, where the forward reads values, or where a kernel cannot be compiled.
+    interpreter, if the forward reads values, or if a kernel cannot be compiled.
     """
     began = time.perf_counter()
     if not isinstance(model, nn.Module):
@@ -94,7 +94,7 @@ def precompile(
 
 
 def _target(arch):
-    """(architecture, GPU) that kernels are compiled for."""
+    """Returns the (architecture, GPU) to compile kernels for."""
     gpus = importlib.import_module("rir_kernels.triton.tiling.gpus")
     if arch is None:
         if not torch.cuda.is_available():
@@ -108,12 +108,12 @@ def _target(arch):
 
 
 def launches(model, example_inputs, batch, training, gpu):
-    """The jobs of a step."""
+    """Returns the compile jobs of one step."""
     runtime = importlib.import_module("rir_kernels.triton.launch.runtime")
     job_of = importlib.import_module("rir_kernels.triton.jobs").Job.of
     jobs = []
     model = _on_meta(model)
-    if model.training != training:  # where it is right, norms that are frozen stay so
+    if model.training != training:  # if the mode already matches, frozen norms stay frozen
         model.train(training)
     inputs = tree_map(lambda value: _like(value, batch) if isinstance(value, torch.Tensor) else value, example_inputs)
     foreseen = runtime.foreseen(lambda *launch: jobs.append(job_of(*launch)), gpu)
@@ -128,7 +128,7 @@ def launches(model, example_inputs, batch, training, gpu):
 
 
 def _on_meta(model):
-    """A copy whose tensors have no memory."""
+    """Returns a copy of the model whose tensors have no memory."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):
         copied = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
@@ -143,7 +143,7 @@ def _like(tensor, batch):
 
 
 class _AutocastOfGpu(TorchFunctionMode):
-    """torch's convolutions and products under torch.autocast("cuda"), which leaves meta tensors as they are."""
+    """Casts inputs of torch's convolutions and products as torch.autocast("cuda") does, which skips meta tensors."""
 
     _CAST = frozenset({
         nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
@@ -166,7 +166,7 @@ class _AutocastOfGpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """What a forward that reads values raises, in words that say so."""
+    """Rewords the error of a forward that reads values, to say so."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -179,7 +179,7 @@ def _readable() -> Iterator[None]:
 
 
 def _compile(jobs, arch, workers) -> int:
-    """How many jobs had to be compiled; they are done in their order by so many processes."""
+    """Runs the jobs, in order, in that many processes; returns how many had to be compiled."""
     if not jobs:
         return 0
     workers = min(workers, len(jobs))
@@ -205,7 +205,7 @@ def _compile(jobs, arch, workers) -> int:
 
 @contextlib.contextmanager
 def _worker(arch) -> Iterator[Callable]:
-    """A process that answers jobs. Not one of multiprocessing: that would run the user's script again."""
+    """Starts a process that answers jobs. Not by multiprocessing, which would run the user's script again."""
     paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     command = [sys.executable, "-m", "rir_kernels.triton.compile_worker"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -233,6 +233,6 @@ def _worker(arch) -> Iterator[Callable]:
 
 
 def _shown(futures, total):
-    """The futures as they are done, with a progress bar."""
+    """Yields the futures as they complete, with a progress bar."""
     console, progress = importlib.import_module("rich.console"), importlib.import_module("rich.progress")
     return progress.track(futures, "compiling kernels", total, console=console.Console(stderr=True))

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the batch on all ranks: the module, and the way of a model to it."""
+"""Batch norm with statistics over the batch on all ranks: the module, and the conversion of a model."""
 
 import copy
 import warnings
@@ -12,22 +12,22 @@ from .dispatch import bn_state
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, normalizing in training with the mean and variance over all ranks of `process_group`.
+    """An nn.BatchNorm2d that in training normalizes with the mean and variance over all ranks of `process_group`.
 
-    Made by `convert_sync_batchnorm`. Statistics are those of the whole batch whatever its parts on the ranks, empty
-    ones included, on any device that the group's backend serves. Every rank has to make the call, and its backward.
-    In evaluation, in a group of one, and where torch.distributed is not initialized it is an nn.BatchNorm2d.
+    `convert_sync_batchnorm` makes it. Statistics cover the whole batch however it is split over the ranks, empty parts
+    included, on any device that the group's backend supports. Every rank has to make the call, and its backward. In
+    evaluation, in a group of one, and if torch.distributed is not initialized, it behaves as nn.BatchNorm2d.
 
-    process_group: None is the whole world. Copies of the module share it; pickling it is what torch refuses.
+    process_group: None is the whole world. Copies of the module share it; torch refuses to pickle it.
 
-    Raises, before anything is exchanged, TypeError for dtypes, ValueError for shapes and values, RuntimeError for
-    devices. As with torch's SyncBatchNorm one value per channel on a rank is no error, since others may have more.
+    Raises, before any exchange, TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices. As
+    with torch's SyncBatchNorm one value per channel on a rank is no error, since others may have more.
     """
 
     process_group = None
 
     def active_group(self):
-        """The group that this call's statistics are shared with, None where they are its own."""
+        """The group that shares this call's statistics, None if they are local."""
         distributed = torch.distributed
         if not (self.training and distributed.is_available() and distributed.is_initialized()):
             return None
@@ -48,22 +48,22 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group=None) -> nn.Module:
-    """Let every BatchNorm2d in `module` take its statistics from the batch on all ranks, in place.
+    """Makes every BatchNorm2d in `module` compute its statistics over the batch on all ranks, in place.
 
-    Concerned are this library's layers, what `fuse_` has fused, and any other BatchNorm2d, on CPU and GPU; layers stay
-    fused, and `fuse_` may also come after. Only the class of a norm changes, to SyncBatchNorm2d: parameter and buffer
-    objects, state_dict keys, hooks, mode and device stay, and an optimizer made before goes on working. Call it on
-    every rank, before DistributedDataParallel or fully_shard. A second call sets another group.
+    This covers this library's layers, what `fuse_` has fused, and any other BatchNorm2d, on CPU and GPU; layers stay
+    fused, and `fuse_` may also follow. Only the class of a norm changes, to SyncBatchNorm2d: parameter and buffer
+    objects, state_dict keys, hooks, mode and device stay, and an existing optimizer keeps working. Call it on every
+    rank, before DistributedDataParallel or fully_shard. A second call sets another group.
 
     Args:
-        process_group: whose ranks share statistics (torch.distributed.new_group); None is the whole world.
+        process_group: its ranks share statistics (torch.distributed.new_group); None is the whole world.
 
     Returns: `module`.
 
-    Left alone are torch's own SyncBatchNorm and, with one warning that names them, norms that are not exactly an
-    nn.BatchNorm2d: what a subclass does besides would be lost.
+    It does not convert torch's own SyncBatchNorm nor, with one warning that names them, norms that are not exactly an
+    nn.BatchNorm2d: a subclass's additional behaviour would be lost.
 
-    Raises TypeError for a module that is no nn.Module and a group that is none.
+    Raises TypeError for a module that is no nn.Module and for a process_group that is no process group.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

@@ -1,1 +1,1 @@
-"""What backward needs, and the operation as registered ops."""
+"""The backward pass, and the operation as registered ops."""

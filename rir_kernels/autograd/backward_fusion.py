@@ -1,9 +1,10 @@
-"""Where one layer's output is the next one's input alone, and what their backward passes spare each other.
+"""Cross-layer backward fusion: a dgrad kernel also computes the upstream batch norm's reductions.
 
-A norm's backward starts with sums over dy and z. dy is what the layer behind computes last, its dx: that kernel holds
-each number in its registers, reads z beside it, and leaves the sums, which spares a pass over memory. Whether dy really
-is that dx is found out when it arrives: where autograd has added another gradient to it, or a hook has changed it, the
-sums are not used. A hook that changes it through `.data` is seen by nobody, here as anywhere in autograd.
+It applies where one layer's output is the input of the next one only. A norm's backward starts with sums over dy and z.
+dy is what the next layer computes last, its dx: that kernel holds each number in registers, also reads z, and computes
+the sums, which saves a pass over memory. Whether dy really is that dx is checked when it arrives: if autograd has added
+another gradient to it, or a hook has changed it, the sums are not used. A hook that changes it through `.data` goes
+undetected, here as anywhere in autograd.
 """
 
 from dataclasses import dataclass
@@ -13,23 +14,23 @@ import torch
 
 @dataclass(slots=True)
 class Link:
-    """What a layer's node in the graph shows to the layers behind it."""
+    """What a layer's graph node exposes to the layers after it."""
 
-    # what the sums are made of, until backward has run: z, mean, invstd, weight and bias of the norm, whether a ReLU
+    # inputs of the sums, until backward has run: z, mean, invstd, weight and bias of the norm, whether a ReLU follows
     norm: tuple | None
-    consumers: int = 0  # fused layers that took the output in
+    consumers: int = 0  # fused layers that take the output as input
     _sums: tuple | None = None
 
     def offers_sums(self) -> bool:
-        """Where several layers took the output in, autograd will add their gradients: the sums would be of none."""
+        """Whether the output has one consumer: autograd adds the gradients of several, so no dx has the right sums."""
         return self.norm is not None and self.consumers == 1
 
     def offer(self, dx: torch.Tensor, sums: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """The sums over dx, which the layer behind returns; held, so that nobody adds to it in place."""
+        """Stores the sums over dx, which the next layer returns; while held, autograd does not add to it in place."""
         self._sums = dx, dx._version, sums
 
     def claim(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(dbeta, dgamma) if they are those of dy; nothing is held any more."""
+        """Returns (dbeta, dgamma) if they are those of dy, and releases everything held."""
         left, self._sums, self.norm = self._sums, None, None
         if left is None:
             return None

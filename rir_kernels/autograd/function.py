@@ -1,6 +1,6 @@
-"""The autograd.Function of a layer whose kernels are ours, whoever launches them.
+"""The autograd.Function of a layer that runs our kernels, through any launcher (`Kernels`).
 
-Cross-layer: each node shows the layers behind it what their backward can compute for it (`backward_fusion`).
+Cross-layer: each node tells the layers after it what their backward can compute for it (`backward_fusion`).
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _REFUSAL = (
 class Backward(NamedTuple):
     """The tensors that a layer's backward reads, in the order of the registered op's arguments.
 
-    mask: y, where the ReLU's mask is that of a sum after the norm; None where z tells it.
+    mask: y, if the ReLU's mask is that of a sum after the norm; None if z determines it.
     """
 
     dy: torch.Tensor
@@ -38,29 +38,29 @@ class Backward(NamedTuple):
 
 
 class Kernels(Protocol):
-    """Who launches a layer's kernels: the registered op, a recorded plan, the ranks of a group together."""
+    """Launches a layer's kernels: the registered op, a recorded plan, or the ranks of a group together."""
 
-    chains: bool  # whether `backward` makes use of sums that the layer behind leaves, and leaves such sums
+    chains: bool  # whether `backward` uses the sums that the next layer computed, and computes such sums
 
     def forward(self, call: Call) -> tuple[torch.Tensor | None, ...]:
-        """(y, z, mean, invstd) and batch statistics that are handed out; z is not used where x stands for it."""
+        """Returns (y, z, mean, invstd) and the batch statistics to hand out; z is ignored if it is x."""
         ...
 
     def backward(
         self, tensors: Backward, needs: Sequence[bool], spec: ConvBNActSpec, training: bool, sums=None, upstream=None
     ) -> Sequence[torch.Tensor | None]:
-        """The gradients of x, weight, bias, bn_weight, bn_bias and of a residual, as `needs` asks for them.
+        """Returns the gradients of x, weight, bias, bn_weight, bn_bias and of a residual that `needs` asks for.
 
-        sums: dbeta and dgamma, where they are known. upstream: z, mean, invstd, weight, bias and ReLU of the norm whose
-        output x is: its sums may follow the six gradients, or None twice.
+        sums: dbeta and dgamma, if known. upstream: z, mean, invstd, weight, bias and ReLU of the norm whose output x
+        is: its two sums may follow the six gradients, or two Nones.
         """
         ...
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """(root, y) and the batch statistics that `kernels` hands out.
+    """Returns (root, y) and the batch statistics that `kernels` hands out.
 
-    root: empty, and not to be used. It is how backward knows its own node, see `first_order`.
+    root: empty, not for use. Through it backward identifies its own node, see `first_order`.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class ConvBNActFunction(torch.autograd.Function):
         y, z, mean, invstd, *statistics = kernels.forward(call)
         if weight is None:
             z, x = x.detach(), None
-        # after the norm the ReLU's mask is that of the sum: z alone does not tell it, nor what a factor has turned
+        # z does not determine the ReLU's mask of a sum after the norm, nor if a factor <= 0 follows the norm
         mask_from_z = not (spec.post_norm and (len(residuals) > 0 or spec.norm_scale <= 0))
         if mask_from_z:
             recomputation.remember(y, z, mean, invstd, call.bn_weight, call.bn_bias, spec)
@@ -109,10 +109,10 @@ class ConvBNActFunction(torch.autograd.Function):
         if len(found) > 6 and found[6] is not None:
             ctx.ahead.offer(grads[0], found[6:])
         x, weight = tensors.x, cast(torch.Tensor, tensors.weight)
-        alike: Any = (x, weight, x, tensors.bn_weight, tensors.bn_bias)  # in dtype; a bias has x's
+        alike: Any = (x, weight, x, tensors.bn_weight, tensors.bn_bias)  # the gradients' dtypes; a bias has x's
         grads = [grad.to(t.dtype) if need else None for grad, need, t in zip(grads, needs, alike, strict=False)]
         if grads[1] is not None and weight.is_contiguous():
-            # in the weight's own strides, which DDP's buckets expect: those of a 1x1 kernel too, where both formats fit
+            # in the weight's own strides, which DDP's buckets expect, even for a 1x1 kernel, which fits both formats
             grads[1] = grads[1].contiguous().as_strided(weight.shape, weight.stride())
         dresiduals = [
             dresidual[:, :channels] if need else None
@@ -122,7 +122,7 @@ class ConvBNActFunction(torch.autograd.Function):
 
 
 def _links(tensors):
-    """The link of the layer whose output the first tensor is, None where it is none's; each such layer is told."""
+    """Returns the link of the layer that produced the first tensor, or None; counts a consumer on each producer."""
     ahead = None
     for index, tensor in enumerate(tensors):
         node, whole = producer(tensor)
@@ -136,11 +136,11 @@ def _links(tensors):
 
 
 def first_order(grads, refusal: str, *origins):
-    """The gradients, within backward; under create_graph=True they raise `refusal` where they are differentiated.
+    """Returns the gradients, within backward; under create_graph=True differentiating them raises `refusal`.
 
-    origins: tensors of the graph that what the gradients depend on is reached from. autograd.grad walks only where the
-    way leads to what it was asked for: gradients that nothing leads on from would count as constants, silently. Hence
-    not torch's once_differentiable, which knows dy alone.
+    origins: graph tensors from which everything that the gradients depend on can be reached. autograd.grad only follows
+    paths to the inputs it was asked for: gradients without such a path would silently count as constants. Hence not
+    torch's once_differentiable, which only knows dy.
     """
     if not torch.is_grad_enabled():
         return grads
@@ -148,7 +148,7 @@ def first_order(grads, refusal: str, *origins):
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Passes gradients on, and raises where one of them is differentiated in turn."""
+    """Passes gradients on, and raises if one of them is differentiated again."""
 
     @staticmethod
     def forward(ctx, refusal, origins, *tensors):

@@ -1,7 +1,7 @@
-"""Half of the activations kept: a layer's output is made again, in backward, from what the layer itself has saved.
+"""Stores one activation per layer instead of two: backward recomputes a layer's output from what that layer saved.
 
-A layer keeps z, from which its own gradients are made; the layer after it keeps y = act(norm(z)), its input. Within
-`recompute` that y is not kept: backward makes it again, by one pass over z, with the same kernel and the same bits.
+A layer saves z, from which its own gradients are computed; the next layer saves y = act(norm(z)), its input. Within
+`recompute` that y is not stored: backward recomputes it in one pass over z, with the same kernel (bit-identical).
 """
 
 import contextlib
@@ -17,17 +17,18 @@ _current: ContextVar["_Outputs | None"] = ContextVar("recompute", default=None)
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    """Within it, outputs of fused layers that an operation saves for backward are computed again when it runs.
+    """Stores one activation per layer instead of two and recomputes the other in backward (bit-identical).
 
         with rir.recompute():
             loss = criterion(model(images), labels)
         loss.backward()
 
-    It saves one activation a layer and costs one pass over memory; gradients keep their bits. It concerns eager calls
-    of our kernels (impl "triton" and "hybrid") in this thread, whoever consumes their outputs. Kept as ever is the
-    output of a layer with a residual after its norm: z alone does not tell it.
+    Outputs of fused layers that an operation saves for backward are recomputed when backward runs, at the cost of one
+    pass over memory per layer. This applies to eager calls of our kernels (impl "triton" and "hybrid") in this thread,
+    whichever operation consumes their outputs. The output of a layer with a residual after its norm is stored as usual:
+    z alone does not determine it.
 
-    Raises RuntimeError in backward where a tensor that is needed was changed in place, as autograd does.
+    Raises RuntimeError in backward if a tensor that it needs was changed in place, as autograd does.
     """
     token = _current.set(_Outputs())
     try:
@@ -38,20 +39,20 @@ def recompute() -> Iterator[None]:
 
 
 def remember(y, z, mean, invstd, bn_weight, bn_bias, spec) -> None:
-    """Called for an output y = act(norm(z)) with whatever it is made of; does nothing outside `recompute`."""
+    """Registers an output y = act(norm(z)) with everything it is computed from; does nothing outside `recompute`."""
     outputs = None if torch.compiler.is_compiling() else _current.get()
     if outputs is not None:
         outputs.add(y, _Recipe(outputs.kept(z), mean, invstd, bn_weight, bn_bias, spec, y))
 
 
 def saves_in_place(z) -> bool:
-    """Whether z, saved for backward, stays where it is: it may be made again, or moved by other hooks, to a CPU say."""
+    """Whether z, saved for backward, stays in place: it may be recomputed, or moved by other hooks, e.g. to the CPU."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is None or (hooks == (_pack, _unpack) and type(_pack(z)) is _Kept)
 
 
 class _Outputs:
-    """The recipes of the outputs that are still alive, by their memory: autograd may save an alias of them."""
+    """The recipes of the outputs that are still alive, keyed by storage: autograd may save an alias of them."""
 
     def __init__(self):
         self._recipes = {}
@@ -61,18 +62,18 @@ class _Outputs:
         self._recipes[address] = recipe, weakref.ref(y, lambda _: self._recipes.pop(address, None))
 
     def find(self, tensor):
-        """The recipe of this very tensor, None where it has none or was changed since."""
+        """The recipe of exactly this tensor, None if it has none or was changed since."""
         recipe, _ = self._recipes.get(tensor.untyped_storage()._cdata, (None, None))
         return recipe if recipe is not None and recipe.makes(tensor) else None
 
     def kept(self, tensor):
-        """What makes the tensor again where something does, else the tensor."""
+        """The recipe that recomputes the tensor if there is one, else the stored tensor."""
         return self.find(tensor) or _Kept(tensor)
 
 
 class _Recipe:
     def __init__(self, z, mean, invstd, bn_weight, bn_bias, spec, y):
-        # z is kept already: it is another layer's output where no convolution is in front of the norm
+        # z is packed already: without a convolution before the norm it is another layer's output
         self._kept = z, *(t if t is None else _Kept(t) for t in (mean, invstd, bn_weight, bn_bias))
         self._spec = spec
         self._made = _identity(y)
@@ -93,7 +94,7 @@ def _identity(y):
 
 
 class _Kept:
-    """A tensor as it is, and autograd's check that it stays so: hooks would do without it."""
+    """A stored tensor with autograd's check that it is not modified, which hooks would bypass."""
 
     def __init__(self, tensor):
         self._tensor, self._version = tensor, tensor._version

@@ -1,8 +1,8 @@
 """The operation as registered ops, one per direction, for torch.compile and torch.export.
 
-The ops are functional: they return the batch statistics, and whoever owns the running ones updates them. Outputs that
-were not asked for are empty tensors of shape (0,). Everything is channels_last; no output aliases another or an input.
-Without a weight there is no convolution: x, dense and joined by nothing before the norm, is z, whose output is empty.
+The ops are functional: they return the batch statistics, and the owner of the running ones updates them. Outputs that
+were not requested are empty tensors of shape (0,). Everything is channels_last; no output aliases another or an input.
+Without a weight there is no convolution and z is x, dense, with nothing added before the norm; the output z is empty.
 """
 
 import dataclasses

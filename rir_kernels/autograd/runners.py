@@ -1,4 +1,4 @@
-"""Runners whose kernels are ours: the registered op, and a recorded plan."""
+"""Runners that launch our kernels: the registered op, and a recorded plan."""
 
 import functools
 import importlib
@@ -19,7 +19,7 @@ from .function import Backward, ConvBNActFunction
 
 @dataclass(frozen=True)
 class RegisteredOp:
-    """By the ops that torch.compile sees. impl: "triton" or "hybrid"; channels_last: y's format."""
+    """Runs the ops that torch.compile sees. impl: "triton" or "hybrid"; channels_last: y's format."""
 
     impl: str
     channels_last: bool
@@ -55,13 +55,13 @@ class RegisteredOp:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """By a recorded plan, for calls that have one signature."""
+    """Replays a recorded plan, for calls with one signature."""
 
     plan: Callable
     spec: ConvBNActSpec
     training: bool
     saves: bool  # for backward
-    copied: torch.Size | None  # the output's shape where it is copied to contiguous
+    copied: torch.Size | None  # the output's shape if it is copied to contiguous
     in_place: bool  # whether the kernels can read the tensors where they are
     writes: bool  # to the buffers
     _backward: dict[tuple, Callable | None] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Planned:
     chains: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> torch.Tensor:
-        if self.writes and call.num_batches_tracked is not None:  # of the statistics torch leaves the version as it is
+        if self.writes and call.num_batches_tracked is not None:  # torch does not bump the version of the statistics
             torch.autograd.graph.increment_version([call.num_batches_tracked])
         if not self.in_place:
             call = call.in_channels_last()
@@ -86,7 +86,7 @@ class Planned:
         return self.plan(call.inputs() + call.buffers(), (call.momentum,))
 
     def backward(self, tensors: Backward, needs, spec, training, sums=None, upstream=None):
-        """By a plan too, or by the registered op where there can be none."""
+        """Replays a plan too, or calls the registered op if no plan is possible."""
         *norm, relu = upstream or (None,) * 6
         every = (*tensors, *(sums or (None, None)), *norm)
         metadata = plans.metadata(every)
@@ -98,7 +98,7 @@ class Planned:
         if plan is None:
             return RegisteredOp(self.impl, True).backward(tensors, needs, spec, training)
         dx, dweight, dbias, dgamma, dbeta, *rest = plan(every)
-        if sums is not None:  # which a plan does not hand out: they were handed in
+        if sums is not None:  # a plan does not return its inputs
             dbeta, dgamma = sums
         return dx, dweight, dbias, dgamma, dbeta, *rest
 
@@ -116,7 +116,7 @@ class Planned:
 
 
 def planned(call: Call, saves: bool, channels_last: bool) -> Planned | None:
-    """The plan of calls like this one, None where there can be none. channels_last: the format of y."""
+    """Records the plan of calls like this one; None if no plan is possible. channels_last: the format of y."""
     momentum = importlib.import_module("rir_kernels.triton.plan.places").Slot(0)
     copied = None
 

@@ -1,1 +1,1 @@
-"""Who computes: ATen, our kernels, the vendor's convolution between them, a recorded plan."""
+"""Backends: ATen, our kernels, the vendor's convolution with our norm kernels, recorded plans."""

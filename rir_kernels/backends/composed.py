@@ -14,14 +14,14 @@ from . import aten
 
 @dataclass(frozen=True)
 class Composed:
-    """impl: "torch" or "reference"; channels_last: y's format, or None: as torch's operators leave it."""
+    """impl: "torch" or "reference"; channels_last: y's format, or None: as torch's operators return it."""
 
     impl: str
     channels_last: bool | None
 
     def __call__(self, call: Call) -> torch.Tensor:
-        # torch's norm wants its four tensors in one dtype, and keeps the statistics it was handed for backward: it gets
-        # copies, as the buffers may change in between (DDP rewrites them before each forward)
+        # torch's norm requires its four tensors in one dtype, and saves the statistics for backward. It gets copies,
+        # since the buffers may change in between (DDP rewrites them before each forward)
         wide = torch.promote_types(call.x.dtype, torch.float32)
         bn_weight, bn_bias = (None if p is None else p.to(wide) for p in (call.bn_weight, call.bn_bias))
         running = (call.running_mean, call.running_var)

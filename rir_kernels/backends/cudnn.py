@@ -1,7 +1,7 @@
-"""The vendor's convolution (cuDNN, oneDNN) behind the launcher's four functions: the "hybrid" implementation's half.
+"""The vendor's convolution (cuDNN, oneDNN) as the launcher's four functions: its half of the "hybrid" implementation.
 
-Same signatures as `rir_kernels.triton.launch.conv` and `.wgrad`, any kernel size, groups and dilation; the norm
-kernels stay ours.
+The signatures are those of `rir_kernels.triton.launch.conv` and `.wgrad`; any kernel size, groups and dilation work.
+The norm kernels stay ours.
 """
 
 import torch
@@ -13,13 +13,13 @@ from rir_kernels.triton.launch.batchnorm import TileMoments, bn_apply, bn_runnin
 
 
 def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:
-    """z and its statistics."""
+    """Returns z and its statistics."""
     z = _conv(x, weight, bias, () if spec.post_norm else residuals, spec)
     return z, bn_stats(z)
 
 
 def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save_z):
-    """(y, z or None) with given statistics."""
+    """Returns (y, z or None) for given statistics."""
     z = _conv(x, weight, bias, () if spec.post_norm else residuals, spec)
     statistics = bn_running(mean, var, spec.eps)
     after = residuals if spec.post_norm else ()
@@ -27,7 +27,7 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
 
 
 def conv_data_grad(dz, weight, *, shape, spec, upstream=None) -> tuple[torch.Tensor, None]:
-    """dx of the given shape; no sums of the layer upstream."""
+    """Returns dx of the given shape, and no sums for the upstream layer."""
     dx = torch.nn.grad.conv2d_input(shape, weight, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
     dx = dense_channels_last(dx)
     if spec.conv_scale != 1.0:
@@ -38,7 +38,7 @@ def conv_data_grad(dz, weight, *, shape, spec, upstream=None) -> tuple[torch.Ten
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
-    """dW (C_out, C_in/groups, kh, kw)."""
+    """Returns dW (C_out, C_in/groups, kh, kw)."""
     shape = (dz.shape[1], x.shape[1] // spec.groups, *kernel)
     dw = torch.nn.grad.conv2d_weight(x, shape, dz, spec.stride, spec.padding, spec.dilation, spec.groups)
     dw = dense_channels_last(dw)

@@ -1,7 +1,7 @@
-"""The fused layer as a sequence of kernels, forward and backward, cut at the batch norm's reduction.
+"""The fused layer as a sequence of kernels, forward and backward, split at the batch norm's reduction.
 
-"triton" and "hybrid" differ in who convolves; everything else is shared. Tensors are channels_last and validated.
-Where there is no weight nobody convolves: x, which is dense then, stands for z.
+"triton" and "hybrid" differ only in the convolution. Tensors are channels_last and validated. Without a weight there is
+no convolution and z is x, which is then dense.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from rir_kernels.common.spec import ConvBNActSpec
 
 
 def kernels(impl: str, weight):
-    """(convolution, weight gradient, norm) launchers, imported late: triton is optional and its import is slow."""
+    """Returns (convolution, weight gradient, norm) launchers, imported late: triton is optional and slow to import."""
     norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
     if weight is None:
         return importlib.import_module("rir_kernels.backends.no_conv"), None, norm
@@ -27,11 +27,11 @@ def forward(
     x, weight, bias, gamma, beta, running_mean, running_var, residuals, spec,
     *, training, save, impl, momentum=0.0, batches=None,
 ):  # fmt: skip
-    """(y, z, mean, var, invstd); what is not computed is None, and so is z where x stands for it.
+    """Returns (y, z, mean, var, invstd); None for what is not computed, and for z if it is x.
 
-    training: batch statistics; z, mean, biased var and invstd are always there; running statistics and `batches`, their
-    count, are updated where they are given. Otherwise the running statistics are used, and z, mean, invstd are
-    kept only if `save`.
+    training: uses batch statistics and always returns z, mean, biased var and invstd; updates the running statistics
+    and their counter `batches` if given. Otherwise uses the running statistics, and returns z, mean and invstd only if
+    `save`.
     """
     conv, _, norm = kernels(impl, weight)
     if training:
@@ -56,16 +56,16 @@ def backward(
     dy, x, weight, z, y, mean, invstd, gamma, beta, spec: ConvBNActSpec,
     *, training, needs, impl, upstream=None, sums=None, means=None,
 ):  # fmt: skip
-    """(dx, dweight, dbias, dgamma, dbeta, dresidual) as `needs` asks in that order, None elsewhere.
+    """Returns (dx, dweight, dbias, dgamma, dbeta, dresidual), None for those that `needs`, in that order, excludes.
 
-    y is given where the ReLU's mask is that of a sum after the norm. dresidual has all C_out channels. The gradients
-    of the per-channel parameters are fp32.
+    y is given if the ReLU's mask is that of a sum after the norm. dresidual has all C_out channels. The gradients of
+    the per-channel parameters are fp32.
 
-    upstream (`launch.batchnorm.Upstream`): the layer whose dy is this dx. There is a seventh result then: sum dy' and
-    sum dy' * xhat of that layer, if they came with dx, or None. Times its `norm_scale` they are its `sums`, which
-    spare it the reduction.
+    upstream (`launch.batchnorm.Upstream`): the layer whose dy is this dx. It adds a seventh result: sum dy' and
+    sum dy' * xhat of that layer if they were computed with dx, else None. Multiplied by its `norm_scale` they are its
+    `sums`, which save it the reduction.
 
-    means: of dy' and dy' * xhat over all pixels that the statistics are of, where these are not the ones here alone.
+    means: of dy' and dy' * xhat over all pixels that the statistics cover, if those are not only the local ones.
     """
     conv, wgrad, norm = kernels(impl, weight)
     need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
@@ -89,7 +89,7 @@ def backward(
     if need_weight:
         dweight = wgrad.conv_weight_grad(dz, x, kernel=tuple(weight.shape[2:]), spec=spec)
     if need_bias:
-        # the sum of dz over the pixels: batch statistics take any constant out again, so there it is exactly zero
+        # the sum of dz over the pixels: batch statistics cancel any constant, so in training it is exactly zero
         if training:
             dbias = torch.empty_like(mean).zero_()
         else:

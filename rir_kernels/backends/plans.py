@@ -1,6 +1,6 @@
-"""Calls like one before: same function, same options, tensors that differ from the earlier ones in addresses alone.
+"""Plan replay: calls with an earlier call's function and options, whose tensors differ from its own only in addresses.
 
-What such a call launches is known from the first one, which leaves a plan (`triton.launch.plan`).
+The launches of such a call are known from the first one, which records a plan (`triton.plan`).
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from ..common import switches, tracing
 _PLAIN = frozenset({torch.Tensor, Parameter, type(None)})
 _ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it
 _NOT_YET = object()
-_KEPT = 4096  # kinds of calls
+_KEPT = 4096  # entries per cache
 
 
 class Kinds(dict):
-    """What is known of calls, by their kind; as many as fit, and apart from all others within `apart`."""
+    """A bounded cache of what is known of calls, keyed by their kind; `apart` isolates it."""
 
     _all: ClassVar[list["Kinds"]] = []
 
@@ -30,7 +30,7 @@ class Kinds(dict):
         self._all.append(self)
 
     def remember(self, kind, value):
-        """The value, or what was remembered already."""
+        """Stores the value; returns it, or the one stored earlier."""
         if len(self) >= _KEPT:
             self.clear()
         return self.setdefault(kind, value)
@@ -38,7 +38,7 @@ class Kinds(dict):
     @classmethod
     @contextlib.contextmanager
     def apart(cls) -> Iterator[None]:
-        """Within it nothing is known, and nothing of what is learnt there is known after it."""
+        """Empties all caches on entry, and restores them on exit."""
         saved = [(kinds, kinds.copy()) for kinds in cls._all]
         try:
             for kinds, _ in saved:
@@ -54,7 +54,7 @@ _repeated = Kinds()
 
 
 def run(function: Callable, options: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple:
-    """function(options, (), *tensors), by its plan where it can have one; see `Repeated`."""
+    """Runs function(options, (), *tensors), by replaying its plan if it can have one; see `Repeated`."""
     kind = metadata(tensors)
     if kind is None:
         return function(options, (), *tensors)
@@ -64,10 +64,10 @@ def run(function: Callable, options: Hashable, tensors: Sequence[torch.Tensor | 
 
 
 class Repeated:
-    """function(options, scalars, *tensors) for tensors of one kind, which leaves a plan where it can have one.
+    """Runs function(options, scalars, *tensors) for tensors of one kind, and records a plan if it can have one.
 
-    function: returns a tuple of tensors that it allocates, and None. scalars: numbers that kernels are handed as they
-    are, which may differ from call to call.
+    function: returns a tuple of tensors that it allocates, and None. scalars: numbers passed to kernels unchanged,
+    which may differ from call to call.
     """
 
     def __init__(self, function: Callable, options: Hashable, repeats: bool = True):
@@ -83,7 +83,7 @@ class Repeated:
 
 
 def metadata(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
-    """What of the tensors, and of torch's switches, a plan depends on; None where nothing may be planned."""
+    """The properties of the tensors, and torch's switches, that a plan depends on; None if no plan is possible."""
     if tensors[0] is None or not {type(t) for t in tensors} <= _PLAIN or not tracing.is_plain_eager():
         return None
     try:
@@ -96,9 +96,9 @@ def metadata(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
 
 
 def record(function: Callable, tensors: Sequence[torch.Tensor | None]) -> Callable | None:
-    """The plan of function(*tensors), None where it can have none."""
+    """Records the plan of function(*tensors); None if it can have none."""
     present = [t for t in tensors if t is not None]
-    # kernels are compiled for aligned addresses, and read the values of the channels one behind the other
+    # kernels are compiled for aligned addresses, and expect contiguous per-channel vectors
     if any(t.data_ptr() % _ALIGNMENT or (t.dim() == 1 and not t.is_contiguous()) for t in present):
         return None
     places = importlib.import_module("rir_kernels.triton.plan.places")

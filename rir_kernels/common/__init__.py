@@ -1,1 +1,1 @@
-"""What all of the package may use, and that uses nothing of it."""
+"""Shared helpers: every part of the package may import them, and they import no other part."""

@@ -1,7 +1,7 @@
-"""Checks of the constructors' arguments: one place, so that the fused modules and the reference refuse the same things.
+"""Checks of constructor arguments, in one place so that the fused modules and the reference refuse the same things.
 
-Every function raises ValueError, saying what came and what was expected, and returns nothing. What a call is handed
-(tensors, shapes, dtypes) is checked elsewhere; what torch's own constructors refuse by themselves is left to them.
+Every check raises ValueError, naming what it got and what it expected, and returns nothing. A call's arguments
+(tensors, shapes, dtypes) are checked elsewhere; what torch's own constructors refuse is left to them.
 """
 
 import functools
@@ -25,27 +25,27 @@ def _is_number(value):
 
 
 def check_choice(name, value, choices):
-    """`value` is one of `choices`."""
-    # compared one by one: a list or an array is then refused by name, not by "unhashable" or "ambiguous"
+    """Checks that `value` is one of `choices`."""
+    # compare one by one: for a list or an array the error then names the argument, not "unhashable" or "ambiguous"
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_positive_int(name, value):
-    """`value` is an int >= 1 (bool is not an int here)."""
+    """Checks that `value` is an int >= 1 (bool is not an int here)."""
     if not _is_int(value) or value < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
 def check_int_or_pair(name, value, minimum):
-    """`value` is an int >= `minimum`, or a pair of such."""
+    """Checks that `value` is an int >= `minimum`, or a pair of such ints."""
     values = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
     if not all(_is_int(v) and v >= minimum for v in values):
         raise ValueError(f"{name} must be an int >= {minimum} or a pair of such, got {value!r}")
 
 
 def check_kernel_size(kernel_size):
-    """`kernel_size` of RiRLayer is an odd positive int: padding k // 2 then keeps the image's size."""
+    """Checks that `kernel_size` of RiRLayer is an odd positive int: padding k // 2 then keeps the image's size."""
     if not _is_int(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"kernel_size must be an odd positive int, got {kernel_size!r}: "
@@ -54,7 +54,7 @@ def check_kernel_size(kernel_size):
 
 
 def check_fraction(residual_fraction):
-    """`residual_fraction` is a number within [0, 1]; both ends are legal."""
+    """Checks that `residual_fraction` is a number within [0, 1]; both ends are allowed."""
     if not _is_number(residual_fraction) or not 0 <= residual_fraction <= 1:  # NaN fails the comparison
         raise ValueError(
             f"residual_fraction must be a number within [0, 1], got {residual_fraction!r}: "
@@ -63,19 +63,19 @@ def check_fraction(residual_fraction):
 
 
 def check_branch_scale(branch_scale):
-    """`branch_scale` is a finite number."""
+    """Checks that `branch_scale` is a finite number."""
     if not _is_number(branch_scale) or not math.isfinite(branch_scale):
         raise ValueError(f"branch_scale must be a finite number, got {branch_scale!r}: 1.0 leaves the branch as it is")
 
 
 def check_eps(eps):
-    """`eps` is a finite number above zero."""
+    """Checks that `eps` is a finite number above zero."""
     if not _is_number(eps) or not (0 < eps < math.inf):
         raise ValueError(f"eps must be a positive number, got {eps!r}: BatchNorm2d's own default is 1e-5")
 
 
 def check_momentum(momentum):
-    """`momentum` is a number, or None for the cumulative average; its range is not limited, as in torch."""
+    """Checks that `momentum` is a number, or None for the cumulative average; as in torch, its range is not limited."""
     if momentum is not None and not _is_number(momentum):
         raise ValueError(f"momentum must be a number, or None for the cumulative average, got {momentum!r}")
 
@@ -83,7 +83,7 @@ def check_momentum(momentum):
 def check_layer(
     in_channels, out_channels, *, kernel_size, stride, residual_fraction, shortcut, branch_scale, eps, momentum
 ):
-    """The arguments of RiRLayer."""
+    """Checks the arguments of RiRLayer."""
     check_positive_int("in_channels", in_channels)
     check_positive_int("out_channels", out_channels)
     check_kernel_size(kernel_size)
@@ -96,7 +96,7 @@ def check_layer(
 
 
 def check_block(num_layers, *, outer_shortcut, outer_streams):
-    """The arguments of RiRBlock that its layers do not check."""
+    """Checks the arguments of RiRBlock that its layers do not check."""
     check_positive_int("num_layers", num_layers)
     check_choice("outer_shortcut", outer_shortcut, OUTER_SHORTCUTS)
     check_choice("outer_streams", outer_streams, OUTER_STREAMS)
@@ -117,7 +117,7 @@ def check_conv_bn_act(
     eps,
     momentum,
 ):
-    """The arguments of ConvBNAct; `padding` is the one that was passed, None included."""
+    """Checks the arguments of ConvBNAct; `padding` is as passed and may be None."""
     check_positive_int("in_channels", in_channels)
     check_positive_int("out_channels", out_channels)
     check_int_or_pair("kernel_size", kernel_size, 1)
@@ -125,7 +125,7 @@ def check_conv_bn_act(
     if padding is not None:
         check_int_or_pair("padding", padding, 0)
     check_int_or_pair("dilation", dilation, 1)
-    check_positive_int("groups", groups)  # that it divides the channels is checked by Conv2d
+    check_positive_int("groups", groups)  # Conv2d checks that it divides the channels
     check_choice("residual_at", residual_at, RESIDUAL_AT)
     check_branch_scale(branch_scale)
     check_choice("activation", activation, ACTIVATIONS)
@@ -134,7 +134,7 @@ def check_conv_bn_act(
 
 
 def unplaced(residuals) -> TypeError:
-    """The error where a residual, or else a branch_scale, comes without residual_at: two different functions."""
+    """Returns the error for a residual or a branch_scale without residual_at, which selects one of two functions."""
     name = "residual" if residuals else "branch_scale"
     return TypeError(
         f'a {name} needs residual_at: "pre_norm" (the norm sees the sum, as in RiR) or '
@@ -143,8 +143,8 @@ def unplaced(residuals) -> TypeError:
 
 
 def named_from(count):
-    """Decorates a function whose arguments from that one on are keyword-only: a call that passes them by position is
-    told how it is written now."""
+    """Decorates a function whose arguments after the first `count` are keyword-only: the error of a call that passes
+    them by position shows how to write it."""
 
     def decorate(function):
         @functools.wraps(function)

@@ -11,7 +11,7 @@ from .spec import ConvBNActSpec
 class Call(NamedTuple):
     """y = act(norm(conv(x, weight) + bias + residuals)), as `spec` says; weight None: no convolution.
 
-    num_batches_tracked: one int64, which counts the batch when the call has succeeded; or None.
+    num_batches_tracked: one int64, incremented once the call has succeeded; or None.
     """
 
     x: torch.Tensor
@@ -28,7 +28,7 @@ class Call(NamedTuple):
     momentum: float
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """The tensors that gradients may be asked of: x, weight, bias, bn_weight, bn_bias, residuals."""
+        """The tensors that may require gradients: x, weight, bias, bn_weight, bn_bias, residuals."""
         return (self.x, self.weight, self.bias, self.bn_weight, self.bn_bias, *self.residuals)
 
     def buffers(self) -> tuple[torch.Tensor | None, ...]:
@@ -36,8 +36,8 @@ class Call(NamedTuple):
         return self.running_mean, self.running_var, self.num_batches_tracked
 
     def having(self, **changes) -> "Call":
-        """Another call, with these fields changed."""
-        # not _replace, which older compilers do not look into
+        """A copy of the call with these fields changed."""
+        # not _replace, which older versions of torch.compile cannot trace
         fields: list[Any] = [changes.get(name, value) for name, value in zip(Call._fields, self, strict=True)]
         return Call(*fields)
 
@@ -48,16 +48,16 @@ class Call(NamedTuple):
         )  # fmt: skip
 
     def without_inputs(self) -> "Call":
-        """What a traced autograd.Function is handed besides the inputs, which are arguments of their own there."""
+        """The call without its inputs, which autograd.Function.apply takes as separate arguments."""
         return self.with_inputs(None, None, None, None, None)
 
     def in_channels_last(self) -> "Call":
-        """With x and the residuals as the kernels read them."""
+        """The call with x and the residuals in the format that the kernels read."""
         x = as_rows(self.x) if self.weight is None else as_channels_last(self.x)
         return self.having(x=x, residuals=tuple(map(as_channels_last, self.residuals)))
 
     def with_dense_vectors(self) -> "Call":
-        """With bias, bn_weight and bn_bias as the kernels read them; this very call where they are."""
+        """The call with contiguous bias, bn_weight and bn_bias, as the kernels expect; self if they already are."""
         vectors = self.bias, self.bn_weight, self.bn_bias
         if all([vector is None or vector.is_contiguous() for vector in vectors]):
             return self

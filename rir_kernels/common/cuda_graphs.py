@@ -1,4 +1,4 @@
-"""CUDA graphs: what their warm-up leaves behind, and what they cannot hold."""
+"""CUDA graphs: restore buffers after the warm-up, and refuse what cannot be captured."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from torch import nn
 
 @contextlib.contextmanager
 def preserved_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Within it forwards may run; at its end every buffer of the modules is what it was before, in place.
+    """Restores all buffers of the modules, in place, on exit.
 
-    Capturing a CUDA graph takes forwards to warm up, which in training would count as batches:
+    Capturing a CUDA graph takes warm-up forwards, which in training would update the running statistics:
 
         with rir.preserved_statistics(model):
             model = torch.cuda.make_graphed_callables(model, (x,))
 
-    Restored are the values (running statistics, num_batches_tracked, and whatever else is a buffer), in their own
-    memory, where a captured graph will update them at each replay; and the tensor itself where it was replaced by
-    another. Also after an exception. Parameters and gradients are not looked after.
+    Restores the values (running statistics, num_batches_tracked and every other buffer) in their own memory, where a
+    captured graph updates them at each replay, and puts back a buffer that was replaced by another tensor. It does so
+    after an exception, too. Parameters and gradients are not restored.
 
-    In a captured graph norms have the momentum they were captured with, and none may have momentum=None: that one is
-    computed from the number of batches, which the host would have to read. Capturing it raises RuntimeError.
+    A captured graph keeps the momentum that the norms had at capture. No norm may have momentum=None, which is
+    computed from the number of batches: the host would have to read it, so capturing raises RuntimeError.
 
-    TypeError for what is no nn.Module.
+    Raises TypeError for anything but an nn.Module.
     """
     for module in modules:
         if not isinstance(module, nn.Module):
@@ -39,15 +39,15 @@ def preserved_statistics(*modules: nn.Module) -> Iterator[None]:
         yield
     finally:
         for device in {buffer.device for _, _, buffer in owned if buffer.is_cuda}:
-            torch.cuda.synchronize(device)  # warm-ups run on streams of their own
+            torch.cuda.synchronize(device)  # warm-ups run on other streams
         for owner, name, buffer in owned:
             owner._buffers[name] = buffer
             buffer.detach().copy_(values[id(buffer)])
 
 
 def check_host_may_read(what: str) -> None:
-    """RuntimeError within the capture of a CUDA graph, where `what` would need a number from the device."""
-    # asked first: without a GPU there is no second question
+    """Raises RuntimeError during the capture of a CUDA graph, where `what` would have to read from the device."""
+    # is_initialized comes first: without a GPU the second query must not run
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{what} reads the number of batches on the host, which the capture of a CUDA graph does not allow, and "

@@ -1,7 +1,7 @@
-"""What was measured on a device and is shipped as data: JSON files named after it.
+"""Measurements of a device, shipped as JSON files named after it.
 
-A file is data, never code: what has not the expected form is ignored, with a warning, and a rule decides instead. So is
-a file that others than the owner of this code could have written.
+A file is data, never code: a file without the expected form is ignored with a warning, and a rule decides instead. So
+is a file that users other than the owner of this code could have written.
 """
 
 import functools
@@ -14,16 +14,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-MOST_BYTES = 16 * 2**20  # a device's tiles take some hundred kilobytes
+MOST_BYTES = 16 * 2**20  # a device's tiles take a few hundred kilobytes
 
 
 def slug(name: str) -> str:
-    """A device's name as the name of a file or folder."""
+    """Turns a device's name into the name of a file or folder."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def looked_up_once(function: Callable) -> Callable:
-    """functools.cache, for threads: what several ask for at a time is read, and warned of, once."""
+    """A thread-safe functools.cache: concurrent look-ups of the same thing read it, and warn of it, once."""
     cached, lock = functools.cache(function), threading.Lock()
 
     @functools.wraps(function)
@@ -36,9 +36,9 @@ def looked_up_once(function: Callable) -> Callable:
 
 
 def read_entries(path: Path, schema: int, field: str, parse: Callable, *, instead: str, command: str) -> dict:
-    """dict(parse(entry) for every entry under `field`); empty where there is no file, or none of that form.
+    """Returns dict(parse(entry) for every entry under `field`), or an empty dict without a file of that form.
 
-    parse may raise whatever it likes for what is no entry. The warning says what happens `instead`, and which `command`
+    parse may raise any exception for an invalid entry. The warning says what happens `instead`, and which `command`
     writes the file.
     """
     try:
@@ -48,7 +48,7 @@ def read_entries(path: Path, schema: int, field: str, parse: Callable, *, instea
         return dict(parse(entry) for entry in data[field])
     except FileNotFoundError:
         return {}
-    except Exception as error:  # a file that was made to fail may fail in any way: too deep, too large, no number
+    except Exception as error:  # a crafted file may fail in any way: nested too deep, too large, not a number
         warnings.warn(
             f"{path.name} is ignored, {instead}: {type(error).__name__}: {error}. "
             f"Write it again with `python -m {command}`, or remove it",
@@ -58,7 +58,7 @@ def read_entries(path: Path, schema: int, field: str, parse: Callable, *, instea
 
 
 def _read(path):
-    # a pipe must not block here, and what is looked at is what is read: the file may be replaced in between
+    # opening a pipe must not block; fstat checks the very file that is read: its path may be replaced in between
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         _check_origin(os.fstat(handle))
@@ -72,7 +72,7 @@ def _read(path):
 
 
 def _check_origin(found):
-    """PermissionError for what more people can write than can write this code, ValueError for what is no file."""
+    """Raises PermissionError if more users can write the file than this code, ValueError if it is no regular file."""
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("not a file")
     if os.name != "posix":

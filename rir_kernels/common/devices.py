@@ -1,4 +1,4 @@
-"""Which device a tensor is on, or stands for."""
+"""Which device a tensor is on, or stands in for."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import torch
 
 
 class _PerThread(threading.local):
-    # (type of device, a GPU's name): tensors there stand for tensors on that GPU
+    # (device type, GPU name): tensors on devices of that type stand in for tensors on that GPU
     stand_in: tuple[str, str] | None = None
 
 
@@ -17,7 +17,7 @@ _thread = _PerThread()
 
 @contextlib.contextmanager
 def standing_for(gpu: str, kind: str = "meta"):
-    """Within it tensors on devices of that kind count, in this thread, as tensors on a GPU that runs the kernels.
+    """Treats tensors on devices of that kind, in this thread, as tensors on a GPU that runs the kernels.
 
     gpu: its name, or "".
     """
@@ -29,12 +29,12 @@ def standing_for(gpu: str, kind: str = "meta"):
 
 
 def all_stand_for(gpu: str, kind: str) -> None:
-    """The same for all of the process, for good: its CPU emulates a GPU."""
+    """Does the same for the whole process, permanently: its CPU emulates a GPU."""
     _thread.stand_in = _PerThread.stand_in = kind, gpu
 
 
 def device_kind(device: torch.device) -> str:
-    """The device's type; that of a GPU where meta tensors stand for tensors on one."""
+    """The device's type; a GPU's if meta tensors stand in for tensors on one."""
     return "cuda" if device.type == "meta" and _stands_in(device) else device.type
 
 
@@ -43,12 +43,12 @@ def _stands_in(device):
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Whether x is on a GPU, or stands for a tensor that is."""
+    """Whether x is on a GPU, or stands in for a tensor on one."""
     return x.device.type == "cuda" or _stands_in(x.device)
 
 
 def gpu_name(x: torch.Tensor) -> str:
-    """Of the GPU that x is on, or stands for a tensor on."""
+    """The name of the GPU that x is on, or stands in for a tensor on."""
     if x.device.type == "cuda":
         return _name_at(x.device.index)
     return _thread.stand_in[1] if _thread.stand_in else ""

@@ -1,4 +1,4 @@
-"""What every part may ask a module about its class, which `surgery` swaps."""
+"""Looks up a module's original class, which `surgery` swaps; every part of the package may use it."""
 
 from torch import nn
 

@@ -1,10 +1,10 @@
-"""Example inputs, as a user hands them over."""
+"""Example inputs, as a user passes them."""
 
 import torch
 
 
 def as_inputs(name: str, inputs) -> tuple[torch.Tensor | None, ...]:
-    """A tensor or a tuple of them as forward's arguments; TypeError, naming the argument, for anything else."""
+    """Returns a tensor or a tuple of them as forward's arguments; for anything else TypeError names the argument."""
     if isinstance(inputs, torch.Tensor):
         return (inputs,)
     if not isinstance(inputs, tuple) or not all(x is None or isinstance(x, torch.Tensor) for x in inputs):

@@ -1,4 +1,4 @@
-"""torch's random state: seeded, read, given back."""
+"""Seeds, reads and restores torch's random state."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def seed_all(seed):
-    """Seeds torch's generators, a GPU's only where CUDA is up: torch.manual_seed would leave a seed for when it is."""
+    """Seeds torch's generators, those of GPUs only if CUDA is initialized: torch.manual_seed would queue a seed."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
@@ -14,7 +14,7 @@ def seed_all(seed):
 
 @contextlib.contextmanager
 def undisturbed():
-    """Gradients are on whatever the caller set, and torch's random state is given back."""
+    """Enables gradients whatever the caller set, and restores torch's random state on exit."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
         yield

@@ -1,4 +1,4 @@
-"""Running statistics, updated as torch's own norm does it."""
+"""Updates running statistics as torch's own norm does."""
 
 import torch
 
@@ -6,9 +6,9 @@ from .tracing import is_plain_eager
 
 
 def update_running(running_mean, running_var, mean, var, momentum: float, pixels: int) -> None:
-    """In place, by the batch's mean and biased variance."""
-    # as torch does it, in fp32, rounded once to the buffers' dtype; both at a time, since every launch counts beside a
-    # small layer. A plan's kernel (triton.batchnorm) fuses product and sum: an ulp apart at times
+    """Updates both in place by the batch's mean and biased variance."""
+    # as torch does: in fp32, rounded once to the buffers' dtype; both at once, since each launch matters for a small
+    # layer. A plan's kernel (triton.kernels.batchnorm) fuses multiply and add, so it can differ by an ulp
     running = [values(running_mean), values(running_var)]
     batch = torch._foreach_mul([mean.detach(), var.detach()], [momentum, momentum * pixels / (pixels - 1)])
     if mean.dtype == running_mean.dtype == running_var.dtype:
@@ -21,9 +21,9 @@ def update_running(running_mean, running_var, mean, var, momentum: float, pixels
 
 
 def values(statistics):
-    """To be written to without a new version, as torch's norm does it: others may keep them for their backward.
+    """An alias to write to without a new version, as torch's norm does: other nodes may have saved them for backward.
 
-    Not by no_grad, a region of its own in an exported graph, which torch.export.save refuses. Compilers, tracers and
-    transforms refuse `data`, or take it for a constant.
+    Not no_grad: that is a separate region in an exported graph, which torch.export.save refuses. Compilers, tracers
+    and transforms refuse `data` or take it for a constant.
     """
     return statistics.data if is_plain_eager() else statistics.detach()

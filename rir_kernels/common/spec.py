@@ -11,7 +11,7 @@ import torch
 class ConvBNActSpec:
     """z = branch_scale * conv(x) + residual, y = act(norm(z)); with `post_norm`, scale and residual follow the norm.
 
-    `shortcut_channels`: so many leading channels of x itself, subsampled by the stride, join the pre-norm sum. It is a
+    `shortcut_channels`: how many leading channels of x, subsampled by the stride, are added before the norm. It is a
     number rather than a tensor so that backward can add dz to dx inside the data-gradient kernel.
     """
 
@@ -26,7 +26,7 @@ class ConvBNActSpec:
     relu: bool = True
 
     def output_shape(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[int, int, int, int]:
-        """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw); x's own without one."""
+        """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw) or None (x's shape)."""
         if weight is None:
             n, c, h, w = x.shape
             return n, c, h, w
@@ -40,13 +40,13 @@ class ConvBNActSpec:
 
     @property
     def has_conv_options(self) -> bool:
-        """Whether something is asked of the convolution: not where there is none."""
+        """Whether any convolution option is set; without a convolution none may be."""
         geometry = self.stride, self.padding, self.dilation, self.groups, self.shortcut_channels
         return geometry != ((1, 1), (0, 0), (1, 1), 1, 0)
 
     @property
     def conv_scale(self) -> float:
-        """The factor on the convolution itself."""
+        """The factor on the convolution."""
         return 1.0 if self.post_norm else self.branch_scale
 
     @property
@@ -55,7 +55,7 @@ class ConvBNActSpec:
         return self.branch_scale if self.post_norm else 1.0
 
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """The part of x that joins the sum, as a view."""
+        """The part of x that is added before the norm, as a view."""
         if x.shape[1] != self.shortcut_channels:
             x = x[:, : self.shortcut_channels]
         return x if self.stride == (1, 1) else x[:, :, :: self.stride[0], :: self.stride[1]]
@@ -65,14 +65,14 @@ _kept = functools.lru_cache(maxsize=1024, typed=True)(ConvBNActSpec)
 
 
 def kept_spec(*args, **options) -> ConvBNActSpec:
-    """ConvBNActSpec(...), made once for equal options of the same types."""
-    # the compiler looks through the cache, and warns of it
+    """Returns ConvBNActSpec(...), cached for equal options of the same types."""
+    # torch.compile traces through the cache, and warns of it
     return ConvBNActSpec(*args, **options) if torch.compiler.is_compiling() else _kept(*args, **options)
 
 
 def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, eps) -> ConvBNActSpec:
-    """The spec of a Conv2d (zero padding by numbers) followed by a norm with that eps."""
-    geometry: Any = conv  # pairs, of which torch's types do not tell
+    """The spec of a Conv2d (numeric zero padding) followed by a norm with that eps."""
+    geometry: Any = conv  # pairs, which torch's type hints do not say
     return kept_spec(
         stride=geometry.stride,
         padding=geometry.padding,

@@ -1,7 +1,8 @@
-"""Two streams as one tensor and back, without a copy where they lie side by side, forward and backward.
+"""Joins two streams into one tensor and splits them again; adjacent streams are not copied, forward or backward.
 
-Slices would do for the values. Their gradients, though, are copied one by one into contiguous tensors of zeros, and
-those are added up: seven passes over an activation for two streams, and its memory format is lost for all that follows.
+Plain slices would give the same values. Their gradients, though, are copied one by one into contiguous tensors of
+zeros, which are then added up: seven passes over an activation for two streams, and everything that follows loses the
+memory format.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from .tracing import is_plain_eager
 def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """[r | t] along the channels: a view where both are adjacent slices of one buffer, else a copy.
 
-    Each stream has its own gradient; the buffer they were sliced from plays no part in it.
+    Each stream gets its own gradient; the buffer that they are slices of is not involved.
     """
     if r.shape[1] == 0 or t.shape[1] == 0:
         return t if r.shape[1] == 0 else r
@@ -25,9 +26,9 @@ def join(r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the first `channels` channels of x, the others): views. The reverse of `join`, in backward as well.
+    """Returns (the first `channels` channels of x, the others) as views: the inverse of `join`, in backward as well.
 
-    Where autograd records, torch refuses to change them in place, as it does with the parts of torch.split.
+    While autograd records, torch refuses to change them in place, as with the outputs of torch.split.
     """
     if channels == x.shape[1]:
         return x, x[:, channels:]
@@ -37,7 +38,7 @@ def split(x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def producer(x: torch.Tensor) -> tuple[Any, bool]:
-    """The node of the graph that x comes from, looked for behind `join` and `split`; whether x is all of its output."""
+    """Returns the graph node that produced x, looking through `join` and `split`, and whether x is its whole output."""
     node: Any = x.grad_fn
     whole = True
     if isinstance(node, _Join._backward_cls):
@@ -71,7 +72,7 @@ def _share_storage(r, t) -> bool:
 
 
 class _Join(torch.autograd.Function):
-    """A view of r's buffer that reaches over t; saved like any view, so a change in place is noticed."""
+    """A view of r's buffer that extends over t; saved like any view, so a change in place is detected."""
 
     generate_vmap_rule = True
 
@@ -81,7 +82,7 @@ class _Join(torch.autograd.Function):
         return r.as_strided((n, c + t.shape[1], h, w), r.stride())
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # apart from forward: torch.func asks for it
+    def setup_context(ctx, inputs, output):  # separate from forward: torch.func requires it
         ctx.channels = inputs[0].shape[1]
 
     @staticmethod
@@ -104,7 +105,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dr, dt):
         if dr is None or dt is None:
-            # padding keeps the format of what it pads
+            # F.pad keeps the memory format of its input
             before, behind = (width if grad is None else 0 for width, grad in zip(ctx.widths, (dr, dt), strict=True))
             grad = dt if dr is None else dr
             return None if grad is None else F.pad(grad, (0, 0, 0, 0, before, behind)), None

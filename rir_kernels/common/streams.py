@@ -18,16 +18,15 @@ import torch.nn.functional as F
 
 from .arguments import check_fraction, check_positive_int
 
-# forward's default for t, where x holds both streams. None cannot stand for that: it is how an absent stream is passed.
+# forward's default for t: x holds both streams. Not None, which stands for an absent stream.
 PACKED = object()
 
 
 def split_channels(channels, residual_fraction):
-    """Channels of the two streams: (C_r, C_t), where C_r = round(residual_fraction * channels), C_r + C_t = channels.
+    """Returns the streams' channels (C_r, C_t): C_r = round(residual_fraction * channels), C_r + C_t = channels.
 
-    `round` is Python's: halves go to the even number. Either stream may come out empty, at the fractions 0 and 1 or
-    where there are few channels. ValueError where `channels` is not a positive int, or the fraction not a number within
-    [0, 1].
+    `round` is Python's: halves go to the even number. Either stream may be empty, at the fractions 0 and 1 or with few
+    channels. Raises ValueError if `channels` is not a positive int, or the fraction not a number within [0, 1].
     """
     check_positive_int("channels", channels)
     check_fraction(residual_fraction)
@@ -36,11 +35,11 @@ def split_channels(channels, residual_fraction):
 
 
 def as_streams(x, t, in_residual, in_channels):
-    """What a layer's forward was given, as (r, t): both tensors, an absent stream with zero channels.
+    """Returns the arguments of a layer's forward as (r, t): both tensors, an absent stream with zero channels.
 
-    `t` is PACKED: x is (N, in_channels, H, W), and r and t are slices of it. Otherwise x is r (N, in_residual, H, W)
-    and t is (N, in_channels - in_residual, H, W); where a stream has no channels, None is as good as a tensor without
-    channels. ValueError where the shapes are others.
+    If `t` is PACKED, x is (N, in_channels, H, W), and r and t are slices of it. Otherwise x is r (N, in_residual, H, W)
+    and t is (N, in_channels - in_residual, H, W); a stream without channels may be None or a tensor with zero channels.
+    Raises ValueError for other shapes.
     """
     if t is PACKED:
         check_image("x", x, in_channels)
@@ -57,14 +56,14 @@ def as_streams(x, t, in_residual, in_channels):
 
 
 def join_streams(r, t):
-    """The packed tensor [r | t]: a copy, but the stream itself where the other has no channels."""
+    """Returns the packed tensor [r | t]: a copy, or one stream itself if the other has no channels."""
     if r.shape[1] == 0 or t.shape[1] == 0:  # torch.cat would also let the empty one decide the memory format
         return t if r.shape[1] == 0 else r
     return torch.cat([r, t], dim=1)
 
 
 def check_image(name, x, channels):
-    """ValueError unless x is (N, channels, H, W)."""
+    """Raises ValueError unless x is (N, channels, H, W)."""
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{name} must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")
 
@@ -74,11 +73,11 @@ def _without_channels(x):
 
 
 def pack_weight(rr, rt, tr, tt):
-    """The packed weight (C_out, C_in, k, k) out of the weights of the four convolutions.
+    """Packs the weights of the four convolutions into one weight (C_out, C_in, k, k).
 
-    New memory, through which autograd flows. Each is (channels of its output stream, channels of its input stream,
-    k, k), or None where one of its two streams is absent. ValueError where the ones that are there do not make a
-    rectangle.
+    The result is new memory, differentiable by autograd. Each weight is (channels of its output stream, channels of
+    its input stream, k, k), or None if one of its two streams is absent. Raises ValueError if the given weights do not
+    form a rectangle.
     """
     rows = [(rr, tr), (rt, tt)]  # outputs r', then t'
     inputs = [i for i in (0, 1) if any(row[i] is not None for row in rows)]
@@ -98,9 +97,9 @@ def pack_weight(rr, rt, tr, tt):
 
 
 def unpack_weight(weight, in_residual, out_residual):
-    """The four blocks (rr, rt, tr, tt) of a packed weight (C_out, C_in, k, k): views, None where a stream is absent.
+    """Returns the blocks (rr, rt, tr, tt) of a packed weight (C_out, C_in, k, k): views, None for an absent stream.
 
-    The inverse of `pack_weight`. ValueError where the residual streams are wider than the weight.
+    The inverse of `pack_weight`. Raises ValueError if the residual streams are wider than the weight.
     """
     out_channels, in_channels = weight.shape[:2]
     if not (0 <= in_residual <= in_channels and 0 <= out_residual <= out_channels):
@@ -125,7 +124,7 @@ def init_std(in_channels, kernel_size):
 def needs_projection(shortcut, in_channels, out_channels, stride):
     """Whether a shortcut from a stream of `in_channels` to one of `out_channels` is a 1x1 convolution.
 
-    Only the kind "projection" is one, only where the shape changes, and only where both streams are there.
+    Only the kind "projection" is one, and only if the shape changes and both streams exist.
     """
     changes = stride != 1 or in_channels != out_channels
     return shortcut == "projection" and changes and in_channels > 0 and out_channels > 0
@@ -134,8 +133,8 @@ def needs_projection(shortcut, in_channels, out_channels, stride):
 def pad_shortcut(r, channels, stride):
     """Shortcut without parameters: r (N, C, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride)).
 
-    r itself where nothing changes. Every stride-th pixel is kept, from the first; channels are cut, or filled up with
-    zeros.
+    Returns r itself if nothing changes. Keeps every stride-th pixel, starting with the first; cuts channels, or pads
+    them with zeros.
 
     Source: He et al., "Deep Residual Learning", arXiv 1512.03385, section 4.2, option A.
     """
@@ -148,9 +147,9 @@ def pad_shortcut(r, channels, stride):
 
 
 def add_to_first_channels(y, residual):
-    """y (N, C, H, W) + [residual | 0], residual (N, C_res, H, W) with C_res <= C, out of place.
+    """Returns y (N, C, H, W) + [residual | 0], residual (N, C_res, H, W) with C_res <= C, out of place.
 
-    ValueError where the shapes do not allow it: broadcasting is refused, and so is a residual that is wider than y.
+    Raises ValueError for other shapes: there is no broadcasting, and the residual must not be wider than y.
     """
     missing = y.shape[1] - residual.shape[1] if residual.dim() == 4 else -1
     if missing < 0 or _without_channels(residual) != _without_channels(y):

@@ -6,12 +6,12 @@ import torch
 
 
 def tf32_allowed() -> bool:
-    """torch's own switch for fp32 convolutions."""
+    """Whether torch allows TF32 in fp32 convolutions."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined] # torch's types lack it
 
 
 def overlap_asked() -> bool:
-    """Whether launches are to overlap the one ahead of them (programmatic dependent launch)."""
+    """Whether launches should overlap the preceding one (programmatic dependent launch)."""
     return os.environ.get("RIR_KERNELS_OVERLAP") == "1"
 
 

@@ -1,19 +1,19 @@
-"""Tables for print and for a notebook."""
+"""Tables that print as text and render in a notebook."""
 
 import dataclasses
 import html
 from collections.abc import Iterable, Iterator, Sequence
 
-THE_MODEL = "the model itself"  # whose name is empty
+THE_MODEL = "the model itself"  # shown for an empty name
 
 
 class Table(list):
-    """A list of `kind`, a dataclass, that shows itself as a table: one line for each, one column for each field."""
+    """A list of `kind`, a dataclass, that prints as a table: one row per item, one column per field."""
 
     kind: type
 
     def headline(self) -> str:
-        """What is above the table."""
+        """The line above the table."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ def _cell(name, value):
 
 
 def aligned(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterator[str]:
-    """The lines, the first of which is the header, in columns; `right`: those that are set flush right."""
+    """Yields the lines, header first, aligned in columns; `right`: indices of the right-aligned columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         cells = [
@@ -48,7 +48,7 @@ def aligned(lines: Sequence[Sequence[str]], right: Iterable[int] = ()) -> Iterat
 
 
 def html_table(lines: Sequence[Sequence[str]], failed: Sequence[bool] = ()) -> str:
-    """The same for a notebook; failed: which of the lines below the header are red."""
+    """Renders the lines as HTML for a notebook; failed: which of the lines below the header are red."""
     header, *rows = lines
     failed = [*failed, *[False] * (len(rows) - len(failed))]
     red = ' style="color: #c00"'

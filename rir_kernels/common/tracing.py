@@ -1,4 +1,4 @@
-"""What watches or transforms operators, and what torch.compile does not look into."""
+"""Detects what watches or transforms operators, and marks what torch.compile does not trace."""
 
 import contextlib
 import threading
@@ -8,17 +8,17 @@ from torch.autograd import forward_ad
 
 
 class _PerThread(threading.local):
-    replays = True  # whether recorded launches are used
+    replays = True  # whether recorded plans are replayed
 
 
 _thread = _PerThread()
 
 
 def not_traced(function):
-    """torch.compile calls the function and takes its result for a constant.
+    """Marks a function that torch.compile calls without tracing, taking its result as a constant.
 
-    torch.compiler.assume_constant_result sets the same mark, but imports the compiler for it, and with that triton.
-    The compiler sees the mark on plain functions alone: it looks through functools.cache.
+    torch.compiler.assume_constant_result sets the same mark, but imports the compiler for it, and thereby triton.
+    The compiler sees the mark only on plain functions: it looks through functools.cache.
     """
     function._dynamo_marked_constant = True
     return function
@@ -26,7 +26,7 @@ def not_traced(function):
 
 @contextlib.contextmanager
 def no_replay():
-    """Disables plan replay in this thread: every call chooses and makes its launches anew."""
+    """Disables plan replay in this thread: every call chooses and issues its launches afresh."""
     _thread.replays, saved = False, _thread.replays
     try:
         yield
@@ -35,7 +35,7 @@ def no_replay():
 
 
 def is_plain_eager() -> bool:
-    """Whether nothing watches or transforms operators here: compiler, tracer, dispatch mode, function transform."""
+    """Whether no compiler, tracer, dispatch mode or function transform is active here, and plan replay is enabled."""
     return (
         not torch.compiler.is_compiling()
         and _thread.replays
@@ -47,7 +47,7 @@ def is_plain_eager() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD looks through operators here, which the kernels have no rules for."""
+    """Whether torch.func or forward-mode AD is active here; the kernels have no rules for either."""
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )

@@ -1,6 +1,6 @@
 """Which versions the kernels need, and which this package is tested with.
 
-`bench/matrix/` tests them, and docs/versions.md says what came.
+`bench/matrix/` tests them, and docs/versions.md lists the results.
 """
 
 import functools
@@ -14,7 +14,7 @@ from .tracing import not_traced
 
 TRITON_NEEDED, TORCH_NEEDED = (3, 6), (2, 10)
 
-# oldest and newest; a release within these minor versions is taken to be like those that were tested
+# oldest and newest; releases between these minor versions are assumed to behave like the tested ones
 TESTED = {
     "python": ("3.10", "3.13"),
     "torch": ("2.10", "2.14"),
@@ -24,9 +24,9 @@ TESTED = {
 
 
 def untested(found: Mapping[str, str]) -> list[str]:
-    """What of `found`, versions by the names in TESTED, lies outside it: "torch 2.15.0 (2.10 to 2.14)".
+    """Lists the versions in `found`, keyed like TESTED, that lie outside it: "torch 2.15.0 (2.10 to 2.14)".
 
-    What does not begin with a number is no version, but a report that there is none: left out.
+    A value that does not begin with a number reports a missing package, and is skipped.
     """
     return [
         f"{name} {found[name]} ({oldest} to {newest})"
@@ -37,7 +37,7 @@ def untested(found: Mapping[str, str]) -> list[str]:
 
 @not_traced
 def triton_missing() -> str:
-    """What stands against importing the kernels ("triton >= 3.6 ..., found ..."), or an empty string."""
+    """Why the kernels cannot be imported ("triton >= 3.6 ..., found ..."), or an empty string."""
     if numbers(torch.__version__) < TORCH_NEEDED:
         return f"torch >= {'.'.join(map(str, TORCH_NEEDED))}, found {torch.__version__}"
     needed = f"triton >= {'.'.join(map(str, TRITON_NEEDED))}"
@@ -51,7 +51,7 @@ def triton_missing() -> str:
 
 @functools.cache
 def triton_release() -> tuple[int, ...] | None:
-    """(3, 7) of Triton 3.7.1; None where it cannot be imported."""
+    """(3, 7) for Triton 3.7.1; None if it cannot be imported."""
     try:
         import triton
     except Exception:  # as above
@@ -64,5 +64,5 @@ def _version_of(triton) -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(3, 7) of "3.7rc1+cu130"."""
+    """(3, 7) for "3.7rc1+cu130"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

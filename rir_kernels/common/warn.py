@@ -1,4 +1,4 @@
-"""Warnings that are given once in a process."""
+"""Warnings that are issued once per process."""
 
 import warnings
 

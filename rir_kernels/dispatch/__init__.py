@@ -1,1 +1,1 @@
-"""A call on its way: checked, the plan of one like it found, an implementation chosen."""
+"""Dispatch of a call: check it, look up its plan, choose an implementation."""

@@ -1,4 +1,4 @@
-"""The operation with the state of a BatchNorm2d: its parameters, buffers, mode and momentum rule."""
+"""Runs the operation with the state of a BatchNorm2d: its parameters, buffers, mode and momentum rule."""
 
 import torch
 from torch import nn
@@ -9,18 +9,18 @@ from . import operation
 
 
 def norm_act(bn: nn.BatchNorm2d, x, *, spec, residuals=(), impl="auto", otherwise=None) -> torch.Tensor:
-    """functional.norm_act with what nn.BatchNorm2d.forward would use and update, as `conv_bn_act` has it."""
+    """Runs functional.norm_act with the state that nn.BatchNorm2d.forward would use and update; see `conv_bn_act`."""
     return conv_bn_act(bn, x, None, spec=spec, residuals=residuals, impl=impl, otherwise=otherwise)
 
 
 def conv_bn_act(
     bn: nn.BatchNorm2d, x, weight, *, spec, bias=None, residuals=(), impl="auto", torch_format=False, otherwise=None
 ) -> torch.Tensor:
-    """functional.conv_bn_act with what nn.BatchNorm2d.forward would use and update, counting the batch as it does.
+    """Runs functional.conv_bn_act with the state that nn.BatchNorm2d.forward would use and update, counter included.
 
-    Everything is read from `bn` at this call. The batch is counted after the operation: where that raises, nothing
-    has changed. `spec.eps` is the caller's to take from `bn`. The statistics are those of the ranks of
-    `bn.active_group()`, where it has one (SyncBatchNorm2d). torch_format, otherwise: as in `operation.apply`.
+    All state is read from `bn` at this call. The batch is counted after the operation, so an error changes nothing.
+    The caller takes `spec.eps` from `bn`. If `bn.active_group()` returns a group (SyncBatchNorm2d), the statistics are
+    those of its ranks. torch_format, otherwise: as in `operation.apply`.
     """
     running_mean, running_var, batches, momentum = _tracked(bn)
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
@@ -33,7 +33,7 @@ def conv_bn_act(
 
 
 def _tracked(bn):
-    """(running mean, running var, counter of batches, momentum) of this call, the tensors None where not used."""
+    """Returns (running mean, running var, batch counter, momentum) for this call; unused tensors are None."""
     uses_buffers = not bn.training or bn.track_running_stats
     batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     momentum = bn.momentum

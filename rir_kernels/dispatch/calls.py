@@ -1,7 +1,7 @@
-"""record_calls: which operations ran, and in which implementation.
+"""record_calls: which operations ran, and with which implementation.
 
-While nobody records, an operation asks `on` and no more. While somebody does, the module that is being called is found
-on the stack, so that no call has to hand it down.
+Without a recorder, an operation only checks `on`. With one, the module that is being called is found on the stack, so
+that no call has to pass it down.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from .choose import why_not_triton
 class Call:
     """One operation that ran, or a fused unit that did not run fused.
 
-    name: of the module that was being called, where record_calls has been given the model; else its class. Outside of
-    any module the function: "conv_bn_act" or "norm_act".
-    shape: of x; of a unit whose whole forward ran instead, that of the first tensor it was given.
-    impl: what ran: "triton", "hybrid", "torch" or "reference"; "" where the modules were called one by one.
+    name: the name of the module that was being called, if record_calls was given the model; else its class. Outside
+    any module, the function: "conv_bn_act" or "norm_act".
+    shape: of x; if a unit's own forward ran instead, the shape of its first tensor argument.
+    impl: what ran: "triton", "hybrid", "torch" or "reference"; "" if the modules were called one by one.
     reason: why it did not run fused, or why "auto" did not take "triton".
     """
 
@@ -38,12 +38,12 @@ class Call:
 
 
 class Calls(Table):
-    """What record_calls has seen, in the order in which it began."""
+    """What record_calls has recorded, in order of start."""
 
     kind = Call
 
     def headline(self) -> str:
-        """Counts, in one line."""
+        """The counts, in one line."""
         fused = sum(call.fused for call in self)
         return f"{fused} of {len(self)} calls ran fused"
 
@@ -51,35 +51,35 @@ class Calls(Table):
 class _Recorder:
     def __init__(self, model):
         self.calls = Calls()
-        # the modules as well, so that no other one comes to have such an id
+        # the modules as well: kept alive, so that no other object gets one of their ids
         self.named = {} if model is None else {id(module): (name, module) for name, module in model.named_modules()}
 
 
-recorders: tuple[_Recorder, ...] = ()  # of the whole process; never changed, always another one
+recorders: tuple[_Recorder, ...] = ()  # process-wide; replaced, never mutated
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def record_calls(model: nn.Module | None = None):
-    """A list of every operation that runs within: of fused units, of our modules, of `rir.functional`.
+    """Lists every operation that runs within: of fused units, of our modules, of `rir.functional`.
 
         with rir.record_calls(model) as calls:
             model(x)
         print(calls)
 
     Each has `.name .shape .impl .fused .reason`, see Call. A fused unit that runs its own forward is one entry for that
-    call, with the reason; where only one of its operations runs one by one, that one is an entry. An operation is
-    listed as it begins, so that one that fails on the way is the last; one that is refused for its arguments is not
-    listed. Backward is not; where activation checkpointing runs a forward again, that is listed again.
+    call, with the reason; if only one of its operations runs unfused, that operation is an entry. An operation is
+    listed when it begins, so one that fails midway is the last; one that is refused for its arguments is not listed.
+    Backward is not listed; a forward that activation checkpointing reruns is listed again.
 
-    Calls of every thread are listed; contexts may be nested, and each sees all that runs within it. Where torch.compile
-    has made a graph of a forward, Python does not run, and nothing is listed: what a graph contains is what the same
-    call lists in eager mode.
+    Calls of all threads are listed; contexts may be nested, and each sees everything that runs within it. In a graph
+    made by torch.compile, Python does not run and nothing is listed: the graph contains what the same call lists in
+    eager mode.
 
     Args:
-        model: whose modules get their names as in named_modules(); what it does not contain is listed by its class.
+        model: its modules get their names as in named_modules(); any other module is listed by its class.
 
-    TypeError for a model that is no nn.Module.
+    Raises TypeError for a model that is no nn.Module.
     """
     global recorders
     if model is not None and not isinstance(model, nn.Module):
@@ -96,12 +96,12 @@ def record_calls(model: nn.Module | None = None):
 
 @not_traced
 def on() -> bool:
-    """Whether anybody records. The compiler takes the answer for a constant, and so keeps no guard on it."""
+    """Whether anyone records. The compiler takes the answer as a constant, so it keeps no guard on it."""
     return len(recorders) > 0
 
 
 def ran(call: Operation, *, asked: str, meant: str, impl: str) -> None:
-    """Writes down an operation that is about to run as `impl`; `asked` meant `meant` for its tensors."""
+    """Records an operation that is about to run as `impl`; `asked` resolved to `meant` for its tensors."""
     if torch.compiler.is_compiling():
         return
     reason, shape = "", tuple(call.x.shape)
@@ -113,7 +113,7 @@ def ran(call: Operation, *, asked: str, meant: str, impl: str) -> None:
 
 
 def ran_one_by_one(module: nn.Module | None, inputs, reason) -> None:
-    """Writes down that a fused unit, or one operation of it, did what forward did before; None: whichever runs now."""
+    """Records that a fused unit, or one of its operations, ran as before fusion; module None: the one running now."""
     shape = next((tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)), ())
     _write(_running() if module is None else module, "conv_bn_act", shape, "", False, reason)
 

@@ -1,6 +1,6 @@
-"""What "auto" chooses where it was measured: `choices/<device>.json`, written by `python -m bench choose`.
+"""Measured choices of "auto": `choices/<device>.json`, written by `python -m bench choose`.
 
-Elsewhere the rule of `dispatch` decides.
+Without a measurement the rule of `dispatch` decides.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ Key = tuple[int, int, int, int, int, str, bool]
 
 
 def measured_choice(device_name: str, key: Key) -> str | None:
-    """The implementation that was fastest there, None where it was not measured."""
+    """The implementation measured to be fastest, None without a measurement."""
     return _load(FOLDER / f"{slug(device_name)}.json").get(key)
 
 

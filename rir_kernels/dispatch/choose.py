@@ -1,9 +1,9 @@
-"""Which implementation runs: an explicit name never falls back, "auto" does, and says so once.
+"""Chooses the implementation: an explicit name never falls back, "auto" may, with a one-time warning.
 
     "reference"  naive PyTorch          "hybrid"  the vendor's convolution, our norm kernels
     "torch"      ATen ops, packed       "triton"  our kernels throughout
 
-On a CPU "auto" is "torch". Where there is no convolution (weight None) "hybrid" is "triton", and so is "auto" on a GPU.
+On a CPU "auto" is "torch". Without a convolution (weight None) "hybrid" is "triton", and so is "auto" on a GPU.
 """
 
 import functools
@@ -42,7 +42,7 @@ def resolve(
 
 
 def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
-    """What of this convolution our kernels do not do, or an empty string."""
+    """Which option of this convolution our kernels do not support, or an empty string."""
     if weight is None:
         return ""
     if spec.groups != 1:
@@ -57,13 +57,13 @@ def unsupported(weight: torch.Tensor | None, spec: ConvBNActSpec) -> str:
 
 
 def why_not_triton(x, weight, spec, training) -> str:
-    """Why "auto" does not run our kernels throughout for these tensors, or an empty string."""
+    """Why "auto" does not choose "triton" for these tensors, or an empty string."""
     meant = effective_impl("auto")
     return _choose(x, weight, spec, training)[1] if meant == "auto" else f'use_impl("{meant}")'
 
 
 def _choose(x, weight, spec, training):
-    """What "auto" takes, and why that is not "triton"."""
+    """Returns what "auto" chooses, and why that is not "triton"."""
     if x.device.type not in ("cuda", "cpu", "meta"):
         warn_once(f"rir_kernels falls back to plain PyTorch: the kernels need a CUDA device, got x on {x.device}")
     if not on_gpu(x):
@@ -77,12 +77,12 @@ def _choose(x, weight, spec, training):
         return "torch", missing
     if weight is None:
         return "triton", ""
-    # fp32 without TF32 has no tensor cores: nothing of what our convolution is made for
+    # fp32 without TF32 cannot use the tensor cores, which our convolution is built for
     if x.dtype == torch.float32 and not switches.tf32_allowed():
         return "hybrid", "fp32 without TF32 does not use the tensor cores"
     if missing := unsupported(weight, spec):
         return "hybrid", f"there is no kernel for {missing}"
-    if torch.compiler.is_compiling():  # sizes may be symbols there: to look one up would pin it down
+    if torch.compiler.is_compiling():  # sizes may be symbolic there: a look-up would specialize them
         return "triton", ""
     c_out, c_in, kernel, _ = weight.shape
     key = (c_in, c_out, kernel, spec.stride[0], x.shape[2], str(x.dtype), training)

@@ -25,17 +25,16 @@ def apply(
     torch_format: bool = False,
     otherwise: Callable[[Exception], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """y of the call; its buffers are updated when it has succeeded.
+    """Returns y of the call, and updates its buffers once it has succeeded.
 
-    call.spec may name a shortcut from x itself; without a weight it has none of a convolution's options, nor a
-    shortcut.
+    call.spec may name a shortcut from x itself; without a weight it has neither convolution options nor a shortcut.
 
     Args:
-        process_group: whose ranks share the batch's statistics, in training; None is this one only.
-        torch_format: y has the memory format that torch's own convolution gives it, channels_last where x or weight is,
+        process_group: its ranks share the batch's statistics, in training; None: this rank only.
+        torch_format: y has the memory format that torch's own convolution returns (channels_last if x or weight is)
             rather than x's.
-        otherwise: what makes y where the call is refused for its tensors or numbers, called with the error instead of
-            raising it.
+        otherwise: computes y if the call is refused for its tensors or numbers: it is called with the error, which is
+            then not raised.
     """
     if _within_autocast():
         call = autocast(call)
@@ -55,7 +54,7 @@ def apply(
     residuals = tuple(residual for residual in call.residuals if residual.shape[1] > 0)
     if len(residuals) != len(call.residuals):
         signature = None
-    # numpy's numbers are numbers too, but not to torch's norm
+    # torch's norm does not accept numpy's numbers
     call = call.having(residuals=residuals, momentum=float(call.momentum))
 
     asked, impl = impl, resolve(impl, call.x, call.weight, call.spec, call.training)
@@ -88,7 +87,7 @@ def apply(
     return runner(call)
 
 
-# older releases of torch do not tell it of all devices at once
+# older releases of torch cannot answer this for all devices at once
 _within_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -97,9 +96,9 @@ def _joins_before_the_norm(call):
 
 
 def autocast(call: Call) -> Call:
-    """Within autocast the convolution's inputs take its dtype, as torch's conv2d does; the norm's tensors stay.
+    """Within autocast, casts the convolution's inputs to its dtype, as torch's conv2d does; the norm's tensors stay.
 
-    Without a convolution x is one of the norm's tensors, and its dtype is the residuals'.
+    Without a convolution x is one of the norm's tensors, and residuals are cast to its dtype.
     """
     dtype = autocast_dtype(call.x.device) if isinstance(call.x, torch.Tensor) else None
     if dtype is None:

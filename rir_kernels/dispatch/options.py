@@ -1,4 +1,4 @@
-"""The options of one call, checked and made a spec."""
+"""Checks the options of one call and builds its spec."""
 
 import functools
 
@@ -17,9 +17,9 @@ from ..common.spec import ConvBNActSpec
 
 
 def checked_spec(residual_at, branch_scale, stride, padding, dilation, groups, eps, activation) -> ConvBNActSpec:
-    """The spec of a call's options; residual_at None: nothing is there to be placed.
+    """Builds the spec of a call's options; residual_at None: there is nothing to place.
 
-    ValueError names the option, what came and what is allowed.
+    Raises ValueError, naming the option, its value and what is allowed.
     """
     if residual_at is not None:
         check_choice("residual_at", residual_at, RESIDUAL_AT)
@@ -46,8 +46,8 @@ _kept = functools.lru_cache(maxsize=1024, typed=True)(checked_spec)
 
 
 def build_spec(*options) -> ConvBNActSpec:
-    """`checked_spec`, once for equal options of the same types."""
-    # the compiler looks through a cache and warns of it; and a cache tells no types within a pair: (True, 1) is (1, 1)
+    """Calls `checked_spec`, cached for equal options of the same types."""
+    # torch.compile traces through a cache and warns of it; a cache ignores types within a pair: (True, 1) is (1, 1)
     if torch.compiler.is_compiling() or tuple in map(type, options) or list in map(type, options):
         return checked_spec(*options)
     try:

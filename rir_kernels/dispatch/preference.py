@@ -1,12 +1,12 @@
-"""What "auto" means: the names of implementations, and which of them `use_impl` puts in its place.
+"""What "auto" means: the names of implementations, and which of them `use_impl` substitutes for it.
 
-Activation checkpointing runs a forward again within backward: after `use_impl` has ended, and on a GPU in a thread of
-autograd's. There "auto" means what it did when the node of the graph was recorded. autograd numbers the nodes that a
-thread records, so a thread's `_Scope` keeps from which number on which name held. What is recorded within a node of
-backward has a scope of that node.
+Activation checkpointing reruns a forward within backward: after `use_impl` has ended, and on a GPU in an autograd
+thread. There "auto" means what it meant when the graph node was recorded. autograd numbers the nodes that a thread
+records, so a thread's `_Scope` stores from which number on which name held. A node of backward has its own scope for
+what is recorded within it.
 
-Nothing is left in torch's own thread state, though autograd would hand it on: gloo's threads copy that state and need
-the interpreter's lock to free a Python object in it, while the thread that ends the process group holds the lock.
+Nothing is stored in torch's own thread state, although autograd would propagate it: gloo's threads copy that state and
+need the interpreter's lock to free a Python object in it, while the thread that ends the process group holds the lock.
 """
 
 import bisect
@@ -22,28 +22,28 @@ import torch
 from ..common.tracing import not_traced
 
 IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
-_KEPT = 1024  # changes that a thread remembers; an older graph recomputes as outside of use_impl
+_KEPT = 1024  # changes that a thread remembers; an older graph recomputes as outside use_impl
 _NEEDED = ("_current_graph_task_id", "_current_autograd_node")
-# private to torch: where they are missing, "auto" means in backward what it does in the thread that runs it
+# private to torch: without them "auto" means in backward what it means in the thread that runs it
 _follows_graphs = all(hasattr(torch._C, name) for name in _NEEDED) and hasattr(torch.autograd, "_get_sequence_nr")
-_backward = torch._C._current_graph_task_id if _follows_graphs else lambda: -1  # its number, -1 outside of one
+_backward = torch._C._current_graph_task_id if _follows_graphs else lambda: -1  # its number, -1 outside backward
 
 
 class _Scope:
-    """What "auto" means where a graph is recorded: in a thread outside of backward, or in one node of a backward."""
+    """What "auto" means where a graph is recorded: in a thread outside backward, or in one node of a backward."""
 
     def __init__(self, auto: str = "auto"):
         self.auto = auto
-        self._before = auto  # the first change
+        self._before = auto  # what held before the first change
         self._changes: deque[tuple[int, str]] = deque(
             maxlen=_KEPT
-        )  # (number of the first node that it concerns, name), ascending
+        )  # (number of the first node it applies to, name), ascending
 
     def change(self, name: str) -> None:
         self.auto = name
         if not _follows_graphs:
             return
-        number = torch.autograd._get_sequence_nr()  # of the next node
+        number = torch.autograd._get_sequence_nr()  # number of the next node
         if self._changes and self._changes[-1][0] == number:
             self._changes.pop()
         if name != (self._changes[-1][1] if self._changes else self._before):
@@ -58,20 +58,20 @@ class _Scope:
 class _Thread(threading.local):
     def __init__(self):
         self.traced = ""  # what "auto" means within a use_impl that is being compiled
-        self.base = _Scope()  # outside of backward
-        self._nodes = {}  # (backward, number of the node): its scope, as long as that backward runs
-        self._around = {}  # backward: the scope of the node that it was called in, None where there is none
-        # a thread that Python did not start, such as autograd's, has recorded nothing by itself
+        self.base = _Scope()  # outside backward
+        self._nodes = {}  # (backward, node number) -> its scope, while that backward runs
+        self._around = {}  # backward -> scope of the node that called it, or None
+        # a thread that Python did not start, such as one of autograd's, has recorded no graph itself
         self._is_pythons = not isinstance(threading.current_thread(), threading._DummyThread)
         if self._is_pythons:
             with _lock:
                 _recording.add(self.base)
 
     def scope(self) -> _Scope:
-        """The one that this call is in."""
+        """The scope that this call is in."""
         backward = _backward()
         if backward < 0:
-            self._nodes.clear()  # of a backward that failed
+            self._nodes.clear()  # left over from a backward that failed
             self._around.clear()
             return self.base
         if (node := torch._C._current_autograd_node()) is None:
@@ -105,25 +105,25 @@ def _forget(nodes, around, backward):
 _lock = threading.Lock()
 _recording: weakref.WeakSet[_Scope] = weakref.WeakSet()  # the base scopes of Python's threads
 _thread = _Thread()
-_used = False  # whether any thread has entered use_impl: until then the look-up costs every eager call less
+_used = False  # whether any thread has entered use_impl; until then eager calls skip the look-up
 
 
 @contextlib.contextmanager
 def use_impl(name: str):
-    """Within it "auto" means `name`, in this thread; calls that name another implementation are left alone.
+    """Makes "auto" mean `name` in this thread; calls that name another implementation are not affected.
 
-    What is recorded for autograd within it keeps that: where activation checkpointing runs a forward again, "auto"
-    means what it meant the first time. A use_impl that is entered within that forward counts for what is inside of it.
-    On a GPU backward runs in a thread of autograd's, which cannot know who recorded the graph: if several threads use
-    our layers, and "auto" does not mean the same to all of them, it means "auto" there. A backward that is called from
-    another thread than the one that recorded the graph does not know what held there either.
+    A graph recorded within it keeps that meaning: when activation checkpointing reruns a forward, "auto" means what it
+    meant the first time. A use_impl that is entered within that forward applies to what is inside it. On a GPU backward
+    runs in an autograd thread, which cannot know which thread recorded the graph: if several threads use our layers and
+    "auto" does not mean the same in all of them, it means "auto" there. A backward that is called from another thread
+    than the one that recorded the graph does not know the recorded meaning either.
 
-    torch.compile looks while it compiles and not again: a compiled function keeps the implementation it was given.
+    torch.compile reads it only while compiling: a compiled function keeps its implementation.
 
-    ValueError where `name` is none of "auto", "reference", "torch", "hybrid", "triton".
+    Raises ValueError if `name` is none of "auto", "reference", "torch", "hybrid", "triton".
     """
     check_impl(name)
-    if torch.compiler.is_compiling():  # nothing is recorded yet, and what the compiler traces does not happen
+    if torch.compiler.is_compiling():  # nothing is recorded yet, and traced changes do not take effect
         _thread.traced, saved = name, _thread.traced
         try:
             yield
@@ -141,13 +141,13 @@ def use_impl(name: str):
 
 
 def check_impl(impl) -> None:
-    """ValueError unless `impl` names an implementation."""
+    """Raises ValueError unless `impl` names an implementation."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
 def effective_impl(impl: str) -> str:
-    """`impl`, or what "auto" means here."""
+    """Returns `impl`, or what "auto" means here."""
     return (_thread.traced or _meant()) if impl == "auto" else impl
 
 

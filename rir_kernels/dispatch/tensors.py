@@ -1,7 +1,7 @@
-"""What a call is handed is checked here, before any work: nothing below `functional` raises for a user's mistake.
+"""Checks a call's arguments before any work, so that nothing below `functional` raises for a user's mistake.
 
-TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and for statistics that are missing,
-as torch has it. Constructors' arguments are checked in `arguments`.
+The checks raise TypeError for dtypes, ValueError for shapes and values, RuntimeError for devices and missing
+statistics, as torch does. Constructor arguments are checked in `arguments`.
 """
 
 import numbers
@@ -21,10 +21,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_call(call: Call, *, shared: bool = False) -> None:
-    """Everything about the tensors of one call, cast as they will be convolved.
+    """Checks the tensors of one call, already cast to the dtype they are convolved in.
 
-    Without a weight the spec has none of a convolution's options. shared: the batch is a part of a larger one, as it is
-    where statistics are synchronized.
+    Without a weight the spec must have no convolution options. shared: the batch is a part of a larger one, as with
+    synchronized statistics.
     """
     x, weight, bias, bn_weight, bn_bias, residuals, running_mean, running_var, _, spec, training, momentum = call
     convolved = {"x": x, "weight": weight, "bias": bias}
@@ -34,10 +34,10 @@ def check_call(call: Call, *, shared: bool = False) -> None:
     normed = {name: t for name, t in normed.items() if t is not None}
 
     _check_types(convolved | normed)
-    _check_dtypes(convolved, autocast=False)  # whose casts have been made
+    _check_dtypes(convolved, autocast=False)  # its casts are already done
     _check_norm_dtypes(x.dtype, normed)
     _check_devices(convolved | normed)
-    check_eps(spec.eps)  # again: a module's is a norm's attribute, which may have changed
+    check_eps(spec.eps)  # again: a module's eps is an attribute of its norm, which may have changed
     _check_conv_shapes(x, weight, bias, spec)
     output = spec.output_shape(x, weight)
     for name, tensor in normed.items():
@@ -58,13 +58,13 @@ def check_call(call: Call, *, shared: bool = False) -> None:
 
 
 def check_packed(x, channels):
-    """x, before it is sliced: what `check_call` would say later."""
+    """Checks x before it is sliced, as `check_call` would later."""
     _check_types({"x": x})
     check_image("x", x, channels)
 
 
 def check_projected(x, channels, weight):
-    """x, before its residual stream is projected by a module of its own: what `check_call` would say later."""
+    """Checks x before a separate module projects its residual stream, as `check_call` would later."""
     check_packed(x, channels)
     tensors = {"x": x, "weight": weight}
     _check_dtypes(tensors, autocast=autocast_dtype(x.device) is not None)
@@ -72,7 +72,7 @@ def check_projected(x, channels, weight):
 
 
 def check_streams(r, t):
-    """Two streams, before they are joined; None is an absent one, and shapes are checked by `as_streams`."""
+    """Checks two streams before they are joined; None is an absent one. `as_streams` checks the shapes."""
     streams = {name: stream for name, stream in (("r", r), ("t", t)) if stream is not None}
     _check_types(streams)
     _check_devices(streams)
@@ -81,7 +81,7 @@ def check_streams(r, t):
 
 
 def as_residuals(residual) -> tuple:
-    """None, a tensor or a tuple of tensors -> a tuple of tensors, which `check_call` looks into."""
+    """Turns None, a tensor or a tuple of tensors into a tuple of tensors, which `check_call` checks."""
     if residual is None:
         return ()
     if not isinstance(residual, (torch.Tensor, tuple, list)):
@@ -90,15 +90,15 @@ def as_residuals(residual) -> tuple:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast gives to convolutions on this device now, None outside autocast."""
+    """The dtype that autocast currently gives convolutions on this device, None outside autocast."""
     kind = device_kind(device)
-    # asked first, since "meta" and others have no autocast, and raise
+    # checked first: for "meta" and others, which have no autocast, the next call raises
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
 
-@not_traced  # the compiler of torch 2.11 cannot look into it
+@not_traced  # the compiler of torch 2.11 cannot trace it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -1,7 +1,7 @@
-"""The fused layer cut in half at the batch norm's reduction, where the ranks of a group exchange what they have.
+"""The fused layer split in two at the batch norm's reduction, where the ranks of a group exchange their sums.
 
-Each half is a function that `plans` can record: (options, scalars, *tensors) -> tuple of tensors and None. What is
-exchanged are rows of `launch.batchnorm.Shared`. Tensors are as in `fused`, in training.
+Each half is a function that `plans` can record: (options, scalars, *tensors) -> tuple of tensors and None. The ranks
+exchange rows of `launch.batchnorm.Shared`. Tensors are as in `fused`, in training.
 """
 
 import importlib
@@ -15,7 +15,7 @@ def _norm():
 
 
 def moments(options, _, x, weight, bias, *residuals):
-    """(z or None where x stands for it, this rank's row). options: spec, impl."""
+    """Returns (z, or None if z is x; this rank's row). options: spec, impl."""
     spec, impl = options
     conv, _, norm = fused.kernels(impl, weight)
     z, tiles = conv.conv_train(x, weight, bias=bias, residuals=residuals, spec=spec)
@@ -23,9 +23,9 @@ def moments(options, _, x, weight, bias, *residuals):
 
 
 def normalize(spec, scalars, z, rows, gamma, beta, running_mean, running_var, batches, *residuals):
-    """(y, mean, invstd, number of pixels) by the rows of all ranks. scalars: the momentum."""
+    """Returns (y, mean, invstd, number of pixels) from the rows of all ranks. scalars: the momentum."""
     norm = _norm()
-    # memory is taken before the buffers are updated: where it ends, nothing has changed
+    # allocate before the buffers are updated, so an out-of-memory error leaves them untouched
     y, count = empty_channels_last(z.shape, z), rows.new_empty(1)
     after = [norm.evenly_spaced(residual) for residual in residuals] if spec.post_norm else ()
     statistics = norm.bn_finalize(
@@ -37,22 +37,22 @@ def normalize(spec, scalars, z, rows, gamma, beta, running_mean, running_var, ba
 
 
 def sums(spec, _, dy, z, y, mean, invstd, gamma, beta):
-    """(this rank's row,): the sums of dy' and dy' * xhat."""
+    """Returns (this rank's row,): the sums of dy' and dy' * xhat."""
     norm = _norm()
     per_channel = {"mean": mean, "invstd": invstd, "gamma": gamma, "beta": beta}
     return (norm.bn_share_sums(norm.evenly_spaced(dy), z, y, spec=spec, **per_channel),)
 
 
 def gradients(options, _, dy, x, weight, z, y, mean, invstd, gamma, beta, rows, count, *norm):
-    """Those of `fused.backward`, by the rows of all ranks; None for rows where no mean is needed.
+    """Returns the gradients of `fused.backward` from the rows of all ranks; rows is None if no mean is needed.
 
-    options: spec, impl, needs, relu of the layer upstream. norm: that layer's z, mean, invstd, gamma and beta, or none.
+    options: spec, impl, needs, relu of the upstream layer. norm: that layer's z, mean, invstd, gamma and beta, or none.
     """
     spec, impl, needs, relu = options
     launchers = _norm()
     upstream = launchers.Upstream(*norm, relu) if norm else None
     means = None if rows is None else launchers.bn_sum(launchers.Shared(mean.numel()).sums(rows), 1.0, count)
-    # the norm's own gradients are the rank's sums, known already
+    # the norm's own gradients are the rank's sums, which are already known
     needs = (*needs[:3], False, False, needs[5])
     found = fused.backward(
         dy, x, weight, z, y, mean, invstd, gamma, beta, spec,

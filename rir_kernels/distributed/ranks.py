@@ -1,6 +1,6 @@
-"""What the ranks of a process group make of their statistics together: one gather, and Chan's formula in their order.
+"""Merges the statistics of a process group's ranks: one gather, and Chan's formula in rank order.
 
-`Ranks` merges by torch's operators; `KernelRanks` by the kernels that the ranks with images run, to the same bits.
+`Ranks` merges with torch's operators; `KernelRanks` with the kernels that ranks with images run (bit-identical).
 """
 
 import importlib
@@ -13,18 +13,18 @@ class Ranks:
 
     def __init__(self, group):
         self._group = group
-        # of all ranks; var is biased, count a tensor: reading it would wait
+        # over all ranks; var is biased, count a tensor: reading it would synchronize
         self.mean: torch.Tensor
         self.var: torch.Tensor
         self.count: torch.Tensor
 
     def merge(self, mean, var, count: int, eps: float):
-        """(mean, biased var, invstd) of all ranks, from those of the `count` pixels that are here."""
+        """Returns (mean, biased var, invstd) over all ranks, from those of the `count` local pixels."""
         channels = mean.numel()
         rows = self.gather(torch.cat([mean, var * count, mean.new_full((1,), count)])).view(-1, 2 * channels + 1)
         means, m2s, counts = rows.split([channels, channels, 1], dim=1)
         self.count = counts.sum()
-        # deviations from the mean of one rank that has any: sums of small numbers, where the means may be large
+        # deviations from the mean of a rank that has pixels: sums of small numbers, although the means may be large
         anchor = means.index_select(0, counts.argmax(0))
         shifts = means - anchor
         shift = (counts * shifts).sum(0) / self.count
@@ -33,14 +33,14 @@ class Ranks:
         return self.mean, self.var, (self.var + eps).rsqrt()
 
     def means(self, sums):
-        """Each sum over the pixels of this rank -> the mean over those of all."""
+        """Turns each sum over this rank's pixels into the mean over the pixels of all ranks."""
         row = torch.cat(sums)
         return (self.gather(row).view(-1, row.numel()).sum(0) / self.count).chunk(len(sums))
 
     def gather(self, row):
-        """The rows of all ranks, one behind the other; sums over them have one order, an all-reduce its backend's."""
+        """Concatenates the rows of all ranks; sums over them have a fixed order, an all-reduce that of its backend."""
         rows = row.new_empty(self._group.size() * row.numel())
-        if row.is_meta:  # of kernels that are compiled ahead
+        if row.is_meta:  # kernels are being compiled ahead of time
             return rows
         distributed = torch.distributed
         # the name until 2.12, and the one since
@@ -50,7 +50,7 @@ class Ranks:
 
     @torch.no_grad()
     def update_running(self, running_mean, running_var, momentum) -> None:
-        """As torch.nn.functional.batch_norm does it, where there are any; nothing where no rank had a pixel."""
+        """Updates them, if given, as torch.nn.functional.batch_norm does; no change if no rank had a pixel."""
         if running_mean is None:
             return
         unbiased = self.var * (self.count / (self.count - 1).clamp(min=1))  # torch's SyncBatchNorm: NaN for one pixel
@@ -58,12 +58,12 @@ class Ranks:
             torch.where(self.count > 0, (1 - momentum) * buffer.to(batch.dtype) + momentum * batch, buffer)
             for buffer, batch in ((running_mean, self.mean), (running_var, unbiased))
         ]
-        running_mean.copy_(moved[0])  # once nothing more is allocated: both or none
+        running_mean.copy_(moved[0])  # after the last allocation: both or none
         running_var.copy_(moved[1])
 
 
 class KernelRanks(Ranks):
-    """A rank without images among ranks that run kernels: it has their part in both exchanges."""
+    """A rank without images among ranks that run kernels: it takes part in both exchanges."""
 
     def __init__(self, group, channels):
         super().__init__(group)
@@ -72,7 +72,7 @@ class KernelRanks(Ranks):
         self._rows = None
 
     def merge(self, mean, var, count, eps):
-        """Statistics of no pixel: the others'."""
+        """Returns the statistics of the other ranks, since this one has no pixel."""
         self._rows = self.gather(mean.new_zeros(self._shared.width))
         self.count = mean.new_empty(1)
         statistics = self._norm.bn_finalize(self._shared.moments(self._rows), eps, count=self.count)

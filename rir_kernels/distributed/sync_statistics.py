@@ -1,9 +1,9 @@
-"""Batch statistics over the ranks of a process group: the two reductions that the operation is cut at, and who runs it.
+"""Batch statistics over the ranks of a process group: the two reductions that split the operation, and its runners.
 
-Each rank has the moments of its own pixels; one gather of (mean, M2, count) and Chan's formula, in the order of the
-ranks, give every rank the same bits. Backward needs the means of dy' and dy' * xhat over all pixels: one more gather.
-A rank without images takes part in both. The gradients of the norm's weight and bias stay the rank's own sums, as
-those of every other parameter do.
+Each rank has the moments of its own pixels; one gather of (mean, M2, count) and Chan's formula, in rank order, give
+every rank the same bits. Backward needs the means of dy' and dy' * xhat over all pixels: one more gather. A rank
+without images takes part in both. The gradients of the norm's weight and bias stay the rank's own sums, like those of
+every other parameter.
 """
 
 import functools
@@ -23,12 +23,12 @@ from .ranks import KernelRanks, Ranks
 
 
 def _untraced(function):
-    """torch.compile calls it and looks no further: collectives are in it, and launches that no op stands around."""
+    """torch.compile calls the function without tracing it: it has collectives, and launches that no op wraps."""
     untraced: list[Callable] = []
 
     @functools.wraps(function)
     def call(*args):
-        if "torch._dynamo" not in sys.modules:  # nobody compiles, and to import the compiler would take seconds
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing the compiler takes seconds
             return function(*args)
         if not untraced:
             untraced.append(torch.compiler.disable(function))
@@ -37,26 +37,26 @@ def _untraced(function):
     return call
 
 
-_kinds = plans.Kinds()  # by a call's signature, and how many ranks there are
+_kinds = plans.Kinds()  # keyed by a call's signature and the number of ranks
 
 
 def find(signature, group) -> "KernelsOfRanks | None":
-    """What runs a call like an earlier one, which was checked; None where there was none."""
+    """The runner of an earlier call with this signature, which was checked; None if there was none."""
     kind = _kinds.get((signature, group.size()))
     return None if kind is None else KernelsOfRanks(group, kind)
 
 
 @_untraced
 def run(group, call: Call, impl: str, by_kernels: bool, channels_last: bool, signature=None) -> torch.Tensor:
-    """y in that format, in training; the buffers are updated.
+    """Returns y in that format, in training, and updates the buffers.
 
-    impl: "triton" and "hybrid", with dense vectors and images in x; all others are ATen ops. by_kernels: whether ranks
-    that have images run kernels. signature: of calls that are like this one.
+    impl: "triton" and "hybrid" require contiguous vectors and images in x; any other runs ATen ops. by_kernels: whether
+    ranks that have images run kernels. signature: shared by calls like this one.
     """
     if impl not in ("hybrid", "triton"):
         return _by_operators(group, call, by_kernels, channels_last)
     if signature is None and (metadata := plans.metadata((*call.inputs(), *call.buffers()))) is not None:
-        signature = metadata, call.spec, impl, channels_last  # as the compiler's graphs call it, between two of them
+        signature = metadata, call.spec, impl, channels_last  # for a call between two graphs of torch.compile
     key = signature, group.size()
     kind = _kinds.get(key)
     if kind is None:
@@ -79,9 +79,9 @@ def _by_operators(group, call, by_kernels, channels_last):
 
 
 class _Kind:
-    """What calls of one kind have in common: how they were checked, and the plans of their halves.
+    """What calls of one kind share: the results of their checks, and the plans of their halves.
 
-    repeats: whether others like this one will come.
+    repeats: whether more calls like this one may follow.
     """
 
     def __init__(self, call: Call, impl: str, channels_last: bool, repeats: bool):
@@ -97,7 +97,7 @@ class _Kind:
         self._backward: dict[tuple | None, tuple[plans.Repeated, plans.Repeated]] = {}
 
     def backward(self, tensors, needs, relu):
-        """Both halves, for tensors and needs like these."""
+        """Returns both halves, for tensors and needs like these."""
         metadata = plans.metadata(tensors) if self.repeats else None
         key = None if metadata is None else (metadata, needs, relu)
         if key is None or key not in self._backward:
@@ -110,7 +110,7 @@ class _Kind:
 
 
 class KernelsOfRanks:
-    """A layer's kernels, and between its halves the exchange with the other ranks; in training."""
+    """Runs a layer's kernels in training; between its halves the ranks exchange their sums."""
 
     chains = True
     training = True
@@ -136,7 +136,7 @@ class KernelsOfRanks:
         if not kind.dense:
             for buffer, values in zip(running, dense, strict=True):
                 buffer.copy_(values)
-        if batches is not None and kind.counts:  # of the statistics torch leaves the version as it is
+        if batches is not None and kind.counts:  # torch does not bump the version of the statistics
             torch.autograd.graph.increment_version([batches])
         elif batches is not None:
             batches.add_(1)
@@ -154,7 +154,7 @@ class KernelsOfRanks:
         *norm, relu = upstream or (None,)
         sum_up, gradients = self._kind.backward((*tensors, *norm), tuple(needs), relu)
         need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
-        # by what requires a gradient before the norm, as on a rank that has no images
+        # depends on what requires a gradient before the norm, as on a rank without images
         exchanges = need_x or need_weight or need_bias or (need_residual and not spec.post_norm)
         rows = dgamma = dbeta = None
         if exchanges or need_gamma or need_beta:
@@ -171,13 +171,13 @@ class KernelsOfRanks:
 
 
 def _norm(ranks, z, weight, bias, eps):
-    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm wants its four vectors in one dtype
+    wide = torch.promote_types(z.dtype, torch.float32)  # torch's norm requires its four vectors in one dtype
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
     return _BatchNorm.apply(ranks, eps, z, weight, bias)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Normalizing with given statistics is what torch's norm does in evaluation, in one pass: so is each half here."""
+    """Each half runs torch's norm in evaluation mode, which uses given statistics and takes one pass."""
 
     @staticmethod
     def forward(ctx, ranks, eps, z, weight, bias):
@@ -204,7 +204,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy, z, weight, mean, var, invstd):
         needs_dz, needs_dweight, needs_dbias = ctx.needs_input_grad[2:]
-        scale = torch.ones_like(mean) if weight is None else weight  # its dtype is that of the sums
+        scale = torch.ones_like(mean) if weight is None else weight  # its dtype determines that of the sums
         if z.numel() > 0:
             _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
                 dy, z, scale, mean, var, None, None, False, ctx.eps, [False, True, True]
