@@ -86,7 +86,7 @@ lint: $(READY) ## ruff: rules and formatting; mypy: types of rir_kernels
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(READY) ## ruff: mend what can be mended, and format
+format: $(READY) ## ruff: fix what it can fix, and format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 

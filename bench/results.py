@@ -94,7 +94,7 @@ class ResultsError(ValueError):
 
 
 def load(path: str | Path) -> Results:
-    """The file's contents; ResultsError where it is something else, with what and how to mend it."""
+    """The file's contents; ResultsError where it is something else, with what came and how to fix it."""
     data = read_json(path)
     if isinstance(data, dict) and "kind" in data:
         raise ResultsError(

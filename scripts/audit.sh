@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Known vulnerabilities of the packages that are installed: scripts/audit.sh PYTHON [ARGUMENTS OF pip-audit]
-# Needs the network. pip-audit lives in a folder of its own, so that it is not among what it judges.
+# Needs the network. pip-audit lives in a separate folder, so it does not audit itself.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$1

@@ -16,7 +16,7 @@ if ! command -v compute-sanitizer >/dev/null; then
     exit 2
 fi
 mkdir -p "$out"
-# every tensor an allocation of its own, or torch's cache would hide who left it
+# one allocation per tensor: torch's cache would hide which tensor an access missed
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 status=0
 for tool in memcheck racecheck initcheck; do

@@ -1,4 +1,4 @@
-"""One network, fused: what was done to it, and how far its numbers are from those of the network as it was."""
+"""One network, fused: what was done to it, and how far its numbers are from the unfused network's."""
 
 import copy
 import random

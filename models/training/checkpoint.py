@@ -32,7 +32,7 @@ def save(path: str | Path, tensors: dict[str, torch.Tensor], facts: dict) -> Non
     path = Path(path)
     draft = path.with_name(path.name + ".part")
     text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
-    # dense, on the CPU and with memory of its own: what safetensors asks for
+    # safetensors needs dense CPU tensors that share no memory
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

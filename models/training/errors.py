@@ -1,4 +1,4 @@
-"""What goes wrong for reasons that a user can mend: the commands print these without a traceback."""
+"""Errors that a user can fix: the commands print them without a traceback."""
 
 from models.data import DataError
 

@@ -3,7 +3,7 @@
 Every random number of the data is a function of the seed and the epoch (models.data.augment), so a place in the data is
 two numbers, and a run that is continued from a checkpoint ends with the bits of one that never stopped.
 
-The clock stands still in the first step of each piece of a run: kernels are compiled in it, by whoever compiles.
+The first step of each piece of a run is not timed: kernels are compiled in it.
 """
 
 import time

@@ -48,7 +48,7 @@ def _gradients(layers, function, x, way=contextlib.nullcontext):
         return torch.autograd.grad(loss, [x, *layers.parameters()], materialize_grads=True)
 
 
-def _assert_as_the_long_way(layers, function, x):
+def _assert_as_without_plans(layers, function, x):
     """But for the order of the sums: in each, errors grow like the root of the number of terms, and dz is rounded."""
     eps = max(8 * torch.finfo(torch.float32).eps, 2 * torch.finfo(x.dtype).eps)
     found, expected = (_gradients(layers, function, x, way) for way in (contextlib.nullcontext, tracing.no_replay))
@@ -71,7 +71,7 @@ def test_a_chain_reduces_once(target, spared):
     )
     _gradients(layers, _chain, x)
     assert spared == [False, True, True, True]
-    _assert_as_the_long_way(layers, _chain, x)
+    _assert_as_without_plans(layers, _chain, x)
 
 
 def _chain_of_streams(layers, x):
@@ -87,7 +87,7 @@ def test_a_chain_of_streams_reduces_once(target, spared):
     layers, x = _layers(target, {}, {"shortcut": "none"}, {}), rand((2, 8, 5, 6), target, seed=1)
     _gradients(layers, _chain_of_streams, x)
     assert spared == [False, True, True]
-    _assert_as_the_long_way(layers, _chain_of_streams, x)
+    _assert_as_without_plans(layers, _chain_of_streams, x)
 
 
 def _block(layers, x):
@@ -171,7 +171,7 @@ def test_where_the_gradient_is_another(target, function, spared):
     _gradients(_layers(target, {}, {}, {}), function, rand((2, 8, 4, 4), target, seed=1))
     # of three layers in turn the one between; of those whose gradient is another none
     assert sum(spared) == (1 if function in (_residual_later, _block) else 0)
-    _assert_as_the_long_way(_layers(target, {}, {}, {}), function, rand((2, 8, 4, 4), target, seed=1))
+    _assert_as_without_plans(_layers(target, {}, {}, {}), function, rand((2, 8, 4, 4), target, seed=1))
 
 
 @targets
@@ -180,7 +180,7 @@ def test_strides_and_changes_of_width(target):
     layers.append(rir.RiRLayer(8, 12, impl="triton", device=target[0], dtype=target[1]))
     layers.append(rir.RiRLayer(12, 5, impl="triton", device=target[0], dtype=target[1]))
     layers.append(rir.RiRLayer(5, 8, impl="triton", device=target[0], dtype=target[1]))
-    _assert_as_the_long_way(layers, _chain, rand((2, 8, 6, 6), target, seed=1))
+    _assert_as_without_plans(layers, _chain, rand((2, 8, 6, 6), target, seed=1))
 
 
 @targets
@@ -189,7 +189,7 @@ def test_a_scale_after_the_norm_is_part_of_the_sums(target):
     layers = _layers(target, {}, {"kernel_size": 1})
     options = {"residual_at": "post_norm", "branch_scale": 0.5, "impl": "triton"}
     layers[0] = rir.ConvBNAct(8, 8, 1, **options, device=target[0], dtype=target[1])
-    _assert_as_the_long_way(layers, _chain, rand((2, 8, 4, 4), target, seed=1))
+    _assert_as_without_plans(layers, _chain, rand((2, 8, 4, 4), target, seed=1))
 
 
 @targets

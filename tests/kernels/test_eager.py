@@ -1,4 +1,4 @@
-"""The short way of eager calls: taken where it may be, never otherwise, and with the results of the long way."""
+"""The fast path of eager calls (plan replay): taken only where it may be, and with the results of the regular path."""
 
 import contextlib
 import sys
@@ -21,7 +21,7 @@ targets = pytest.mark.parametrize("target", TARGETS)
 
 @pytest.fixture
 def taken(monkeypatch):
-    """A list that grows by one with each call that takes the short way; nothing is known at the start."""
+    """A list that grows by one with each call that replays a plan; nothing is known at the start."""
     monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     calls = []
     run = plan.Plan.__call__
@@ -151,7 +151,7 @@ def test_mistakes_are_still_refused_after_a_good_call(target, taken):
 
 
 @targets
-def test_unaligned_memory_goes_the_long_way(target, taken):
+def test_unaligned_memory_replays_no_plan(target, taken):
     flat = rand((2 * 8 * 16 + 1,), target, seed=1)
     x = flat[1:].view(2, 4, 4, 8).permute(0, 3, 1, 2)
     layer = _layer(target).eval()

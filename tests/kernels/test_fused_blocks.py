@@ -1,4 +1,4 @@
-"""What fuse_ makes of a block, run by our kernels in fp32, against the block as it was in fp64.
+"""What fuse_ makes of a block, run by our kernels in fp32, against the unfused block in fp64.
 
 A few hundred roundings of 6e-8 stay below CLOSE, relative to the largest value of each result; a mistake is above 1e-3.
 """

@@ -23,16 +23,16 @@ def launches_before_hopper():
 
 @needs_compiler
 def test_gpus_without_descriptors_get_none(launches_before_hopper):
-    """Nor launches that overlap, though they are asked for; and the short way is as good."""
+    """Nor launches that overlap, though they are asked for; and replayed plans launch the same."""
     made = [launch for found in launches_before_hopper.values() for launch in found["long"]]
     assert {launch[5] for launch in made} == {0}
     assert not any(isinstance(argument, list) for launch in made for argument in launch[-1])
-    test_the_short_way_launches_what_the_long_way_does(launches_before_hopper)
+    test_a_replayed_plan_launches_what_the_regular_path_does(launches_before_hopper)
 
 
 @needs_compiler
-def test_the_short_way_launches_what_the_long_way_does(launches):
-    """Same kernels, grids, tensor maps and arguments; but the short way's merge updates the running statistics."""
+def test_a_replayed_plan_launches_what_the_regular_path_does(launches):
+    """Same kernels, grids, tensor maps and arguments; but a replayed plan also updates the running statistics."""
     assert len(launches) >= 10
     for case, found in launches.items():
         assert found["planned"] == 1, case

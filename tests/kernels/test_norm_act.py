@@ -267,12 +267,12 @@ def test_compiles_without_a_graph_break(target, at):
         assert torch.equal(plain, graph) and plain.stride() == graph.stride()
 
 
-# the short way, and what layers spare each other
+# plan replay, and backward fusion across layers
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """A list that grows by one with each call that takes the short way; nothing is known at the start."""
+    """A list that grows by one with each call that replays a plan; nothing is known at the start."""
     monkeypatch.setattr(plan_cache, "_planned", plans.Kinds())
     calls = []
     repeat = Plan.__call__

@@ -128,7 +128,7 @@ def test_no_images_give_zeros(target):
     assert torch.equal(dw, torch.zeros((16, 8, 3, 3), device=target[0], dtype=target[1]))
 
 
-def test_within_a_forced_tile_no_call_takes_the_short_way():
+def test_within_a_forced_tile_no_call_replays_a_plan():
     """It would repeat launches with the tiles of its first call."""
     with use_wgrad_tile(TILES["row"]):
         assert not tracing.is_plain_eager()

@@ -30,7 +30,7 @@ SLICES = (f"{TESTS}::test_channel_slices_are_read_in_place_or_copied",)
 BEYOND = ("tests/kernels/test_upstream.py::test_the_mask_of_a_nan_and_what_lies_beyond_the_image[cpu-float32]",)
 BOUNDS = ("tests/kernels/test_bounds.py::test_a_norm_writes_nothing_beyond",)
 OFFSETS = ("tests/kernels/test_offsets.py",)
-THE_LONG_WAY = ("tests/kernels/test_layer.py::test_within_the_budget[train-hybrid-cpu-float32-P1 conv, BN, ReLU]",)
+WITHOUT_PLANS = ("tests/kernels/test_layer.py::test_within_the_budget[train-hybrid-cpu-float32-P1 conv, BN, ReLU]",)
 LAYER = ("tests/kernels/test_layer.py::test_within_the_budget[train-triton-cpu-float32-P3 residual after the norm]",)
 
 NORMS = [
@@ -98,7 +98,7 @@ NORMS = [
     ),
     Mutant(
         "running variance: n for n - 1, without a plan", "rir_kernels/common/running_statistics.py",
-        "momentum * pixels / (pixels - 1)]", "momentum]", THE_LONG_WAY,
+        "momentum * pixels / (pixels - 1)]", "momentum]", WITHOUT_PLANS,
     ),
     Mutant(
         "running mean: momentum on the wrong side", NORM,

@@ -1,9 +1,9 @@
-"""What layers launch, the long way and the short way, as a driver gets it: printed as JSON.
+"""What layers launch, by the regular path and by replayed plans, as a driver gets it: printed as JSON.
 
     python tests/support/simulated/launches.py
 
 Addresses are replaced by what lies there: an argument's name and offset, or the number of the allocation in order of
-appearance. For each case: the launches of the long way and of two calls of the short way, the second of which gets the
+appearance. For each case: the launches of the regular path and of two replays, the second of which gets the
 first one's memory; how many tensor maps that second one encoded, and how many plans were left.
 """
 
