@@ -39,7 +39,7 @@ def _parser():
     for name in ("all", *SUITES):
         _add_measuring(commands, name)
     _add_pieces(commands)
-    tune = commands.add_parser("tune", help="the fastest tile of each shape, for rir_kernels/triton/tiles/")
+    tune = commands.add_parser("tune", help="the fastest tile of each shape, for rir_kernels/triton/tiling/tiles/")
     tune.add_argument("--out", type=Path, default=Path("out/tiles"), metavar="DIR", help="default: %(default)s")
     tune.add_argument("--shapes", **_some, help="rows of the shape table; default: all")
     tune.add_argument("--batch", **_some, help="images; default: 256")
@@ -209,7 +209,7 @@ def _tune(options, _arguments):
         settings=timing.Settings(rounds=9),
         minutes=options.minutes,
     )
-    console.say(f"copy {path} to rir_kernels/triton/tiles/ to have these tiles chosen on this device")
+    console.say(f"copy {path} to rir_kernels/triton/tiling/tiles/ to have these tiles chosen on this device")
     return 0
 
 

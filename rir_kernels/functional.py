@@ -95,7 +95,7 @@ def norm_act(
         y = act(branch_scale * norm(x) + [residual | 0])    "post_norm"
 
     Our kernels read x twice in training and once in evaluation, and save only x for backward. A channel slice
-    of another tensor is copied first, and torch's operators apply what comes before the norm to x.
+    of another tensor is copied first, and torch's operators apply the pre-norm scale and residuals to x.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last (the kernels' own format; the other one is converted).

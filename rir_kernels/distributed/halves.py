@@ -1,4 +1,4 @@
-"""The fused layer split in two at the batch norm's reduction, where the ranks of a group exchange their sums.
+"""The fused layer split in two at the batch norm's reduction, where the ranks of a group exchange their statistics.
 
 Each half is a function that `plans` can record: (options, scalars, *tensors) -> tuple of tensors and None. The ranks
 exchange rows of `launch.batchnorm.Shared`. Tensors are as in `fused`, in training.

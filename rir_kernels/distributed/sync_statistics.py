@@ -110,7 +110,7 @@ class _Kind:
 
 
 class KernelsOfRanks:
-    """Runs a layer's kernels in training; between its halves the ranks exchange their sums."""
+    """Runs a layer's kernels in training; between its halves the ranks exchange their statistics."""
 
     chains = True
     training = True

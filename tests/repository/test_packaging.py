@@ -32,7 +32,7 @@ def test_data_of_the_package_are_shipped(tmp_path):
     """As `python -m bench tune` and `bench choose` leave them, in folders that may not exist yet."""
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
-    data = {"rir_kernels/triton/tiles/nvidia-h200.json", "rir_kernels/choices/nvidia-h200.json"}
+    data = {"rir_kernels/triton/tiling/tiles/nvidia-h200.json", "rir_kernels/dispatch/choices/nvidia-h200.json"}
     for path in map(tmp_path.joinpath, data):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
