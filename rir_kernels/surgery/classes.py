@@ -1,6 +1,6 @@
-"""Classes as they are when they are fused: torch's own and a user's, their methods, and whether they take a subclass.
+"""Snapshots of torch's and users' classes and methods when they are fused, and whether a class can be subclassed.
 
-Libraries patch methods on classes (adapters, seamless tiling) and rebind torch's names to subclasses of their own
+Libraries patch methods on classes (adapters, seamless tiling) and rebind torch's names to their own subclasses
 (quantization). So torch's classes are taken once, at import, and methods are compared by identity at every call.
 """
 
@@ -18,22 +18,22 @@ from ..common.tracing import not_traced
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# where it is found, its name, what it was, and its code, which a tool that reloads sources replaces
+# owner, name, the method, and its code, which a tool that reloads sources replaces
 Method = tuple[type | types.ModuleType, str, object, types.CodeType | None]
 
 
 def _of_torch(kind: type[Kind]) -> type[Kind]:
-    """The class that torch defined, where its name may have been rebound to a subclass of it."""
+    """Returns the class that torch defined, even if its name has been rebound to a subclass."""
     return cast(type[Kind], next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")))
 
 
 Conv2d, BatchNorm2d = _of_torch(nn.Conv2d), _of_torch(nn.BatchNorm2d)
 ReLU, Identity = _of_torch(nn.ReLU), _of_torch(nn.Identity)
-_BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # what torch's modules run, as far as they have it
+_BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # the methods that torch's modules run, if they have them
 
 
 def methods_of(kind: type, *names: str) -> tuple[Method, ...]:
-    """These methods as `kind` has them now, and those of its bases, which any method of it may call."""
+    """Returns these methods as `kind` has them now, and those of its bases, which its methods may call."""
     bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
     return tuple(_method(base, name) for name in names for base in bases if base is kind or name in vars(base))
 
@@ -44,11 +44,11 @@ def _method(owner, name) -> Method:
 
 
 def replaced(methods: tuple[Method, ...]) -> str:
-    """Why code that stands for these methods may not run: one is another by now. An empty string where none is."""
+    """Returns why code that replaces these methods may not run: one of them has changed; else an empty string."""
     compiling = torch.compiler.is_compiling()
     for kind, name, method, code in methods:
         now = getattr(kind, name, None)
-        # a class method is bound anew at each look
+        # a class method is bound anew at each look-up
         if now != method or (not compiling and getattr(now, "__code__", None) is not code):
             where = "" if isinstance(kind, types.ModuleType) else " on the class"
             return f"{kind.__name__}.{name} has been replaced{where}"
@@ -57,7 +57,7 @@ def replaced(methods: tuple[Method, ...]) -> str:
 
 @not_traced
 def know(kind: type) -> None:
-    """From here on instances of `kind` may be bypassed, so long as the class is as its library defined it."""
+    """Allows instances of `kind` to be bypassed, as long as the class is as its library defined it."""
     if kind in _known:
         return
     methods = methods_of(kind, *(name for name in _BYPASSED if hasattr(kind, name)))
@@ -68,7 +68,7 @@ def know(kind: type) -> None:
 
 
 def patched(kind: type) -> str:
-    """Why a class that we `know` is not as its library defined it; nothing is said about others."""
+    """Returns why a class that we `know` is not as its library defined it; an empty string for other classes."""
     methods = _known.get(kind)
     if methods is None:
         return ""
@@ -85,23 +85,23 @@ def _is_from(base, method):
 _known: dict[type, tuple[Method, ...]] = {}
 for _kind, _function in ((Conv2d, "conv2d"), (BatchNorm2d, "batch_norm"), (ReLU, "relu"), (Identity, None)):
     know(_kind)
-    if _function is not None:  # which its forward calls, and what counts operations replaces
+    if _function is not None:  # its forward calls it, and tools that count operations replace it
         _known[_kind] += (_method(F, _function),)
 
 
 def subclass_of(kind: type, mixin: type, namespace: dict) -> type:
-    """class Fused<Kind>(mixin, kind), made without a word to the code of `kind`: registries of subclasses miss it.
+    """Creates class Fused<Kind>(mixin, kind) without running code of `kind`, so registries of subclasses miss it.
 
-    mixin: overrides __init_subclass__. A metaclass stays, but neither its __new__ nor its __init__ runs.
+    mixin: overrides __init_subclass__. The metaclass is kept, but neither its __new__ nor its __init__ runs.
     """
-    # abc keeps records for each class, which a class that it has not made would share with its base
+    # abc keeps data per class, which a class not created by ABCMeta would share with its base
     make = abc.ABCMeta if isinstance(kind, abc.ABCMeta) else type
     return make.__new__(type(kind), f"Fused{kind.__name__}", (mixin, kind), namespace)
 
 
 @functools.cache
 def subclass_obstacle(kind: type) -> str:
-    """Why an instance of `kind` would not be the same in a subclass that changes nothing."""
+    """Returns why an instance of `kind` would behave differently in a subclass that changes nothing."""
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
@@ -112,7 +112,7 @@ def subclass_obstacle(kind: type) -> str:
 
 
 def _codes(attribute):
-    """The code of a method or a property, also of one that is wrapped."""
+    """Yields the code objects of a method or property, including wrapped ones."""
     parts = ("fget", "fset", "fdel") if isinstance(attribute, property) else ("__func__", "__wrapped__")
     for function in (attribute, *(getattr(attribute, part, None) for part in parts)):
         if isinstance(function, types.FunctionType):
@@ -120,7 +120,7 @@ def _codes(attribute):
 
 
 def _calls_super_of_own_class(code):
-    """Whether there is a super(self.__class__, ...) or super(type(self), ...) in it."""
+    """Whether the code contains super(self.__class__, ...) or super(type(self), ...)."""
     if "super" in code.co_names and ("__class__" in code.co_names or "type" in code.co_names):
         loaded = [i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
         for first, second, third in zip(loaded, loaded[1:], loaded[2:], strict=False):

@@ -1,4 +1,4 @@
-"""Every convolution and every norm of a model: in a fused operation, or why it is in none. Nothing is left out."""
+"""Accounts for every convolution and every norm of a model: in a fused operation, or why not."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ _OTHER_DIMENSIONS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.LazyBatchNorm1d, nn.Lazy
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether it is a Conv2d, of a subclass, or was one before torch.jit compiled it."""
+    """Whether it is a Conv2d, an instance of a subclass, or was one before torch.jit compiled it."""
     if isinstance(module, ScriptModule):
         return _scripted_name(module).endswith("Conv2d")
     return isinstance(module, Conv2d)
@@ -37,7 +37,7 @@ def is_convolution(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm of images, or any other module with statistics, scale and shift per channel.
 
-    Norms that are frozen keep these in buffers, in classes of many libraries: so they are told by what they keep.
+    Frozen norms keep these in buffers, in classes of many libraries, so they are recognized by what they keep.
     """
     if isinstance(module, _InstanceNorm):
         return isinstance(module, nn.InstanceNorm2d) and module.track_running_stats
@@ -52,14 +52,14 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class Ledger:
-    """What `fuse_` finds on its way through a model; afterwards, what that means for each convolution and norm."""
+    """Records what `fuse_` finds in a model, and derives from it the result for each convolution and norm."""
 
     def __init__(self, model: nn.Module):
         self.operations = 0
         self.covered: set[nn.Module] = set()
-        self.own: set[nn.Module] = set()  # modules of this library, which are fused as they are
-        self.refused: dict[nn.Module, tuple[nn.Module, Refusal]] = {}  # of a part: in whose forward, and why
-        self.closed: dict[nn.Module, str] = {}  # why none of a forward could be fused
+        self.own: set[nn.Module] = set()  # this library's modules, which are fused already
+        self.refused: dict[nn.Module, tuple[nn.Module, Refusal]] = {}  # part: in whose forward, and why
+        self.closed: dict[nn.Module, str] = {}  # why nothing in a forward could be fused
         self.names: dict[nn.Module, list[str]] = defaultdict(list)
         self.parents: dict[nn.Module, list[nn.Module]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
@@ -70,13 +70,13 @@ class Ledger:
                     self.parents[part].append(module)
 
     def fuse(self, module: nn.Module, parts: Iterable[str]) -> None:
-        """One operation in its forward, which bypasses these children."""
+        """Records an operation in the module's forward that bypasses these children."""
         self.operations += 1
         for part in parts:
             self.covered.update(module.get_submodule(part).modules())
 
     def refuse(self, module: nn.Module, refusal: Refusal) -> None:
-        """An operation that its forward might have had; without parts, all of them."""
+        """Records an operation that the module's forward might have had; without parts, all of them."""
         if not refusal.parts:
             self.closed.setdefault(module, refusal.reason)
         for part in self._parts(module, refusal):
@@ -84,7 +84,7 @@ class Ledger:
                 self.refused.setdefault(one, (module, refusal))
 
     def skipped(self, listed: set[str]) -> Iterator[Skipped]:
-        """An entry for each convolution and norm that is in no operation, unless its name is `listed` already."""
+        """Yields an entry for each convolution and norm in no operation, unless its name is `listed` already."""
         for module, (name, *also) in self.names.items():
             if name in listed or module in self.covered:
                 continue
@@ -93,7 +93,7 @@ class Ledger:
                 yield Skipped(name, reason, class_of(module).__name__, tuple(also), within)
 
     def coverage(self, macs_share: float | None = None) -> Coverage:
-        """Of the convolutions of the model."""
+        """Returns the coverage of the model's convolutions."""
         convolutions = self.convolutions()
         return Coverage(self.operations, len(convolutions), len(self.covered.intersection(convolutions)), macs_share)
 
@@ -101,7 +101,7 @@ class Ledger:
         return [module for module in self.names if is_convolution(module)]
 
     def _why(self, module):
-        """The reason, and the name of the module whose entry gives the same."""
+        """Returns the reason, and the name of the module whose entry gives the same reason."""
         if isinstance(module, ScriptModule):
             outer = self._outermost(module)
             return (_SCRIPTED, None) if outer is module else self._because_of(outer, _SCRIPTED)
@@ -130,7 +130,7 @@ class Ledger:
         return [part for part in parts if part is not None]
 
     def _callers(self, module):
-        """The modules whose forward may call it: what has no forward, or is looked into, stands for those around it."""
+        """Yields the modules whose forward may call it; parents replace those that are inlined or have no forward."""
         queue, seen = [*self.parents[module]], set()
         while queue:
             caller = queue.pop(0)
@@ -141,12 +141,12 @@ class Ledger:
                     queue += self.parents[caller]
 
     def _outermost(self, module):
-        """Of the scripted modules around it."""
+        """Returns the outermost scripted module around it."""
         around = next((parent for parent in self.parents[module] if isinstance(parent, ScriptModule)), None)
         return module if around is None else self._outermost(around)
 
     def _hides_convolutions(self, module):
-        """Whether it is a whole compiled by torch.jit: what is inlined and frozen there has no module any more."""
+        """Whether it is the root of what torch.jit compiled, where inlined and frozen convolutions have no module."""
         if not isinstance(module, ScriptModule) or self._outermost(module) is not module:
             return False
         code = str(getattr(module, "inlined_graph", ""))
@@ -165,7 +165,7 @@ def _own_tensor(module, name):
 
 
 def _obstacle(module):
-    """What the module itself is like, that no operation takes it."""
+    """Returns the property of the module because of which no operation takes it."""
     look = relu_obstacle if isinstance(module, nn.ReLU) else None
     look = conv_obstacle if is_convolution(module) else norm_obstacle if is_norm(module) else look
     try:

@@ -1,4 +1,4 @@
-"""fuse_ and unfuse_: look first, then swap, so that a call that fails has changed nothing."""
+"""fuse_ and unfuse_: find everything first, then swap classes, so that a failing call changes nothing."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -30,35 +30,35 @@ def fuse_(
     dry_run: bool = False,
     example_inputs: torch.Tensor | tuple[torch.Tensor | None, ...] | None = None,
 ) -> FusionReport:
-    """Let conv, BN, (+ identity,) ReLU in a row run as one operation wherever `model` has them, in place.
+    """Fuses chains of conv, BN, (+ identity,) ReLU in `model` into single operations, in place.
 
-    The forward of each module is traced once by torch.fx, its children black boxes. In its graph Conv2d, BatchNorm2d,
-    ReLU is "conv_bn_act", without the ReLU "conv_bn"; "conv_bn_add_act" adds something after the norm,
+    torch.fx traces the forward of each module once, with opaque children. In its graph Conv2d, BatchNorm2d, ReLU is
+    "conv_bn_act", without the ReLU "conv_bn"; "conv_bn_add_act" adds something after the norm,
     "conv_bn_scaled_add_act" to a multiple of it, "conv_add_bn_act" before the norm; "bn_act" has no convolution. A
-    child is looked into where a row crosses its border, if it is an nn.Sequential or of a class that is known
-    (pytorchcv's blocks, `register_pattern`). Known as a whole are RiRLayer and ConvBNAct of rir_kernels.reference and
-    pytorchcv's RiRUnit.
+    child is inlined if a chain crosses its boundary and it is an nn.Sequential or of a registered class (pytorchcv's
+    blocks, `register_pattern`). RiRLayer and ConvBNAct of rir_kernels.reference and pytorchcv's RiRUnit are known as a
+    whole.
 
     Only the class of such a module changes, to a subclass of itself: submodules, parameter objects, state_dict keys,
-    hooks on the module, mode, dtype and device stay, an optimizer made before goes on working, and deepcopy, pickle,
-    torch.compile and functional_call do what they did. Everything is read from the submodules at each call. Where one
-    that would be bypassed is no longer what it was (replaced, parametrized, a hook on it or on all modules, norms of
-    one layer that disagree, its class patched), or an attribute that forward decided by, the modules are called as they
-    were before; so they are where a call cannot be one operation, and raise what they raise.
-    `unfuse_` is the way back. Meanwhile no other thread should run this model, or draw random numbers. What a forward
-    changes besides its tensors (a list, an attribute, a global) is put back, and that module is left alone; what it
-    prints is printed. Blocks of one class in which forward finds the same are traced once.
+    hooks on the module, mode, dtype and device stay, an existing optimizer keeps working, and deepcopy, pickle,
+    torch.compile and functional_call work as before. Each call reads everything from the submodules. If a bypassed one
+    has changed (replaced, parametrized, a hook on it or on all modules, norms of one layer that disagree, its class
+    patched), or an attribute that forward's path depends on, the modules are called as before fusing. The same happens
+    if a call cannot be one operation; the modules then raise their own errors.
+    `unfuse_` reverts this. During fuse_, no other thread should run this model or draw random numbers. If a forward
+    changes anything other than its tensors (a list, an attribute, a global), fuse_ restores it and leaves that module
+    alone; output that it prints appears. Blocks of one class in which forward reads the same values are traced once.
 
-    Inputs, dtypes and shapes are those of the modules. Within autocast the fused operation returns autocast's dtype,
-    also where an fp32 identity would have raised the sum to fp32. Activation checkpointing moves running statistics
-    twice, as it does those of nn.BatchNorm2d; but where it stops its second forward early (use_reentrant=False), those
-    of a norm that ends the region move once.
+    Inputs, dtypes and shapes are those of the modules. Under autocast the fused operation returns autocast's dtype,
+    even if an fp32 identity would have promoted the sum to fp32. Activation checkpointing updates running statistics
+    twice, as it does those of nn.BatchNorm2d; but if it stops its second forward early (use_reentrant=False), those of
+    a norm that ends the region are updated once.
 
     Args:
-        filter_fn: called as filter_fn(module, name); False leaves that module alone. One that is reached by several
-            names is fused only if none of them is refused.
+        filter_fn: called as filter_fn(module, name); False leaves that module alone. A module with several names is
+            fused only if filter_fn rejects none of them.
         patterns: the names of those to be fused, or "P1" ... "P6"; None is all.
-        impl: see functional.conv_bn_act. One that cannot run is refused by the call, not here.
+        impl: see functional.conv_bn_act. If it cannot run, the call raises, not fuse_.
         dry_run: only report what would be done.
         example_inputs: what forward takes, a tensor or a tuple, for report.coverage.macs_share: a copy of the model
             runs with them once, in evaluation, without gradients and hooks. Model, inputs and random state stay.
@@ -66,8 +66,8 @@ def fuse_(
     Returns a FusionReport: what was replaced; every convolution and norm that is in no fused operation, and every
     module that might have had one, with the reason; and how much of the model is covered.
 
-    Raises ValueError for an unknown `impl` or pattern, TypeError for a model that is no nn.Module and for
-    example_inputs that are no tensors, and what the model raises for these; nothing has been changed then.
+    Raises ValueError for an unknown `impl` or pattern, TypeError if the model is not an nn.Module or example_inputs are
+    not tensors, and what the model raises for these; then nothing has been changed.
     """
     check_model(model)
     check_impl(impl)
@@ -77,7 +77,7 @@ def fuse_(
     swaps = []
 
     def fuse(module, family, names):
-        """This one module; returns what is bypassed then."""
+        """Fuses this module; returns the modules that it then bypasses."""
         kind, also = class_of(module).__name__, tuple(names[1:])
 
         def skip(refusals):
@@ -117,18 +117,18 @@ def fuse_(
     report.coverage = ledger.coverage(None if inputs is None else macs_share(model, ledger, inputs))
     if not dry_run:
         for _, recipe in swaps:
-            fused_class(recipe)  # all of them are there before any is swapped
+            fused_class(recipe)  # create all classes before any is swapped
         for module, recipe in swaps:
             swap_in(module, recipe)
     return report
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Undo fuse_: every module gets its class back, and nothing of the fusion remains. Returns `model`.
+    """Undoes fuse_: every module gets its class back, and nothing of the fusion remains. Returns `model`.
 
-    RuntimeError, with nothing changed, where something else has swapped the class of a fused module since (FSDP's
-    fully_shard, a parametrization): undo that first; and where fold_bn_ has been applied. TypeError for a model that
-    is no nn.Module.
+    Raises RuntimeError, with nothing changed, if something else has since swapped the class of a fused module (FSDP's
+    fully_shard, a parametrization; undo that first), or if fold_bn_ has been applied. Raises TypeError if the model is
+    not an nn.Module.
     """
     check_model(model)
     if any(isinstance(module, FoldedNorm) for module in model.modules()):
@@ -146,15 +146,15 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def check_model(model) -> None:
-    """TypeError unless it is a module."""
+    """Raises TypeError unless the model is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def walk(model, visit) -> None:
-    """visit(module, family, all its names) once for every module of a family's kind, the outer ones first.
+    """Calls visit(module, family, all its names) once for every module of a family's kind, outer ones first.
 
-    It returns modules within that are not to be visited any more.
+    `visit` returns the modules within that should not be visited any more.
     """
     names = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -175,7 +175,7 @@ def walk(model, visit) -> None:
 
 
 def _select(module, family, found, enabled, filter_fn, names):
-    """(the matches to be fused, refusals of what is left alone)"""
+    """Returns (the matches to be fused, refusals of what is left alone)."""
     if found and (reason := _unit_obstacle(module, family)):
         return [], [Refusal(reason)]
     matches, refusals = _sorted_out(found, enabled)
@@ -186,7 +186,7 @@ def _select(module, family, found, enabled, filter_fn, names):
 
 
 def _sorted_out(found, enabled):
-    """(the matches of these patterns, refusals of the rest)"""
+    """Returns (the matches of these patterns, refusals of the rest)."""
     matches, refusals = [], []
     for one in found:
         if isinstance(one, Refusal):
@@ -207,7 +207,7 @@ def _unit_obstacle(module: nn.Module, family):
 
 
 def _fused_before(module, found, ledger):
-    """The reason why a fused module is skipped. The ledger learns what it runs of what is found in it now."""
+    """Returns why a fused module is skipped, and records in the ledger which of the operations found now it runs."""
     recipe = module._rir_fusion
     changed = changed_class(module) or (recipe.program.obstacle(module) if recipe.program else "")
     state = f", but runs its own forward, since {changed}" if changed else ""
@@ -225,7 +225,7 @@ def _fused_before(module, found, ledger):
 
 
 def _fault(error):
-    """The reason why one module is skipped: whatever is odd about it, all others are fused."""
+    """Returns the reason to skip one module after an error, so that all others are still fused."""
     if isinstance(error, Untraceable):
         return str(error)
     return f"it cannot be fused: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""What a forward reads of its modules: written down while it is traced, and asked again at every call."""
+"""Attributes that a forward reads from its modules: recorded during the trace, and checked again at every call."""
 
 import enum
 import inspect
@@ -11,17 +11,17 @@ from torch import nn
 from .outside import is_fixed
 from .recording import refuse
 
-Path = tuple[str, ...]  # of names of children; () is the module itself
+Path = tuple[str, ...]  # names of nested children; () is the module itself
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, enum.Enum)
 
 
 def path_of(name: str) -> Path:
-    """Of a child's name with dots."""
+    """Converts a child's dotted name to a Path."""
     return tuple(name.split("."))
 
 
 class Read(NamedTuple):
-    """`name` of the module at `path`, as forward found it: see `holds`."""
+    """Attribute `name` of the module at `path`, as forward found it: see `holds`."""
 
     path: Path
     name: str
@@ -44,21 +44,21 @@ class _Items(NamedTuple):
 
 
 def holds(module: nn.Module, read: Read) -> bool:
-    """Whether the attribute still is what the trace found: cheap, since it is asked at every call."""
+    """Whether the attribute is still what the trace found. Cheap, as every call asks it."""
     found, name = read.found, read.name
     if found is Found.OF_THE_CLASS:
         return name not in module.__dict__
     if found is Found.ABSENT:
         return not has(module, name)
     if found is Found.PRESENT or found is Found.NONE:
-        # nn.Module's own look-up is in Python, and slow
+        # nn.Module's look-up is in Python, and slow
         value = module._modules.get(name)
         value = getattr(module, name, None) if value is None else value
         return (value is None) == (found is Found.NONE)
     kind = type(found)
     if kind is Children:
         return tuple(module._modules) == found.names
-    value = getattr(module, name, Found.PRESENT)  # which equals no constant
+    value = getattr(module, name, Found.PRESENT)  # the default equals no constant
     if kind is _Items:
         return isinstance(value, dict) and tuple(value.items()) == found.of_dict
     return (tuple(value) if type(value) is list else value) == found
@@ -70,13 +70,13 @@ def is_of_the_class(read: Read) -> bool:
 
 
 def has(module: nn.Module, name: str) -> bool:
-    """hasattr, without the exception that nn.Module raises and catches for a name it does not know."""
+    """Does what hasattr does, without the exception that nn.Module raises for an unknown name."""
     kept = (module.__dict__, module._modules, module._parameters, module._buffers)
     return any(name in names for names in kept) or hasattr(type(module), name)
 
 
 def child(module: nn.Module, path: Path) -> nn.Module | None:
-    """The module at `path`, None where there is none any more."""
+    """Returns the module at `path`, or None if there is none any more."""
     for name in path:
         module = module._modules.get(name)
         if module is None:
@@ -85,7 +85,7 @@ def child(module: nn.Module, path: Path) -> nn.Module | None:
 
 
 def found_in_dicts(module: nn.Module, name: str) -> tuple[Found, Any]:
-    """What nn.Module.__getattr__ finds, and whether it is there. Untraceable where a class has its own __getattr__."""
+    """Returns what nn.Module.__getattr__ finds, and whether it exists; Untraceable if a class overrides __getattr__."""
     attributes = object.__getattribute__(module, "__dict__")
     own = next(kind for kind in type(module).__mro__ if "__getattr__" in vars(kind))
     for table in ("_parameters", "_buffers", "_modules"):
@@ -100,7 +100,7 @@ def found_in_dicts(module: nn.Module, name: str) -> tuple[Found, Any]:
 
 
 def found(module: nn.Module, name: str, value) -> Any:
-    """What is kept of an attribute that Python has found. Untraceable for what may be another at the next call."""
+    """Returns what to record of an attribute's value. Raises Untraceable if it may differ at the next call."""
     if name == "_modules":
         return Children(tuple(value))
     own = object.__getattribute__(module, "__dict__")
@@ -112,7 +112,7 @@ def found(module: nn.Module, name: str, value) -> Any:
         return _Items(tuple(value.items()))
     if isinstance(value, _CONSTANTS):
         return value
-    named = "<" not in getattr(value, "__qualname__", "<")  # found again by its name
+    named = "<" not in getattr(value, "__qualname__", "<")  # can be found again by name
     if callable(value) and named and (is_fixed(value) or isinstance(value.__self__, nn.Module)):
         return value
     return refuse(f"its forward reads the attribute {name!r}, a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What fuse_ did, for people (print, a notebook) and for programs (attributes, to_dict)."""
+"""Reports what fuse_ did, for people (print, a notebook) and for programs (attributes, to_dict)."""
 
 import dataclasses
 import html
@@ -12,12 +12,12 @@ from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
 from .pattern_names import CODES
 
-_SHOWN = 4  # names of a group, before the rest is counted
+_SHOWN = 4  # names shown per group; the rest is counted
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """One fused operation. A container that holds several gives one for each, all with its own name.
+    """One fused operation. A container with several operations has one entry for each, all under its name.
 
     name: the module whose forward is replaced, as in named_modules ("" is the model itself); also: its other names.
     pattern: "conv_bn_act" and so on; code: "P1" ... "P6". kind: the module's class. parts: names of the children that
@@ -38,9 +38,9 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A convolution or norm that is in no fused operation, or a module that might have had some, and why.
+    """A convolution or norm that is in no fused operation, or a module that might have had one, and why.
 
-    within: the name of the module in whose forward it is used, if that has an entry with the same reason; else None.
+    within: the name of the module in whose forward it is used, if it has an entry with the same reason; else None.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a model runs as fused operations, those of modules that were fused before included.
+    """How much of a model runs as fused operations, including modules that were fused before.
 
-    operations: how many. convolutions: modules of the model that are a Conv2d; fused: those of them in an operation.
+    operations: their number. convolutions: the number of Conv2d modules; fused: how many of them are in an operation.
     macs_share: the multiply-adds of fused convolutions over those of all convolutions and matrix products in one
-    forward; None where no inputs were given.
+    forward; None if no inputs were given.
     """
 
     operations: int
@@ -66,11 +66,11 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """fused / convolutions; 0.0 where there are no convolutions."""
+        """Returns fused / convolutions; 0.0 if there are no convolutions."""
         return self.fused / self.convolutions if self.convolutions else 0.0
 
     def to_dict(self) -> dict:
-        """The numbers by name, ready for JSON."""
+        """Returns the numbers by name, ready for JSON."""
         return dataclasses.asdict(self) | {"share": self.share}
 
     def __str__(self) -> str:
@@ -82,10 +82,10 @@ class Coverage:
 
 @dataclass
 class FusionReport:
-    """What fuse_ replaced in `model` and what it skipped; after a dry run, what it would have. verb: or fold_bn_.
+    """What fuse_ or fold_bn_ (`verb`) replaced in `model` and what it skipped; after a dry run, what it would have.
 
-    Every convolution and norm that is in no fused operation is in `skipped`; printed, they are grouped. coverage: None
-    for fold_bn_.
+    `skipped` has every convolution and norm that is in no fused operation; print() groups them. coverage: None for
+    fold_bn_.
     """
 
     model: nn.Module
@@ -96,7 +96,7 @@ class FusionReport:
     coverage: Coverage | None = None
 
     def to_dict(self) -> dict:
-        """Plain dicts, lists and strings, ready for JSON; the model as its class name."""
+        """Returns plain dicts, lists and strings, ready for JSON, with the model as its class name."""
         return {
             "model": class_of(self.model).__name__,
             "dry_run": self.dry_run,
@@ -112,7 +112,7 @@ class FusionReport:
             lines += [f"  {len(items)} x {title}: {names}" for title, items, names in groups]
         return "\n".join(lines)
 
-    __repr__ = __str__  # the fields would print the whole model
+    __repr__ = __str__  # the dataclass's would print the whole model
 
     def _repr_html_(self) -> str:
         rows = [
@@ -138,7 +138,7 @@ class FusionReport:
         return f"{text}: {coverage}; {end}" if coverage.convolutions else f"{text}, {end}"
 
     def _sections(self):
-        """(heading, [(title, items, their names)]), without the empty ones."""
+        """Returns the nonempty sections as (heading, [(title, items, their names)])."""
         replaced = _grouped(
             self.replaced, lambda item: f"{item.pattern} in {item.kind}" + (f", impl={item.impl}" if item.impl else "")
         )
@@ -154,8 +154,8 @@ class FusionReport:
         return [section for section in sections if section[1]]
 
     def _causes(self):
-        """By the ids of entries: the reason without the module that it names; those whose cause the entry of the module
-        around them gives, since a reader should meet it once; and of that one, how many of which kind they are.
+        """Returns three results by entry id: the reason without the module that it names; the entries whose cause an
+        enclosing module's entry gives, so that it is printed once; and for that entry, how many of which kind they are.
         """
         names = {name or THE_MODEL for name, _ in self.model.named_modules()}
         cause: dict[int, str] = {}
@@ -182,7 +182,7 @@ def _grouped(items, title):
 
 
 def _names(items):
-    """The names, a container with several operations once, and only the first few of many."""
+    """Formats the names: a container with several operations once, and only the first few of many."""
     names: dict[str, int] = {}
     for item in items:
         label = item.name or f"({THE_MODEL})"
@@ -195,13 +195,13 @@ def _names(items):
 
 
 def _with(items, parts):
-    """How many of what kind have no separate entry."""
+    """Formats how many items of which kind have no separate entry."""
     kinds: Counter[str] = sum((parts.get(id(item), Counter()) for item in items), Counter())
     return f", with {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}" if kinds else ""
 
 
 def _percent(share):
-    """Rounded down, so that 100 % is all of them."""
+    """Formats a percentage, rounded down, so that 100 % means all."""
     return f"{math.floor(100 * share + 1e-9)} %"
 
 

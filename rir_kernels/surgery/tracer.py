@@ -1,7 +1,7 @@
-"""torch.fx's tracer, for one run of one forward: children are black boxes, and what a graph cannot show is refused.
+"""torch.fx's tracer for one run of one forward: children are opaque, and what a graph cannot represent is refused.
 
-fx.Tracer.trace itself puts functions in the place of nn.Module's methods, and so makes Python forget what it knows of
-all its subclasses. Here modules tell by their own classes what is asked of them, see `recording`.
+fx.Tracer.trace patches nn.Module's methods, which invalidates Python's type caches of all its subclasses. Here the
+modules' own classes report attribute look-ups instead, see `recording`.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from .reads import Found, Path, Read, found, found_in_dicts, path_of
 from .recording import recording, refuse
 from .watch import CALLS_A_MODULE, Watch, is_library
 
-# of torch's own code, the parts that run on every call and so read what no forward asked for
+# parts of torch that run on every call, and read attributes that no forward asked for
 _MACHINERY = {"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"}
 
 
 class Tracer(fx.Tracer):
-    """reads: the attributes that forward has read; inputs: the names of its arguments without a default."""
+    """Traces a forward. reads: the attributes it has read; inputs: the names of its arguments without a default."""
 
     def __init__(self, module: nn.Module, inlined: frozenset[str], options: bool):
         super().__init__(autowrap_modules=())  # type: ignore[arg-type] # fx's type is of one module, and means any number
         self.root, self.inlined = module, inlined
         self.graph = fx.Graph(tracer_cls=type(self))
-        self.tensor_attrs = {}  # fx would take tensors that are plain attributes for constants
+        self.tensor_attrs = {}  # fx would treat tensors in plain attributes as constants
         self.submodule_paths = {m: name for name, m in module.named_modules()}
         self.paths = {id(m): path_of(name) if name else () for m, name in self.submodule_paths.items()}
         self.traced = {(), *map(path_of, inlined)}
@@ -50,7 +50,7 @@ class Tracer(fx.Tracer):
         self.options = options_of(module) if options else []
 
     def run(self) -> fx.Graph:
-        """Calls forward, not that of a fused class. Untraceable, or whatever forward raises."""
+        """Traces the original forward, not a fused one. Raises Untraceable, or what forward raises."""
         forward = class_of(self.root).forward
         if not inspect.isfunction(forward):
             refuse(f"its forward is a {type(forward).__name__}, and no function")
@@ -66,7 +66,7 @@ class Tracer(fx.Tracer):
         return self.graph
 
     def look_up(self, module: nn.Module, name: str):
-        """module.name as Python finds it, written down if it is forward that asks."""
+        """Returns module.name as Python finds it, and records it if forward asks."""
         frame, plain = sys._getframe(2), object.__getattribute__
         code, where = frame.f_code, frame.f_globals.get("__name__", "")
         if code is CALLS_A_MODULE and name == "_compiled_call_impl":
@@ -99,7 +99,7 @@ class Tracer(fx.Tracer):
         return value
 
     def proxied(self, value):
-        """A parameter or buffer of the root or within as a node, which it is once; anything else as it is."""
+        """Returns a parameter or buffer of the root or its children as its only node; anything else unchanged."""
         name = self.tensors.get(id(value)) if isinstance(value, torch.Tensor) else None
         if name is None:
             return value
@@ -126,14 +126,14 @@ class Tracer(fx.Tracer):
         if surroundings() != self.around:
             refuse("its forward runs a part of itself under no_grad, autocast, checkpointing or the like")
         node = super().create_node(kind, *args, **kwargs)
-        # a leaf stands in the forward that calls it
+        # a leaf belongs to the forward that calls it
         node.meta["scope"] = self.inside[-2] if kind == "call_module" else self.inside[-1]
         return node
 
     def create_arg(self, a):
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
             refuse("its forward makes a tensor that does not come from its inputs")
-        if type(a) is OrderedDict:  # fx would make a dict of it
+        if type(a) is OrderedDict:  # fx would convert it to a dict
             return self.create_node("call_function", OrderedDict, (self.create_arg([*map(list, a.items())]),), {})
         if isinstance(a, dict | list) and type(a) not in (dict, list, immutable_dict, immutable_list):
             refuse(f"its forward makes a {type(a).__name__}")
@@ -150,12 +150,12 @@ class Tracer(fx.Tracer):
 
 
 def options_of(module: nn.Module) -> list[inspect.Parameter]:
-    """The arguments of its forward that have a default."""
+    """Returns the arguments of its forward that have a default."""
     return [p for p in inspect.signature(class_of(module).forward).parameters.values() if p.default is not p.empty]
 
 
 def first_line(error: BaseException) -> str:
-    """For a reason: its kind, and the beginning of what it says."""
+    """Formats an error for a reason: its class, and the first line of its message."""
     try:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     except Exception:
@@ -164,9 +164,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _opaque_functions():
-    """Functions that torch.fx.wrap was told of are nodes, and functions of torch know that fx traces.
+    """Makes functions registered with torch.fx.wrap nodes, and tells torch's functions that fx traces.
 
-    Yields what stands where such a function was, with that function.
+    Yields the replacements of these functions with the originals.
     """
     with _fx_traces(), _symbolic_trace._new_patcher() as patcher:
         _symbolic_trace._patch_wrapped_functions(patcher)
@@ -188,7 +188,7 @@ def _fx_traces():
 
 
 def _without_an_answer(ask, value):
-    # forward may catch an error, and go another way than with tensors
+    # forward may catch an error, and take another path than with tensors
     try:
         return ask(value)
     except fx.proxy.TraceError as error:
@@ -207,7 +207,7 @@ class _Value(fx.Proxy):
         return super().__getattr__(name)
 
     @property  # type: ignore[misc] # an object's __class__ can be set, and this one cannot
-    def __class__(self):  # where isinstance looks second
+    def __class__(self):  # isinstance reads it after type()
         if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__)):
             return _Value
         refuse("its forward asks what type a value is")
@@ -219,7 +219,7 @@ class _Value(fx.Proxy):
 
 
 def _augmented(function):
-    # fx knows none of them, so that Python would take `x = x + y` for `x += y`: others that hold x would miss the sum
+    # fx has none of these, so Python would run `x = x + y` for `x += y`, and other references to x would miss the sum
     def apply(self, other):
         if function is None:
             refuse("its forward changes a value by a rare operator")
@@ -235,7 +235,7 @@ for _function in in_place.FUNCTIONS:
 
 
 def _autocast_depth():
-    """How many autocast contexts there are, those that turn it off as well."""
+    """Returns the number of nested autocast contexts, including those that disable it."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 

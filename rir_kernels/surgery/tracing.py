@@ -1,9 +1,9 @@
-"""The graph of one module's forward, its children opaque, and everything that graph was decided by.
+"""Traces one module's forward to a graph with opaque children, and records everything the graph depends on.
 
-torch.fx runs forward once with placeholders. What forward decides in Python on the way is baked into the graph, so it
-is written down (`Read`), to be asked again at every call. What a graph cannot show stops the trace: a forward that goes
-another way in evaluation or without gradients, draws random numbers, makes tensors, sets attributes, asks what type a
-value is, or runs a part of itself under another mode (no_grad, autocast, checkpointing).
+torch.fx runs forward once with placeholders. Python decisions in forward are baked into the graph, so what they read is
+recorded (`Read`) and checked again at every call. What a graph cannot represent stops the trace: a forward that takes
+another path in evaluation or without gradients, draws random numbers, makes tensors, sets attributes, asks for the type
+of a value, or runs a part of itself under another mode (no_grad, autocast, checkpointing).
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from .tracer import Tracer, first_line, surroundings
 
 
 class Trace(NamedTuple):
-    """inputs: the names of forward's arguments without a default; the others had their defaults.
+    """A graph and what it depends on.
 
-    asks_mode: whether a forward that was looked into reads `training`. asks_which: whether code that ran may ask which
-    of its children is which, or of what class. outside: what else decided the graph, such as
-    answers of torch, which have `arguments`.
+    inputs: the names of forward's arguments without a default; the others had their defaults. asks_mode: whether an
+    inlined forward reads `training`. asks_which: whether code that ran may compare children by identity or ask for
+    their class. outside: what else the graph depends on, such as torch's answers, which have `arguments`.
     """
 
     graph: fx.Graph
@@ -42,11 +42,11 @@ class Trace(NamedTuple):
 
 
 def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
-    """The graph of type(module).forward. `inlined`: paths ("a.b") of children that are looked into.
+    """Traces type(module).forward. `inlined`: paths ("a.b") of children whose forward is traced as well.
 
-    Nodes know in whose forward they stand: node.meta["scope"], a Path. In a `session` modules that are alike share one
-    graph, which nobody may change. Raises Untraceable; the module is as before. Meanwhile other threads should neither
-    run the module, which is in another mode then, nor draw random numbers.
+    node.meta["scope"], a Path, gives the module in whose forward a node is. In a `session`, similar modules share one
+    graph, which must not be changed. Raises Untraceable; the module stays unchanged. Meanwhile other threads should
+    neither run the module, whose mode changes temporarily, nor draw random numbers.
     """
     traces = trace_modes(module, inlined)
     first = traces[0]
@@ -56,7 +56,7 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
         refuse("its forward is another one in evaluation, or without gradients")
     reads = dict.fromkeys(read for trace in traces for read in trace.reads)
     outside = dict.fromkeys(one for trace in traces for one in trace.outside)
-    # a question with two answers is one about gradients: neither makes a difference
+    # a question with two answers is about gradients, and the graph is the same for both
     asked = Counter(one.question for one in outside)
     outside = (one for one in outside if one.arguments is None or asked[one.question] == 1)
     which = any(trace.asks_which for trace in traces)
@@ -64,22 +64,22 @@ def trace(module: nn.Module, inlined: frozenset[str] = frozenset()) -> Trace:
 
 
 def trace_modes(module: nn.Module, inlined: frozenset[str] = frozenset(), *, options: bool = False) -> list[Trace]:
-    """As `trace`, one for each mode: training or, where forward asks, evaluation; with gradients and without.
+    """Traces as `trace` does, once per mode: training and, if forward asks, evaluation; with and without gradients.
 
-    options: with the arguments that have a default given as well, the reverse of a bool.
+    options: also traces with the arguments that have a default given, a bool as its opposite.
     """
     traces: list[Trace] = []
     for training, gradients in itertools.product((True, False), repeat=2):
         if not training and not any(trace.asks_mode for trace in traces):
             break  # evaluation can make no difference
         if not gradients and not any(one.arguments is not None for trace in traces for one in trace.outside):
-            continue  # nor can gradients, where torch is asked for nothing
+            continue  # gradients make no difference if forward asks torch for nothing
         traces.append(_trace(module, inlined, training, gradients, options))
     return traces
 
 
 def sketch(module: nn.Module, inlined: frozenset[str] = frozenset()) -> fx.Graph:
-    """The graph in training only, for a first look. Raises as `trace` does."""
+    """Traces only in training mode, for a first look. Raises as `trace` does."""
     return _trace(module, inlined, training=True, gradients=True).graph
 
 
@@ -107,7 +107,7 @@ def _trace_anew(module, inlined, options):
         if tracer.watch.doubts:
             refuse(tracer.watch.doubts[0])
         reads, outside = tuple(dict.fromkeys(tracer.reads)), tracer.watch.found
-        # such as whether torch.fx traces
+        # for example whether torch.fx traces
         for read in reads:
             if (owner := child(module, read.path)) is None or not holds(owner, read):
                 refuse(f"its forward reads {read.name!r}, which is another while it is traced")
@@ -122,8 +122,8 @@ def _trace_anew(module, inlined, options):
 
 @contextlib.contextmanager
 def _without_random_numbers():
-    """Drawn ones would be constants of the graph; what is drawn next is what it would have been."""
-    numpys: Callable[[], Any] = np.random.get_state  # it may return a dict, when asked for one
+    """Refuses forwards that draw random numbers, which would become constants; restores the generators' states."""
+    numpys: Callable[[], Any] = np.random.get_state  # typed so, as it can also return a dict
     python, numpy, torchs = random.getstate(), numpys(), torch.get_rng_state()
     try:
         yield
@@ -139,12 +139,12 @@ def _without_random_numbers():
 
 @contextlib.contextmanager
 def _mode(module, inlined, training):
-    """The modules whose forward is looked into, in one mode."""
+    """Puts the modules whose forward is traced into one mode."""
     modules = [module, *(module.get_submodule(path) for path in inlined)]
     modes = [m.training for m in modules]
     try:
         for m in modules:
-            object.__setattr__(m, "training", training)  # a module's own __setattr__ is not asked
+            object.__setattr__(m, "training", training)  # bypasses a module's own __setattr__
         yield
     finally:
         for m, mode in zip(modules, modes, strict=True):

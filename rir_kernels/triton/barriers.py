@@ -1,16 +1,15 @@
-"""Whether one warp group may overwrite what another one still multiplies: read off a kernel's PTX.
+"""Checks a kernel's PTX for a race: one warp group may overwrite an operand that another one still reads.
 
-A wgmma reads its operands from shared memory while the program goes on, and `wgmma.wait_group` waits for those of its
-own warp group only. A program of eight warps has two: where one of them has waited and goes on to write to shared
-memory, the other may still read what is overwritten. Both have waited once they have met at a barrier. Triton takes
-the wait itself for such a barrier (triton-lang/triton#11047), and leaves the barrier out where nothing else asks for
-one.
+A wgmma reads its operands from shared memory asynchronously, and `wgmma.wait_group` waits only for those of its own
+warp group. A program of eight warps has two warp groups: if one has waited and goes on to write to shared memory, the
+other may still read what is overwritten. Only after a barrier have both waited. Triton treats the wait itself as such
+a barrier (triton-lang/triton#11047), and omits the barrier if nothing else requires one.
 
-So between a `wgmma.wait_group` and the next write to shared memory there must be a barrier of the whole program, on
-every path through branches and loops. Writes are stores, copies into shared memory (cp.async, TMA), atomics and the
-initialization of an mbarrier, whose memory may have been an operand's. Addresses are not compared: a write to memory
-that no product reads counts too, and so does one that is ordered by an mbarrier, on which each group would arrive
-after its wait; our kernels have no such handshake. A program of four warps is one warp group, and needs nothing.
+So on every path through branches and loops, a barrier of the whole program must stand between a `wgmma.wait_group` and
+the next write to shared memory. Writes are stores, copies into shared memory (cp.async, TMA), atomics and the
+initialization of an mbarrier, whose memory may have been an operand's. The check does not compare addresses: it also
+counts writes to memory that no product reads, and writes ordered by an mbarrier on which each group arrives after its
+wait; our kernels have no such handshake. A program of four warps is one warp group and needs no barrier.
 """
 
 import re
@@ -19,20 +18,20 @@ WARP_GROUP = 128  # threads
 
 _WAIT = re.compile(r"\bwgmma\.wait_group\b")
 _BARRIER = re.compile(r"\b(bar|barrier(\.cta)?)\.(sync|red)\S*\s+0;|\bbarrier\.cluster\.wait\b")
-# the first space that a copy names is where it writes
+# a copy names its destination space first
 _WRITE = re.compile(
     r"\b((st|red|atom)\.(\w+\.)*shared|stmatrix\.|mbarrier\.init\."
     r"|cp\.(reduce\.)?async\.(bulk\.)?(tensor\.\dd\.|c[ag]\.)?shared)"
 )
 _LABEL = re.compile(r"([\w$]+):")
 _BRANCH = re.compile(r"(@\S+\s+)?bra(\.uni)?\s+([\w$]+);")
-_END = re.compile(r"(ret|exit|trap);")  # unconditional: a predicated one may go on
+_END = re.compile(r"(ret|exit|trap);")  # unconditional: a predicated one may fall through
 
 
 def unguarded_writes(ptx: str) -> list[str]:
-    """The writes to shared memory that follow a wait for wgmma without a barrier between, as lines of the PTX.
+    """Returns the PTX lines that write to shared memory after a wait for wgmma with no barrier between.
 
-    Always empty where the kernel has one warp group.
+    Always empty if the kernel has one warp group.
     """
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", ptx)
     if threads is None:
@@ -61,7 +60,7 @@ def unguarded_writes(ptx: str) -> list[str]:
             found.add(number)
         branch = _BRANCH.match(line)
         if branch:
-            # inline assembly repeats labels, each in a scope: the nearest one is meant
+            # inline assembly repeats labels in separate scopes: take the nearest one
             target = min(labels[branch[3]], key=lambda place: abs(place - number))
             reached.append((target, waited))
         if not (branch and branch[1] is None) and not _END.match(line):

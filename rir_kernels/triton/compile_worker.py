@@ -1,7 +1,7 @@
 """python -m rir_kernels.triton.compile_worker: a process that compiles kernels into Triton's cache, and launches none.
 
-It reads pickles from its standard input: first the architecture, as "sm_90", then jobs. To each job it answers on its
-standard output, with a pickled (whether it had to be compiled, None) or (False, what went wrong).
+It reads pickles from standard input: first the architecture, such as "sm_90", then jobs. For each job it writes a
+pickled (whether it had to compile, None) or (False, error message) to standard output.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # other prints go to stderr
     os.environ.pop("TRITON_INTERPRET", None)
     arch = pickle.load(sys.stdin.buffer)
 
@@ -39,7 +39,7 @@ def main() -> None:
         try:
             job.compile()
             answer = bool(missed), None
-        except Exception as error:  # the parent raises it
+        except Exception as error:  # the parent re-raises it
             answer = False, f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()

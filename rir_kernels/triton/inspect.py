@@ -1,14 +1,14 @@
-"""The compile gate: every kernel as it would be launched, compiled for a GPU that need not be there, and read.
+"""The compile gate: compiles every kernel as it would be launched, for a GPU that need not be present, and checks it.
 
     python -m rir_kernels.triton.inspect --arch sm_90 [--dtype bf16] [--json FILE] [--save DIR]
 
-The launchers run on meta tensors under a driver that only compiles, so what is read is what a GPU would get: same
-configurations, same specialization, and assembled as Triton does it. A row fails where its kernel spills, exceeds the
-shared memory, traps, draws one of ptxas's C75xx warnings (serialised wgmma), or, in the loop around the matrix product,
-converts a layout, has no tensor-core instruction at all, or, where that could read shared memory, loads an operand to
-registers. It fails too where a warp group could overwrite an operand that another one still reads (`barriers`). With
-RIR_KERNELS_OVERLAP=1 in the environment kernels are compiled to overlap the launch ahead of them, and fail where they
-touch memory before they have waited for it. The exit status is 1 if any row fails.
+The launchers run on meta tensors under a driver that only compiles, so the gate checks what a GPU would get: the same
+configurations and specialization, assembled as Triton does it. A row fails if its kernel spills, exceeds the shared
+memory, traps or causes one of ptxas's C75xx warnings (serialised wgmma). It fails if the main loop converts a layout,
+has no tensor-core instruction, or loads an operand to registers although that instruction could read it from shared
+memory. It also fails if a warp group could overwrite an operand that another one still reads (`barriers`). With
+RIR_KERNELS_OVERLAP=1 in the environment, kernels are compiled to overlap the previous launch, and fail if they touch
+memory before they have waited for it. The exit status is 1 if any row fails.
 """
 
 import argparse
@@ -51,12 +51,12 @@ class Row:
     spills: int  # bytes, stores and loads
     shared_kb: float
     products: int  # tensor-core instructions
-    waits: bool  # for the launch ahead, before it touches memory
+    waits: bool  # for the previous launch, before it touches memory
     traps: bool
     conversions: int  # layout conversions in the main loop
     local_loads: int  # shared memory to registers in the main loop
     unguarded: int  # writes to shared memory that another warp group may still read
-    warnings: tuple[str, ...]  # C75xx of ptxas
+    warnings: tuple[str, ...]  # ptxas's C75xx
     faults: tuple[str, ...]
 
     @property
@@ -65,7 +65,7 @@ class Row:
 
 
 class _CompileOnlyDriver:
-    """What JITFunction asks of a driver when it compiles without launching."""
+    """Has the methods of a driver that JITFunction calls when it compiles without launching."""
 
     def __init__(self, arch: str):
         from triton.backends.compiler import GPUTarget
@@ -87,7 +87,7 @@ class _CompileOnlyDriver:
 
 @contextlib.contextmanager
 def compiling(arch: str) -> Iterator[list]:
-    """Within it launches are compiled for that architecture, and not made. For a process that launches nothing else.
+    """Compiles launches for that architecture instead of making them. For a process that launches nothing else.
 
     Yields the list of (kernel name, constants, compiled kernel) of the launches so far, all on meta tensors.
     """
@@ -107,7 +107,7 @@ def compiling(arch: str) -> Iterator[list]:
 
 
 def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
-    """(op, kernel name, constants, compiled kernel) of each kernel that one layer of this shape launches."""
+    """Returns (op, kernel name, constants, compiled kernel) of each kernel that one layer of this shape launches."""
     from rir_kernels.triton.launch import batchnorm, conv, wgrad
 
     spec = ConvBNActSpec(
@@ -138,7 +138,7 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
         inputs = torch.empty(shape.c_in, device="meta")
         upstream = batchnorm.Upstream(x, inputs, inputs, inputs, inputs, relu=True)
         _, partial = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
-        if partial is None:  # there are none: it was the kernel of before
+        if partial is None:  # no sums: this launched the same kernel as before
             del compiled[len(ops) :]
         else:
             batchnorm.bn_sum(partial, 1.0)
@@ -163,7 +163,7 @@ def _meta(shape, dtype):
 
 
 def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> list[Row]:
-    """The rows of one layer, one for each distinct kernel; .ptx and .ttgir go to the folder `save`."""
+    """Returns the rows of one layer, one per distinct kernel; writes .ptx and .ttgir to the folder `save`."""
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     rows: list[Row] = []
     seen = set()
@@ -191,8 +191,8 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
             "unguarded": len(unguarded_writes(ptx)),
             "warnings": warnings,
         }
-        # ieee fp32 has no tensor-core product; a tf32 weight gradient would have to transpose in shared memory, which
-        # tensor cores do for 16 bits alone
+        # ieee fp32 has no tensor-core product; a tf32 weight gradient would have to read transposed from shared
+        # memory, which tensor cores do only for 16 bits
         exempt = dtype == "fp32" or (dtype == "tf32" and op == "weight gradient")
         multiplies = kernel.startswith("_conv") and not exempt
         faults = _faults(found, multiplies, ARCHS[arch], constants["OVERLAP"])
@@ -225,10 +225,10 @@ def _faults(found, multiplies, architecture, overlap):
 
 
 def assemble(compiled) -> tuple[int, int, tuple[str, ...]]:
-    """(registers a thread, bytes spilled, C75xx warnings) of a compiled kernel, from the log of ptxas.
+    """Returns (registers per thread, bytes spilled, C75xx warnings) of a compiled kernel, from ptxas's log.
 
-    Triton assembles it again, so that this is the ptxas, with the options, that it takes for this GPU: both differ
-    from one version of Triton to the next.
+    Triton assembles the kernel again, so that its own choice of ptxas and options for this GPU applies: both differ
+    between versions of Triton.
     """
     from triton import knobs
     from triton.compiler.compiler import make_backend
@@ -244,13 +244,13 @@ def assemble(compiled) -> tuple[int, int, tuple[str, ...]]:
 
 
 def waits_first(ptx: str) -> bool:
-    """Whether `griddepcontrol.wait` stands before the first access to global memory."""
+    """Whether `griddepcontrol.wait` precedes the first access to global memory."""
     access = re.search(r"(?<![\w.])(cp\.|(ld|st|red|atom|multimem)\.(?!param|[\w.]*shared))", ptx)
     return "griddepcontrol.wait" in ptx[: access.start() if access else None]
 
 
 def main_loop(ttgir: str) -> str:
-    """The text of the innermost loops that hold a matrix product."""
+    """Returns the text of the innermost loops that contain a matrix product."""
     lines = ttgir.splitlines()
     loops = []
     for start, line in enumerate(lines):
@@ -264,7 +264,7 @@ def main_loop(ttgir: str) -> str:
 
 
 def _describe(constants) -> str:
-    """The configuration in a few characters: tile, warps and stages."""
+    """Formats the configuration briefly: tile, warps and stages."""
     names = {"BOX": "", "WALK": "", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
              "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
     parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
@@ -276,7 +276,7 @@ def _describe(constants) -> str:
 
 
 def run(shapes, dtypes, arch: str, save: str | None = None, workers: int | None = None) -> list[Row]:
-    """`inspect` over shapes and dtypes, in processes of their own."""
+    """Runs `inspect` over shapes and dtypes in separate processes."""
     jobs = [(shape, dtype, arch, save) for shape in shapes for dtype in dtypes]
     workers = min(len(jobs), workers or os.cpu_count() or 1)
     # fresh processes: the parent may hold kernels decorated for the interpreter
@@ -285,13 +285,13 @@ def run(shapes, dtypes, arch: str, save: str | None = None, workers: int | None 
 
 
 def compile_for_real():
-    """What a process that compiles kernels, and runs none, is started with."""
+    """Initializes a process that compiles kernels and runs none."""
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
+    """Formats the rows as aligned text."""
     header = ("shape", "dtype", "op", "kernel", "config", "regs", "spill", "smem KB", "mma", "cvt", "lds", "")
     lines = [header] + [
         (

@@ -1,4 +1,4 @@
-"""A kernel to be compiled elsewhere: its launch with nothing left of the arguments but what the compiler looks at."""
+"""A kernel to be compiled elsewhere: a launch whose arguments are reduced to what the compiler looks at."""
 
 import importlib
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.triton.launch.runtime import ALIGNMENT
 
-_LARGEST = 2**31 - 1  # of Triton's i32
+_LARGEST = 2**31 - 1  # Triton's largest i32
 
 
 @dataclass(frozen=True)
 class Job:
-    """Launches that Triton compiles to one kernel have equal jobs."""
+    """A launch to compile. Launches that Triton compiles to one kernel have equal jobs."""
 
     module: str
     kernel: str
@@ -28,7 +28,7 @@ class Job:
         return cls(kernel.fn.__module__, kernel.fn.__name__, args, tuple(sorted(options.items())))
 
     def compile(self):
-        """The compiled kernel, for the GPU that Triton's driver names."""
+        """Returns the compiled kernel, for the GPU that Triton's driver names."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
         return kernel.warmup(*[_restored(arg) for arg in self.args], grid=(1,), **dict(self.options))
 
@@ -61,7 +61,7 @@ def _reduced(arg, do_not_specialize):
         return _Tensor(arg.dtype, arg.data_ptr() % ALIGNMENT == 0)
     if isinstance(arg, TensorDescriptor):
         return _Descriptor(arg.base.dtype, tuple(arg.block_shape), arg.padding)
-    if isinstance(arg, tuple):  # what stands for a descriptor
+    if isinstance(arg, tuple):  # replaces a descriptor, see `kernels.tma`
         return tuple(_reduced(part, False) for part in arg)
     if type(arg) is int:
         if arg > _LARGEST:

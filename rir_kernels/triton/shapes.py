@@ -1,11 +1,11 @@
-"""The shape table: the layers that every benchmark and the compile gate speak of."""
+"""The shape table: the layers that every benchmark and the compile gate use."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution of c_in to c_out channels over images of `size` x `size` pixels (of its input)."""
+    """A convolution from c_in to c_out channels on input images of `size` x `size` pixels."""
 
     c_in: int
     c_out: int
@@ -30,7 +30,7 @@ SHAPE_TABLE = _square(
     (96, 32), (192, 16), (384, 8), (48, 32), (16, 32), (32, 16), (64, 8), (64, 56), (128, 28), (256, 14), (512, 7)
 )  # fmt: skip
 
-# what else the networks of `models` are made of: stem, stage transitions, projections, head
+# the other layers of the networks in `models`: stem, stage transitions, projections, head
 TRANSITIONS = (
     Shape(3, 96, 32),
     Shape(96, 192, 32, stride=2),

@@ -1,16 +1,16 @@
-"""The kinds of module that can be fused, one file each. To add one, write its file and name it here."""
+"""The kinds of module that can be fused, one file each. To add one, write its file and list it here."""
 
 from ..pattern_names import PATTERNS
 from . import own, pytorchcv, reference_unit, registered, rir_layer, rir_unit, timm, traced
 from .base import Family, Fold, Match, Refusal
 from .registered import register_pattern, unregister_pattern
 
-# classes of other libraries whose forward is traced as well, with what has to be known of them
+# registrations for classes of other libraries, whose forward is traced as well
 LIBRARIES = (pytorchcv, timm)
 
 
 def families() -> list[Family]:
-    """The first that knows a class has it."""
+    """Returns the families in order of precedence: the first that knows a class handles it."""
     known = (own, reference_unit, rir_layer, rir_unit, traced)
     return [*registered.FAMILIES.values(), *(module.FAMILY for module in known)]
 

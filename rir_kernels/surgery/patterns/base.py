@@ -1,4 +1,4 @@
-"""What a kind of module says about itself: see Family."""
+"""The interface of a kind of module: see Family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from ..swap import Fused
 
 
 class Match(NamedTuple):
-    """One fused operation: its pattern, and the paths of the children that are bypassed.
+    """One fused operation: its pattern, and the paths of the children that it bypasses.
 
-    inlined: paths of further children whose own forward is not called. detail: the family's own.
+    inlined: paths of further children whose forward is not called. detail: private to the family.
     """
 
     pattern: str
@@ -20,17 +20,17 @@ class Match(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What looks like one but has to be left alone, and why."""
+    """What looks like a match but must be left alone, and why."""
 
     reason: str
     parts: tuple[str, ...] = ()
 
 
 class Fold(NamedTuple):
-    """The path of a norm that can be folded into a convolution, or where that is None into an affine map.
+    """The path of a norm that can be folded into a convolution or, if `conv` is None, into an affine map.
 
-    inlined: paths of the children in whose forwards they are called. traces: of the forward, with these looked into;
-    none for a class whose forward is known.
+    inlined: paths of the children in whose forwards they are called. traces: of the forward, with these inlined; none
+    for a class whose forward is known.
     """
 
     norm: str
@@ -40,11 +40,11 @@ class Fold(NamedTuple):
 
 
 def no_program(module, matches) -> None:
-    """The program of families whose mixin knows what to do."""
+    """Returns no program, for families whose mixin needs none."""
 
 
 def no_folds(module) -> list[Any]:
-    """Of families that know of none; so for `find` and `runs`."""
+    """Returns an empty list, for families without folds; also used for `find` and `runs`."""
     return []
 
 
@@ -52,13 +52,13 @@ def no_folds(module) -> list[Any]:
 class Family:
     """A kind of module whose instances can be fused.
 
-    knows: whether a module's class is of that kind, and so no other family is asked; obstacle: why this class is not
-    exactly one that can be fused, or an empty string.
-    find: what one instance has to offer, several operations where it is a container.
-    mixin: the Fused whose forward runs them; at every call it looks again, by what `find` looks by.
-    program: what that forward is told, for the matches that are to be fused: hashable, part of the fused class.
+    knows: whether a module's class is of that kind, so that no other family is asked; obstacle: why exactly this class
+    cannot be fused, or an empty string.
+    find: returns the operations of one instance, several if it is a container.
+    mixin: the Fused whose forward runs them; at every call it checks again what `find` checks.
+    program: the data of that forward for the matches to be fused: hashable, part of the fused class.
     folds: the norms of one instance that `fold_bn_` may fold.
-    runs: the operations that one instance runs as it is, without being fused.
+    runs: the operations that one instance runs without being fused.
     """
 
     knows: Callable[[type], bool]
@@ -71,14 +71,14 @@ class Family:
 
 
 def exactly(target: Callable[[], type | None]) -> dict:
-    """knows and obstacle for one class; target: None where its library has not been imported (never done here)."""
+    """Returns knows and obstacle for one class; target returns None if its library has not been imported elsewhere."""
 
     def knows(kind):
         known = target()
         return known is not None and issubclass(kind, known)
 
     def obstacle(kind):
-        known: Any = target()  # a class: `knows` has been asked
+        known: Any = target()  # not None: `knows` has returned True
         same = kind is known
         return "" if same else f"{kind.__name__} is a subclass of {known.__name__}: only the exact class is known"
 

@@ -1,7 +1,7 @@
-"""A generalized residual layer that is written as four convolutions and two norms: packed at each call, and run as one.
+"""A generalized residual layer written as four convolutions and two norms: packed at each call and run as one.
 
 Weights and affine parameters are joined by differentiable copies, so every parameter gets its own gradient. The
-running statistics are joined into temporaries, which are copied back when the operation has succeeded.
+running statistics are joined into temporaries, which are copied back after the operation has succeeded.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ from ..guards import bypass_obstacle
 
 
 class Layer(NamedTuple):
-    """The modules by their names in the unit, None where a stream is absent, and what they have to be like.
+    """The modules by their names in the unit, None if a stream is absent, and the properties required of them.
 
-    Convolutions without bias, with padding kernel_size // 2, so that the identity has their output's size.
+    Convolutions have no bias, and padding kernel_size // 2, so that the identity has their output's size.
     """
 
     convs: dict[str, nn.Conv2d | None]  # rr, rt, tr, tt
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
 
 
 def obstacle(layer: Layer) -> str:
-    """Why the layer cannot run as one: a module that may not be bypassed, or that is not as described."""
+    """Returns why the layer cannot run as one: a module may not be bypassed, or is not as described."""
     size = layer.kernel_size
     shapes = [(c_out, c_in, size, size) if c_in and c_out else None for c_in in layer.inputs for c_out in layer.outputs]
     for (name, conv), shape in zip(layer.convs.items(), shapes, strict=True):
@@ -54,7 +54,7 @@ def obstacle(layer: Layer) -> str:
 
 
 def counts_obstacle(layer: Layer) -> str:
-    """Why one momentum cannot serve both norms. Reads the counters, but only where they make the momentum."""
+    """Returns why one momentum cannot serve both norms. Reads the counters only if they determine the momentum."""
     return "" if _counts_agree(layer) else "the norms have counted different numbers of batches"
 
 
@@ -70,7 +70,7 @@ def _counts_agree(layer):
 
 
 def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0, impl):
-    """x = [r | t] -> [r' | t'], for a layer without obstacles."""
+    """Maps x = [r | t] to [r' | t'], for a layer without obstacles."""
     norms = [norm for norm in layer.norms.values() if norm is not None]
     norm: Any = norms[0] if len(norms) == 1 else _JoinedNorm(*norms)
     spec = kept_spec(
@@ -88,7 +88,7 @@ def run(layer: Layer, x, *, residuals=(), shortcut_channels=0, branch_scale=1.0,
 
 
 class _JoinedNorm:
-    """Two norms that agree, side by side: what bn_state reads of a BatchNorm2d."""
+    """Two norms with equal settings, concatenated; has what bn_state reads of a BatchNorm2d."""
 
     def __init__(self, r: nn.BatchNorm2d, t: nn.BatchNorm2d):
         self.norms = r, t
@@ -97,14 +97,14 @@ class _JoinedNorm:
         self.weight, self.bias, self.running_mean, self.running_var = (
             None if of_r is None else torch.cat([of_r, of_t]) for of_r, of_t in zip(_state(r), _state(t), strict=True)
         )
-        self.num_batches_tracked = r.num_batches_tracked  # itself: bn_state counts r's batch
+        self.num_batches_tracked = r.num_batches_tracked  # not a copy: bn_state counts r's batch
 
     def active_group(self):
         r = self.norms[0]
         return r.active_group() if isinstance(r, SyncBatchNorm2d) else None
 
     def write_back(self):
-        """Give both norms their parts of the updated statistics, and count t's batch."""
+        """Copies the updated statistics back to both norms, and counts t's batch."""
         r, t = self.norms
         if not (self.training and self.track_running_stats):
             return
@@ -147,7 +147,7 @@ def _state(norm):
 
 
 def _description(norm):
-    """What has to be the same for two norms to be one; a tensor's dtype, or None where it is absent."""
+    """Returns what must be equal for two norms to be joined; of a tensor its dtype, or None if it is absent."""
     dtypes = [None if tensor is None else tensor.dtype for tensor in _state(norm)]
     group = norm.__dict__.get("process_group")
     return type(norm), norm.training, norm.eps, norm.momentum, norm.track_running_stats, dtypes, group

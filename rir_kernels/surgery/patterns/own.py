@@ -1,4 +1,4 @@
-"""rir_kernels' own modules: they run fused as they are, and only fold."""
+"""rir_kernels' own modules: they already run fused; only folding applies to them."""
 
 from ...modules import ConvBNAct, RiRLayer
 from ..classes import Conv2d

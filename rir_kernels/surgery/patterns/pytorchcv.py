@@ -1,7 +1,7 @@
-"""pytorchcv (as of 0.0.74): its blocks keep conv, norm and activation in modules of their own, and chains cross them.
+"""pytorchcv (as of 0.0.74): its blocks wrap conv, norm and activation in separate modules, and chains cross these.
 
-Post-activation units add the identity behind their body's last ConvBlock; pre-activation bodies have the next block's
-norm behind a block's convolution.
+Post-activation units add the identity after their body's last ConvBlock; pre-activation bodies have the next block's
+norm after a block's convolution.
 """
 
 from ..registry import inline

@@ -1,4 +1,4 @@
-"""rir_kernels.reference.ConvBNAct: conv_bn_act or conv_bn, or what a residual that a call may bring makes of it."""
+"""rir_kernels.reference.ConvBNAct: conv_bn_act or conv_bn, or their variants with a residual if a call passes one."""
 
 from ... import reference
 from ...common.spec import spec_of_conv

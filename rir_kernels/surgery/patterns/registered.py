@@ -1,4 +1,4 @@
-"""What users say about modules of their own: `register_pattern`."""
+"""`register_pattern`: users' registrations for their own modules."""
 
 import functools
 import inspect
@@ -26,12 +26,12 @@ def register_pattern(
     parts: Mapping[str, type] | None = None,
     obstacle: Callable[[nn.Module], str] | None = None,
 ):
-    """Teach fuse_ about modules whose class is exactly `kind`.
+    """Registers modules whose class is exactly `kind` with fuse_.
 
-    `register_pattern(ConvNorm)` lets fuse_ look into ConvNorm's forward where a chain of conv, norm, add and ReLU
-    crosses its border, as when the block around it adds the identity.
+    `register_pattern(ConvNorm)` lets fuse_ look into ConvNorm's forward if a chain of conv, norm, add and ReLU crosses
+    its boundary, for example if the block around it adds the identity.
 
-    With `pattern` it is a decorator for a fused forward written by hand, for what torch.fx cannot trace:
+    With `pattern` it is a decorator for a hand-written fused forward, for modules that torch.fx cannot trace:
 
         @rir.register_pattern(Gate, pattern="conv_bn_add_act", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d})
         def gate(module, x, *, impl):
@@ -41,14 +41,13 @@ def register_pattern(
     name if the fused module is to be pickled.
 
     Args:
-        pattern: as the report names it, "conv_bn_act" say.
-        parts: the children that the function bypasses, by their paths, with the exact class of each. They are looked at
-            in every call, and where one is not an untouched instance of it (a hook, a parametrization), the original
-            forward runs.
-        obstacle: asked in every call why this instance must run its original forward; "" where it need not.
+        pattern: its name in the report, such as "conv_bn_act".
+        parts: the children that the function bypasses, by path, with the exact class of each. Every call checks them:
+            if one is not an untouched instance of its class (a hook, a parametrization), the original forward runs.
+        obstacle: called in every call; returns why this instance must run its original forward, or "".
 
-    Registering a class again replaces what was said before; `unregister_pattern` takes it back. Modules that are fused
-    already stay as they are. TypeError and ValueError for arguments that are none of this.
+    Registering a class again replaces the earlier registration; `unregister_pattern` removes it. Modules that are
+    already fused stay as they are. Raises TypeError and ValueError for invalid arguments.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"kind must be a subclass of torch.nn.Module, got {kind!r}")
@@ -76,14 +75,14 @@ def register_pattern(
 
 
 def unregister_pattern(kind: type) -> None:
-    """Take back what `register_pattern` said about `kind`; nothing happens where it said nothing."""
+    """Removes the registration of `kind`; does nothing if there is none."""
     FAMILIES.pop(kind, None)
     registry.not_inlined(kind)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """The program of a forward that a user wrote."""
+    """The program of a hand-written forward."""
 
     function: Callable
     parts: tuple[tuple[Path, type], ...]

@@ -1,4 +1,4 @@
-"""rir_kernels.reference.RiRLayer: conv_add_bn_act, with its options and both call forms."""
+"""rir_kernels.reference.RiRLayer: conv_add_bn_act, with all its options and both call forms."""
 
 from ... import reference
 from ...common.stream_views import join, split

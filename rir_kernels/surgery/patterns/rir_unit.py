@@ -2,8 +2,8 @@
 
     r' = PA_r(res_pass(r) + trans_cross(t) + identity(r)),  t' = PA_t(trans_pass(t) + res_cross(r)),  PA = ReLU(BN(.))
 
-where the identity is a 1x1 convolution if the unit's shape changes. pytorchcv is not imported here: an instance of its
-class can only be there if it has been.
+where the identity is a 1x1 convolution if the unit's shape changes. This module does not import pytorchcv: an instance
+of its class can only exist if pytorchcv has been imported.
 """
 
 import sys
@@ -61,7 +61,7 @@ def _library():
 
 
 def _obstacle(unit):
-    """Why the unit's modules cannot be bypassed; those of `_layer` can be read only after the types are known."""
+    """Returns why the unit's modules cannot be bypassed; `_layer` can read them only after their types are checked."""
     modules, kind = unit._modules, _library().PostActivation
     know(kind)
     for name in _ACTIVATIONS:
@@ -79,7 +79,7 @@ def _obstacle(unit):
         if layer.inputs != layer.outputs or layer.stride != (1, 1):
             return "the identity does not have the shape of the convolutions' output"
         return ""
-    conv = modules.get("identity_conv")  # it is called, and may have hooks and parametrizations
+    conv = modules.get("identity_conv")  # it is called, so hooks and parametrizations are allowed
     if not isinstance(conv, Conv2d) or conv.out_channels != layer.outputs[0]:
         return "identity_conv: expected a Conv2d with the residual stream's channels"
     return ""
@@ -99,7 +99,7 @@ def _layer(unit):
 
 
 def _misfit(layer, r, t):
-    # whatever else the four convolutions can be called with (broadcasting, unlike dtypes) is left to them
+    # leave other inputs that the four convolutions accept (broadcasting, unlike dtypes) to them
     if r.shape != t.shape or r.device != t.device or r.dim() != 4 or r.shape[1] != layer.inputs[0]:
         return "the streams are not two images of its shape"
     dtypes = {r.dtype, t.dtype, *(conv.weight.dtype for conv in layer.convs.values())}

@@ -1,1 +1,1 @@
-"""Arithmetic: what Triton compiles."""
+"""The kernels that Triton compiles."""

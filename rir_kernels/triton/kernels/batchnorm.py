@@ -1,16 +1,16 @@
-"""Batch normalization cut at the reduction: statistics | merge | apply, and reduce | sum | apply backward.
+"""Batch normalization, split at the reduction: statistics | merge | apply, and in backward reduce | sum | apply.
 
-All kernels see activations as rows [M, C], M = N*H*W pixels of a channels-last tensor. With n pixels a channel and
+All kernels see activations as rows [M, C], M = N*H*W pixels of a channels-last tensor. With n pixels per channel and
 
     xhat = (z - mean) * invstd,    u = branch_scale * (gamma * xhat + beta) + residual,    y = act(u)
-    dy'  = dy where u > 0          (u recomputed from z, or y read where a residual came after the norm)
+    dy'  = dy where u > 0          (u is recomputed from z; y is read if a residual was added after the norm)
 
 the gradients are, with s1 = branch_scale * sum(dy') and s2 = branch_scale * sum(dy' * xhat),
 
     dbeta = s1,   dgamma = s2,   dz = gamma * invstd * (branch_scale * dy' - s1 / n - xhat * s2 / n)
 
-(Ioffe and Szegedy 2015, section 3). Where the running statistics were used the two means drop out of dz. Where the
-layer behind computes dy, its data gradient can compute both sums beside it (`conv`); the reduction is not needed then.
+(Ioffe and Szegedy 2015, section 3). If forward used the running statistics, the s1 and s2 terms drop out of dz. If the
+following layer's data-gradient kernel computes dy, it can also compute both sums (`conv`); no reduce kernel runs then.
 """
 
 import triton
@@ -34,13 +34,15 @@ def _bn_stats_fwd_kernel(
     tile_m2_ptr,
     tile_count_ptr,  # [tiles] fp32
     M,
-    steps,  # row blocks a program merges
+    steps,  # row blocks per program
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Computes mean, M2 and count of z for each tile of steps * BLOCK_M rows."""
     pdl_wait(OVERLAP)
+    # prologue: which tile of rows, which channels
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     tile = pid // BLOCKS_C
@@ -49,15 +51,17 @@ def _bn_stats_fwd_kernel(
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
+    # main loop: merge the moments of one row block after the other
     for step in tl.range(steps):
         first = (tile.to(tl.int64) * steps + step) * BLOCK_M
         row = first + tl.arange(0, BLOCK_M)
         is_row = row < M
         mask = is_row[:, None] & is_channel[None, :]
         z = tl.load(z_ptr + row[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        rows = tl.maximum(tl.minimum(M - first, BLOCK_M), 0).to(tl.float32)
+        rows = tl.maximum(tl.minimum(M - first, BLOCK_M), 0).to(tl.float32)  # valid rows of this block
         block_mean, block_m2 = tile_moments(z, is_row[:, None], rows, 0)
         count, mean, m2 = merge_moments(count, mean, m2, rows, block_mean, block_m2)
+    # store
     out = tile.to(tl.int64) * C + channel
     tl.store(tile_mean_ptr + out, mean, mask=is_channel)
     tl.store(tile_m2_ptr + out, m2, mask=is_channel)
@@ -70,47 +74,49 @@ def _bn_finalize_fwd_kernel(
     tile_m2_ptr,
     tile_count_ptr,  # [tiles] fp32
     mean_ptr,  # [C] fp32
-    var_ptr,  # [C] fp32, biased; M2 where invstd is not asked for
+    var_ptr,  # [C] fp32, biased; M2 instead if invstd_ptr is None
     invstd_ptr,  # [C] fp32; or None
     count_ptr,  # fp32; or None
     running_mean_ptr,  # [C], any float type, updated in place; or None
     running_var_ptr,  # [C], unbiased
-    batches_ptr,  # int64, counted up; or None
+    batches_ptr,  # int64, incremented; or None
     tiles,
     eps,
     momentum,
     C: tl.constexpr,
-    STRIDE: tl.constexpr,  # from tile to tile
+    STRIDE: tl.constexpr,  # between tiles
     COUNT_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Merges the tiles' moments, in their order, then the batch's into the running ones."""
+    """Merges the tiles' moments in tile order, then updates the running statistics with the batch's."""
     pdl_wait(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     count = 0.0
     mean = tl.zeros([BLOCK_C], dtype=tl.float32)
     m2 = tl.zeros([BLOCK_C], dtype=tl.float32)
+    # main loop: BLOCK_T tiles per step
     for first in tl.range(0, tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         is_tile = tile < tiles
         mask = is_tile[:, None] & is_channel[None, :]
-        offset = tile[:, None] * STRIDE + channel[None, :]  # a tile has 64 pixels or more: 32 bits reach 2^37 elements
+        offset = tile[:, None] * STRIDE + channel[None, :]  # tiles have >= 64 pixels: 32 bits suffice for 2^37 elements
         weight = tl.load(tile_count_ptr + tile * COUNT_STRIDE, mask=is_tile, other=0.0)[:, None]  # [BLOCK_T, 1]
-        tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)
+        tile_mean = tl.load(tile_mean_ptr + offset, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
         block_count = tl.sum(tl.sum(weight, 1), 0)
-        # deviations from the mean of a tile that is not empty: sums of small numbers, where the means may be large
+        # sum deviations from a nonempty tile's mean: they are small even if the means are large
         fullest = first + tl.argmax(tl.sum(weight, 1), 0)
         anchor = tl.load(tile_mean_ptr + fullest * STRIDE + channel, mask=is_channel, other=0.0)
         shift = tl.where(is_tile[:, None], tile_mean - anchor[None, :], 0.0)
         block_shift = tl.sum(weight * shift, 0) / tl.maximum(block_count, 1.0)
         deviation = tl.where(is_tile[:, None], shift - block_shift[None, :], 0.0)
-        # not earlier: it would wait in registers
+        # load as late as possible: an earlier load would occupy registers until here
         tile_m2 = tl.load(tile_m2_ptr + offset, mask=mask, other=0.0)
         block_m2 = tl.sum(tile_m2 + weight * deviation * deviation, 0)
         count, mean, m2 = merge_moments(count, mean, m2, block_count, anchor + block_shift, block_m2)
+    # store the batch's statistics
     tl.store(mean_ptr + channel, mean, mask=is_channel)
     if invstd_ptr is None:
         tl.store(var_ptr + channel, m2, mask=is_channel)
@@ -120,8 +126,9 @@ def _bn_finalize_fwd_kernel(
         tl.store(invstd_ptr + channel, 1.0 / tl.sqrt_rn(var + eps), mask=is_channel)
     if count_ptr is not None:
         tl.store(count_ptr, count, mask=tl.program_id(0) == 0)
+    # update the running statistics
     if running_mean_ptr is not None:
-        momentum = tl.where(count > 0, momentum, 0.0)  # no pixel on any rank
+        momentum = tl.where(count > 0, momentum, 0.0)  # keep them if no rank has a pixel
         _update_running(running_mean_ptr + channel, mean, momentum, is_channel)
         _update_running(running_var_ptr + channel, m2 / tl.maximum(count - 1.0, 1.0), momentum, is_channel)
     if batches_ptr is not None:
@@ -147,7 +154,7 @@ def _bn_running_fwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The running statistics as backward will want them."""
+    """Converts the running statistics to the fp32 mean and invstd that backward reads."""
     pdl_wait(OVERLAP)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = load_channels(running_mean_ptr, channel, C, 0.0)
@@ -158,14 +165,14 @@ def _bn_running_fwd_kernel(
 
 @triton.jit
 def _load_rows(ptr, row, channel, stride, C, mask):
-    """[BLOCK_M, BLOCK_C] fp32; channels past C read zero."""
+    """Returns [BLOCK_M, BLOCK_C] fp32; channels past C read zero."""
     mask = mask & (channel < C)[None, :]
     return tl.load(ptr + row[:, None] * stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C):
-    """mean, invstd, gamma and beta as rows [1, BLOCK_C]."""
+    """Returns mean, invstd, gamma and beta, each [1, BLOCK_C] fp32."""
     mean = load_channels(mean_ptr, channel, C, 0.0)[None, :]
     invstd = load_channels(invstd_ptr, channel, C, 1.0)[None, :]
     gamma = load_channels(gamma_ptr, channel, C, 1.0)[None, :]
@@ -195,14 +202,16 @@ def _bn_apply_fwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Computes y = act(u)."""
     pdl_wait(OVERLAP)
+    # prologue: which tile
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row = (row < M)[:, None]
     mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
-    z = _load_rows(z_ptr, row, channel, C, C, is_row)
+    z = _load_rows(z_ptr, row, channel, C, C, is_row)  # [BLOCK_M, BLOCK_C]
     y = normalize(z, mean, invstd, gamma, beta) * branch_scale
     if residual0_ptr is not None:
         y += _load_rows(residual0_ptr, row, channel, residual0_stride, C_RES0, is_row)
@@ -218,7 +227,7 @@ def _bn_apply_fwd_kernel(
 def _masked_grad(
     dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C: tl.constexpr, RELU: tl.constexpr
 ):
-    """dy' of the file's docstring."""
+    """Computes dy' [BLOCK_M, BLOCK_C] as defined in the module docstring."""
     dy = _load_rows(dy_ptr, row, channel, dy_stride, C, is_row)
     if RELU:
         if y_ptr is not None:
@@ -233,14 +242,14 @@ def _masked_grad(
 def _bn_reduce_bwd_kernel(
     dy_ptr,  # [M, C] rows dy_stride apart
     z_ptr,  # [M, C]
-    y_ptr,  # [M, C]: the ReLU's mask is y's; or None: it is recomputed from z
+    y_ptr,  # [M, C], gives the ReLU's mask; None: the mask is recomputed from z
     mean_ptr,  # [C] fp32
     invstd_ptr,
     gamma_ptr,  # [C] or None
     beta_ptr,
     partial_ptr,  # [splits, 2, C] fp32: sum dy', sum dy' * xhat
     M,
-    steps,  # row blocks a program adds up
+    steps,  # row blocks per program
     dy_stride,
     C: tl.constexpr,
     RELU: tl.constexpr,
@@ -248,7 +257,9 @@ def _bn_reduce_bwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Computes partial sums of dy' and dy' * xhat, one pair for each split of steps * BLOCK_M rows."""
     pdl_wait(OVERLAP)
+    # prologue: which split, which channels
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     split = pid // BLOCKS_C
@@ -256,14 +267,16 @@ def _bn_reduce_bwd_kernel(
     mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
     sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
+    # main loop: row blocks
     for step in tl.range(steps):
         row = (split.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = (row < M)[:, None]
         z = _load_rows(z_ptr, row, channel, C, C, is_row)
         dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
         sum_dy += tl.sum(dy, 0)
-        # a row past the end has dy = 0 but xhat = -mean * invstd, which may be infinite
+        # rows past the end have dy = 0, but xhat = -mean * invstd may be infinite there
         sum_dy_xhat += tl.sum(tl.where(is_row, dy * ((z - mean) * invstd), 0.0), 0)
+    # store
     out = partial_ptr + split.to(tl.int64) * (2 * C) + channel
     tl.store(out, sum_dy, mask=channel < C)
     tl.store(out + C, sum_dy_xhat, mask=channel < C)
@@ -274,20 +287,20 @@ def _bn_sum_bwd_kernel(
     partial_ptr,  # [splits, 2, C] fp32
     dbeta_ptr,  # [C] fp32: s1
     dgamma_ptr,  # s2
-    count_ptr,  # fp32 that the sums are divided by; or None
+    count_ptr,  # fp32 divisor of the sums; or None
     splits,
     scale,
     C: tl.constexpr,
-    STRIDE: tl.constexpr,  # from one sum to the other, and to the next split's
+    STRIDE: tl.constexpr,  # between the two sums, and from there to the next split
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The splits' sums added in a fixed order, for bit-identical runs."""
+    """Adds the splits' sums in a fixed order, so that runs are bit-identical."""
     pdl_wait(OVERLAP)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
-    which = pid // BLOCKS_C
+    which = pid // BLOCKS_C  # 0: s1, 1: s2
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     total = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -307,10 +320,10 @@ def _bn_sum_bwd_kernel(
 def _bn_apply_bwd_kernel(
     dy_ptr,  # [M, C] rows dy_stride apart
     z_ptr,  # [M, C]
-    y_ptr,  # as in the reduction
+    y_ptr,  # as in _bn_reduce_bwd_kernel
     dz_ptr,  # [M, C]
-    dres_ptr,  # [M, C]: dy' itself, the gradient of a residual added after the norm; or None
-    dbeta_ptr,  # [C] fp32: s1; or None where the running statistics were used
+    dres_ptr,  # [M, C]: dy', the gradient of a residual added after the norm; or None
+    dbeta_ptr,  # [C] fp32: s1; or None if forward used the running statistics
     dgamma_ptr,  # s2
     mean_ptr,  # [C] fp32
     invstd_ptr,
@@ -318,7 +331,7 @@ def _bn_apply_bwd_kernel(
     beta_ptr,
     M,
     dy_stride,
-    inv_count,  # 1 / n; 0 where the running statistics were used: s1 and s2 drop out
+    inv_count,  # 1 / n; 0 if forward used the running statistics: s1 and s2 drop out
     branch_scale,
     C: tl.constexpr,
     RELU: tl.constexpr,
@@ -327,17 +340,19 @@ def _bn_apply_bwd_kernel(
     BLOCK_C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Computes dz, and the gradient of a residual added after the norm."""
     pdl_wait(OVERLAP)
+    # prologue: which tile
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     row = (pid // BLOCKS_C).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = pid % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_row = (row < M)[:, None]
+    is_row = (row < M)[:, None]  # [BLOCK_M, 1]
     mask = is_row & (channel < C)[None, :]
     mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     z = _load_rows(z_ptr, row, channel, C, C, is_row)
     dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
-    offset = row[:, None] * C + channel[None, :]
+    offset = row[:, None] * C + channel[None, :]  # [BLOCK_M, BLOCK_C], as z and dy
     if dres_ptr is not None:
         tl.store(dres_ptr + offset, dy.to(dres_ptr.dtype.element_ty), mask=mask)
     if dz_ptr is not None:

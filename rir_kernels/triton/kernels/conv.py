@@ -1,28 +1,29 @@
-"""Convolution as an implicit GEMM with a fused epilogue: the forward pass, inference, and the data gradient.
+"""Convolution as an implicit GEMM with a fused epilogue: forward pass, inference and data gradient.
 
     acc[co, p] = sum over taps (i, j) and channels ci of  W[co, i, j, ci] * x[pixel p shifted by the tap, ci]
 
-Pixels stand on the right of `tl.dot`: a descriptor (TMA) box of the channels-last input, reshaped to [P, BLOCK_K] and
-transposed, stays in swizzled shared memory as Hopper's wgmma wants it. Out-of-range coordinates read zero, which is
-the convolution's padding: no im2col, no masks.
+Here C is the output channel and K the input channel (the reduction), unlike in cuDNN and CUTLASS. Pixels are the right
+operand of `tl.dot`: a TMA box of the channels-last input, reshaped to [P, BLOCK_K] and transposed, stays in swizzled
+shared memory in the layout of Hopper's wgmma. Out-of-range coordinates read zero, which is the convolution's padding:
+no im2col, no masks.
 
-Strides of two are handled by parity. Row r of the input lies in plane p = r mod s at index r // s, so for a tap k of
-an axis with stride s and padding P,
+Stride 2 is handled by parity. Row r of the input lies in plane p = r mod s at index r // s, so for a tap k of an axis
+with stride s and padding P,
 
     forward        s * o + k - P = s * (o + d) + p        k = (p + P) mod s, + s, ...     d = (k - P - p) / s
     data gradient  s * i + p + P - k = s * (i + d)        the same taps k                 d = (p + P - k) / s
 
-so the offsets are each other's negatives, and SIGN alone tells the two apart. The forward pass sums over the planes
-of its input; the data gradient has a sum for each plane of its output (`dgrad`). At stride 1 there is one plane, and
-the data gradient is the forward kernel again, with the ORIGINAL weight read transposed. (With few channels blocks of
-2x2 pixels are computed at stride 2: `taps.sum_folded`.)
+so the offsets d differ only in their sign, which SIGN selects. The forward pass sums over the planes of its input; the
+data gradient computes one sum for each plane of its output (`dgrad`). At stride 1 there is one plane, and the data
+gradient uses the forward kernel, with the ORIGINAL weight read transposed. (With few channels, 2x2 blocks of pixels are
+computed as a convolution of stride 2: `conv_loops.sum_folded`.)
 
-Epilogue, in this order, each part optional:
+The epilogue computes, in this order, each part optional:
 
     z = branch_scale * (acc + bias) + addends             ("pre_norm"; the addends carry the identity)
     per-tile mean, M2 and count of z                      (training)
     y = act(norm(z))  or  act(branch_scale * norm(acc + bias) + addends)    (inference; the latter under "post_norm")
-    per-tile sum of dy' and of dy' * xhat, if dx = dy of the layer upstream  (data gradient; as defined in `batchnorm`)
+    per-tile sum of dy' and of dy' * xhat, where dx = dy of the layer upstream  (data gradient; defined in `batchnorm`)
 """
 
 import triton
@@ -35,13 +36,13 @@ from rir_kernels.triton.kernels.tma import load_box, round_as
 
 @triton.jit
 def load_addend(desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[BLOCK_C, P] of an addend; channels and pixels it does not have read zero."""
+    """Loads [BLOCK_C, P] fp32 of an addend; channels and pixels out of its range read zero."""
     return load_box(desc, n, h, w, c, BOX, BLOCK_C, True).to(tl.float32)
 
 
 @triton.jit
 def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BOX: tl.constexpr, BLOCK_C: tl.constexpr):
-    """branch_scale * acc + addends"""
+    """Returns branch_scale * acc + addends."""
     if branch_scale is not None:
         acc *= branch_scale
     if addend0_desc is not None:
@@ -53,7 +54,7 @@ def _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h, w, c, BO
 
 @triton.jit
 def pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
-    """(whether a tile's pixels lie in the image, their offsets), [P] each."""
+    """Returns (mask of the tile's pixels that lie in the image, their offsets), [P] each."""
     pixel = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
     pixel_n = n + pixel // (BOX[1] * BOX[2])
     pixel_h = h + pixel // BOX[2] % BOX[1]
@@ -64,7 +65,7 @@ def pixels(n, h, w, N, H, W, stride_n, stride_h, stride_w, BOX: tl.constexpr):
 
 @triton.jit
 def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr, IS_ZERO_BEYOND: tl.constexpr):
-    """Mean and M2 [BLOCK_C] over the valid pixels of tiles [BLOCK_C, P] that stand below each other."""
+    """Computes mean and M2 [BLOCK_C] over the valid pixels of vertically adjacent tiles [BLOCK_C, P]."""
     total = tl.zeros([tiles[0].shape[0]], dtype=tl.float32)
     for row in tl.static_range(len(tiles)):
         if IS_ZERO_BEYOND:
@@ -83,7 +84,7 @@ def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr, IS_ZERO_BEYOND: 
 
 @triton.jit
 def _zero_beyond(accs, n, h, w, N, H, W, BOX: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """accs, zero at pixels beyond the image."""
+    """Returns accs with zeros at pixels outside the image."""
     masked = ()
     for group in tl.static_range(GROUPS):
         for row in tl.static_range(ROWS):
@@ -94,9 +95,10 @@ def _zero_beyond(accs, n, h, w, N, H, W, BOX: tl.constexpr, GROUPS: tl.constexpr
 
 @triton.jit
 def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
-    """Sum dy' and sum dy' * xhat [BLOCK_C] of a tile [BLOCK_C, P], as `batchnorm` reduces them.
+    """Sums dy' and dy' * xhat over a tile [BLOCK_C, P], as `batchnorm` does; returns [BLOCK_C] each.
 
-    dy is zero beyond the image. invstd is left for the sums: xhat may be infinite there, and z - mean is not.
+    dy is zero outside the image. The sum is multiplied by invstd, not its terms: xhat may be infinite outside the
+    image, z - mean is not.
     """
     if RELU:
         dy = relu_grad(dy, normalize(z, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None]))
@@ -107,7 +109,7 @@ def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
 def store_tile(
     out, tile, n, h, w, c, pixel_offset, channel, mask, C: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Stores [BLOCK_C, P]: through the descriptor, or through pointers where the GPU or the alignment allows none."""
+    """Stores [BLOCK_C, P] by descriptor, or by pointers if the GPU or the alignment rules out a descriptor."""
     if isinstance(out, tl.tensor_descriptor):
         out.store([n, h, w, c], tile.to(out.dtype).T.reshape([BOX[0], BOX[1], BOX[2], BLOCK_C]))
     else:
@@ -118,31 +120,31 @@ def store_tile(
 
 @triton.jit(
     do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "branch_scale", "eps"]
-)  # N, H, W at run time: one compile for all image sizes
+)  # N, H, W are run-time values: one compile for all image sizes
 def _conv_fwd_kernel(
-    x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has the first alone, absent ones
-    x01_desc,  # are None; FOLD has all
+    x00_desc,  # the parity planes [N, H_plane, W_plane, K] of the input; stride 1 has only the first; absent ones
+    x01_desc,  # are None; FOLD has all four
     x10_desc,
     x11_desc,
     w_desc,  # FOLD: a pointer
     addend0_desc,  # [N, H, W, <= C] or None
     addend1_desc,
-    out,  # [N, H, W, C]: a descriptor, or a pointer
-    z_out,  # the same beside y at inference, where a gradient will be wanted; or None
+    out,  # [N, H, W, C]: a descriptor or a pointer
+    z_out,  # the same for z, at inference if backward will need it; or None
     bias_ptr,  # [C] or None, as are the next four
     mean_ptr,
     var_ptr,
     gamma_ptr,
     beta_ptr,
-    tile_mean_ptr,  # [tiles, C] fp32, or None: no statistics
+    tile_mean_ptr,  # [tiles, C] fp32; None: no statistics
     tile_m2_ptr,
     tile_count_ptr,  # [tiles] fp32
-    upstream_desc,  # data gradient: z [N, H, W, C] of the layer whose y is this one's x; or None, as are the next four
+    upstream_desc,  # data gradient: z [N, H, W, C] of the layer whose y is this layer's x; or None, as the next four
     upstream_mean_ptr,  # [C]
     upstream_invstd_ptr,
     upstream_gamma_ptr,
     upstream_beta_ptr,
-    partial_ptr,  # [tiles, 2, C] fp32: its sum dy', sum dy' * xhat; or None
+    partial_ptr,  # [tiles, 2, C] fp32: that layer's sum dy', sum dy' * xhat; or None
     N,
     H,
     W,
@@ -151,7 +153,7 @@ def _conv_fwd_kernel(
     stride_n,  # of out and z_out, in elements
     stride_h,
     stride_w,
-    branch_scale,  # None: one. A product that nothing is added to would keep registers beside those of its sum
+    branch_scale,  # None: 1. Without an addend to fuse with, the product would take registers next to the accumulator's
     eps,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -161,23 +163,24 @@ def _conv_fwd_kernel(
     SIGN: tl.constexpr,  # 1: forward; -1: the data gradient at stride 1
     WEIGHT_T: tl.constexpr,
     POST_NORM: tl.constexpr,
-    RELU: tl.constexpr,  # of y; with partial sums, of the layer upstream
+    RELU: tl.constexpr,  # of y; with partial_ptr, of the layer upstream
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,  # of BLOCK_C channels, computed from one load of the pixels
-    ROWS: tl.constexpr,  # of the image, computed from one load of each; BOX has one row where they are more than one
-    SKIPS: tl.constexpr,  # the taps that would read padding; BOX is one pixel of many images then
-    FOLD: tl.constexpr,  # blocks of 2x2 pixels into the rows of the product; BOX has even sides then
-    WEIGHT_STRIDES: tl.constexpr,  # FOLD: of tap, C and K
+    GROUPS: tl.constexpr,  # blocks of BLOCK_C channels computed from one load of the pixels
+    ROWS: tl.constexpr,  # output rows that share loads of input rows and weights; if > 1, BOX has one row
+    SKIPS: tl.constexpr,  # skips the taps that would read padding; BOX is then one pixel of many images
+    FOLD: tl.constexpr,  # folds blocks of 2x2 pixels into the rows of the product; BOX then has even sides
+    WEIGHT_STRIDES: tl.constexpr,  # with FOLD: strides of tap, C and K
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     pdl_wait(OVERLAP)
+    # prologue: which tile of pixels, which channels
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     pid = tl.program_id(0)
-    tile = pid // TILES_C  # the channel tiles of one pixel tile run side by side and share it in L2
+    tile = pid // TILES_C  # the channel tiles of a pixel tile are neighbours and share it in L2
     first_c = pid % TILES_C * (GROUPS * BLOCK_C)
     if SKIPS:
         tiles_n = (N + BOX[0] - 1) // BOX[0]
@@ -188,6 +191,7 @@ def _conv_fwd_kernel(
         h = tile // TILES_W % TILES_H * (BOX[1] * ROWS)
         n = tile // (TILES_W * TILES_H) * BOX[0]
 
+    # main loop: GROUPS * ROWS accumulators [BLOCK_C, P]
     accs = ()
     for _ in tl.static_range(GROUPS * ROWS):
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
@@ -216,13 +220,13 @@ def _conv_fwd_kernel(
                     SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
                 )  # fmt: skip
 
-    # a row's count of pixels is zero, or less, beneath the image
+    # epilogue. The number of valid pixels; a row below the image has zero or fewer
     count = tl.minimum(BOX[0], N - n) * tl.minimum(BOX[1] * ROWS, H - h) * tl.minimum(BOX[2], W - w)
     IS_ZERO_BEYOND: tl.constexpr = partial_ptr is not None or (
         tile_mean_ptr is not None and bias_ptr is None and GROUPS > 1
     )
     if IS_ZERO_BEYOND:
-        # here, before addends that are zero there, and not in the sums, where the masks would take too many registers
+        # mask here, before the addends, which are zero there: masks in the sums would take too many registers
         if count < P * ROWS:
             accs = _zero_beyond(accs, n, h, w, N, H, W, BOX, GROUPS, ROWS)
     for group in tl.static_range(GROUPS):
@@ -230,11 +234,12 @@ def _conv_fwd_kernel(
         channel = c + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         is_channel = channel < C
         if mean_ptr is not None:
-            # ahead of the addends, which wait in registers for whatever is computed between their load and their sum
+            # load these before the addends, which would otherwise occupy registers for longer
             mean = load_channels(mean_ptr, channel, C, 0.0)
             invstd = 1.0 / tl.sqrt_rn(load_channels(var_ptr, channel, C, 1.0) + eps)
             gamma = load_channels(gamma_ptr, channel, C, 1.0)
             beta = load_channels(beta_ptr, channel, C, 0.0)
+        # z: bias, and addends under "pre_norm"
         tiles = ()
         for row in tl.static_range(ROWS):
             acc = accs[group * ROWS + row]
@@ -242,8 +247,9 @@ def _conv_fwd_kernel(
                 acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]
             if not POST_NORM:
                 acc = _add_residuals(acc, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
-            tiles += (acc,)
+            tiles += (acc,)  # [BLOCK_C, P]
 
+        # statistics of z
         if tile_mean_ptr is not None:
             mean, m2 = _moments(tiles, count.to(tl.float32), n, h, w, N, H, W, BOX, IS_ZERO_BEYOND)  # [BLOCK_C]
             offset = tile.to(tl.int64) * C
@@ -251,6 +257,7 @@ def _conv_fwd_kernel(
             tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)
             tl.store(tile_count_ptr + tile, count.to(tl.float32), mask=c == 0)
 
+        # norm and activation at inference, store, sums of the layer upstream
         if partial_ptr is not None:
             sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
             sum_dy_xhat = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -260,7 +267,7 @@ def _conv_fwd_kernel(
             mask = is_channel[:, None] & is_pixel[None, :]
             if mean_ptr is not None:
                 if z_out is not None:
-                    # backward recomputes the mask from the stored z, so y must come from the same rounded value
+                    # backward recomputes the ReLU mask from the stored z, so compute y from the same rounded value
                     acc = round_as(acc, x00_desc)
                     store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
                 acc = normalize(acc, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
@@ -269,7 +276,7 @@ def _conv_fwd_kernel(
                 if RELU:
                     acc = relu(acc)
             if partial_ptr is not None:
-                acc = round_as(acc, x00_desc)  # the sums are those of the numbers that are stored
+                acc = round_as(acc, x00_desc)  # sum the values as they are stored
             store_tile(out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
             if partial_ptr is not None:
                 z = load_addend(upstream_desc, n, h + row, w, c, BOX, BLOCK_C)

@@ -1,11 +1,11 @@
-"""The convolution's main loops: which taps are added, and what of the input they share.
+"""The convolution's main loops: which taps each one adds, and which loads are shared.
 
-    add_plane     tap by tap, at any stride: channel groups share the pixels
-    add_rows      column by column of the kernel, at stride 1: neighbouring output rows share rows of the input as well
-    add_inside    only the taps that read the image, of one pixel of many images
-    sum_folded    blocks of 2x2 pixels at once, for few channels: the four share a product's rows
+    add_plane     tap by tap, at any stride: channel blocks share the pixels
+    add_rows      kernel column by kernel column, at stride 1: adjacent output rows also share rows of the input
+    add_inside    only the taps that read the image, for one pixel of many images
+    sum_folded    blocks of 2x2 pixels, for few channels: the four pixels share a product's rows
 
-The names and the mathematics are those of `rir_kernels.triton.kernels.conv`.
+Names and formulas are those of `rir_kernels.triton.kernels.conv`.
 """
 
 import triton
@@ -16,7 +16,7 @@ from rir_kernels.triton.kernels.tma import load_box, load_matrix
 
 @triton.jit
 def add_plane(
-    accs,  # GROUPS times [BLOCK_C, P]: channel groups that share the pixels' loads
+    accs,  # GROUPS accumulators [BLOCK_C, P], which share the loads of pixels
     x_desc,  # [N, H_plane, W_plane, K], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
     w_desc,  # [taps, C, K], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, K, C], box [1, BLOCK_K, BLOCK_C]
     n,
@@ -37,7 +37,7 @@ def add_plane(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + the taps that meet parity plane (PLANE_H, PLANE_W), if any do."""
+    """Adds to accs the taps that meet parity plane (PLANE_H, PLANE_W), if any do."""
     FIRST_H: tl.constexpr = (PLANE_H + PAD[0]) % STRIDE[0]
     FIRST_W: tl.constexpr = (PLANE_W + PAD[1]) % STRIDE[1]
     TAPS_H: tl.constexpr = (KERNEL[0] - FIRST_H + STRIDE[0] - 1) // STRIDE[0]
@@ -46,7 +46,7 @@ def add_plane(
     OFFSET_W: tl.constexpr = (FIRST_W - PAD[1] - PLANE_W) // STRIDE[1]
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if TAPS_H * TAPS_W > 0:
-        # a constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
+        # constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
         for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
             k = step % K_BLOCKS * BLOCK_K
             j = step // K_BLOCKS % TAPS_W
@@ -61,7 +61,7 @@ def add_plane(
 
 @triton.jit
 def add_rows(
-    accs,  # GROUPS times ROWS times [BLOCK_C, P]
+    accs,  # GROUPS * ROWS accumulators [BLOCK_C, P]
     x_desc,  # [N, H, W, K], box [BOX_N, 1, BOX_W, BLOCK_K]
     w_desc,  # as in add_plane
     n,
@@ -81,9 +81,9 @@ def add_rows(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + all taps at stride 1: of a kernel's column, each row of the input and each weight is loaded once.
+    """Adds to accs all taps at stride 1. For each kernel column it loads each input row and each weight once.
 
-    Output rows that stand side by side read the same rows of the input: with three taps, ROWS + 2 rather than 3 * ROWS.
+    Adjacent output rows read the same input rows: with three taps, ROWS + 2 loads instead of 3 * ROWS.
     """
     TAPS: tl.constexpr = KERNEL[0]
     ABOVE: tl.constexpr = PAD[0] if SIGN == 1 else TAPS - 1 - PAD[0]  # rows of the input above the first output row
@@ -98,7 +98,7 @@ def add_rows(
         sums = ()
         for group in tl.static_range(GROUPS):
             weights = ()
-            for i in tl.static_range(TAPS):
+            for i in tl.static_range(TAPS):  # weights: [BLOCK_C, BLOCK_K] each
                 tap = i * KERNEL[1] + j
                 weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K),)
             for row in tl.static_range(ROWS):
@@ -113,9 +113,9 @@ def add_rows(
 
 @triton.jit
 def longest_first(position, H, W):
-    """(row, column) of a pixel: first those inside with nine taps, then the edges with six, then the corners with four.
+    """Maps a position to (row, column): interior pixels (nine taps) first, then edges (six), then corners (four).
 
-    Programs start in their order, so the last ones are short, and the GPU's multiprocessors end at about the same time.
+    Programs start in order, so the last ones are short, and all SMs finish at about the same time.
     """
     inner_h = H - 2
     inner_w = W - 2
@@ -123,7 +123,7 @@ def longest_first(position, H, W):
     edge = position - inside
     corner = edge - 2 * (inner_h + inner_w)
     on_side = edge - 2 * inner_w  # left and right edge
-    one_h = tl.maximum(inner_h, 1)  # two rows have none between them
+    one_h = tl.maximum(inner_h, 1)  # an image of two rows has no interior; avoid division by zero
     one_w = tl.maximum(inner_w, 1)
     h = tl.where(
         position < inside,
@@ -166,13 +166,13 @@ def add_inside(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + those taps of a 3x3 with padding 1 that read the image, for one pixel of many images."""
+    """Adds to accs the taps of a 3x3 with padding 1 that read the image, for one pixel of many images."""
     # tap i reads row h + SIGN * (i - 1)
     first_i = (h == (0 if SIGN == 1 else H - 1)).to(tl.int32)
     first_j = (w == (0 if SIGN == 1 else W - 1)).to(tl.int32)
     columns = 3 - (w == 0).to(tl.int32) - (w == W - 1).to(tl.int32)
     taps = columns * (3 - (h == 0).to(tl.int32) - (h == H - 1).to(tl.int32))
-    # in turn, and not one loop for each case: the shared memory of loops that exclude each other is not shared
+    # consecutive loops, not one for each case: Triton doesn't reuse shared memory between mutually exclusive loops
     accs = _add_taps(
         accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 0, 4,
         C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
@@ -202,7 +202,7 @@ def _add_taps(
     first_i,
     first_j,
     columns,  # 2 or 3
-    FIRST: tl.constexpr,  # of the taps: a constexpr trip count, as in add_plane
+    FIRST: tl.constexpr,  # first tap; the trip count is constexpr, as in add_plane
     LAST: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -213,7 +213,7 @@ def _add_taps(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + taps FIRST to LAST of a rectangle of them, which begins at (first_i, first_j) of a 3x3."""
+    """Adds to accs taps FIRST to LAST of a rectangle of taps that starts at (first_i, first_j) of a 3x3."""
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     for step in tl.range((LAST - FIRST) * K_BLOCKS):
         k = step % K_BLOCKS * BLOCK_K
@@ -245,39 +245,41 @@ def sum_folded(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[BLOCK_C, P] of a 3x3 with padding 1, computed as the 4x4 of stride 2 from pixels to blocks of 2x2 pixels.
+    """Computes [BLOCK_C, P] of a 3x3 with padding 1, as a 4x4 of stride 2 from pixels to blocks of 2x2 pixels.
 
-    Tap a of the four reads input row 2 * h - 1 + a = 2 * (h + d) + p, if h counts blocks. To output row 2 * h + q it is
-    tap a - q of the three (data gradient: 2 - a + q), or none: 9 of 16 weights are not zero.
+    With h counting blocks, tap a of the four reads input row 2 * h - 1 + a = 2 * (h + d) + p. For output row 2 * h + q
+    it is tap a - q of the three (data gradient: 2 - a + q), or none: 9 of 16 weights are nonzero.
     """
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     BLOCKS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // 4
     BLOCK_BOX: tl.constexpr = (BOX[0], BOX[1] // 2, BOX[2] // 2)
-    row = tl.arange(0, 4 * BLOCK_C)  # of the product: row and column of the pixel in its block, channel
+    row = tl.arange(0, 4 * BLOCK_C)  # rows of the product: (row and column of the pixel in its block, channel)
     q_h = row // (2 * BLOCK_C)
     q_w = row // BLOCK_C % 2
     channel = c + row % BLOCK_C
     acc = tl.zeros([4 * BLOCK_C, BLOCKS], dtype=tl.float32)
-    # every step adds one tap of each plane: a loop for each plane would fill the pipeline four times
+    # main loop: a step adds one tap of each plane; one loop per plane would fill the pipeline four times
     for step in tl.range(4 * K_BLOCKS):
         k = step % K_BLOCKS * BLOCK_K
         input_channel = k + tl.arange(0, BLOCK_K)
         for plane in tl.static_range(4):
             d_h = step // (2 * K_BLOCKS) - plane // 2
             d_w = step // K_BLOCKS % 2 - plane % 2
+            # [BLOCK_K, BLOCKS]
             x = load_box(planes[plane], n, h // 2 + d_h, w // 2 + d_w, k, BLOCK_BOX, BLOCK_K, True, K)
             i = 2 * d_h + plane // 2 + 1 - q_h
             j = 2 * d_w + plane % 2 + 1 - q_w
             is_tap = (i >= 0) & (i < 3) & (j >= 0) & (j < 3) & (channel < C)
             tap = i * 3 + j if SIGN == 1 else 8 - i * 3 - j
             offset = tap * WEIGHT_STRIDES[0] + channel * WEIGHT_STRIDES[1]
-            # by pointers: a box of several taps, reshaped, would reach the product through registers
+            # [4 * BLOCK_C, BLOCK_K] by pointers: a reshaped box of several taps would reach the product via registers
             weight = tl.load(
                 w_ptr + offset[:, None] + input_channel[None, :] * WEIGHT_STRIDES[2],
                 mask=is_tap[:, None] & (input_channel < K)[None, :],
                 other=0.0,
             )
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
+    # unfold to [BLOCK_C, P]
     acc = acc.reshape([2, 2, BLOCK_C, BOX[0] * BOX[1] // 2, BOX[2] // 2])
     return acc.permute([2, 3, 0, 4, 1]).reshape([BLOCK_C, 4 * BLOCKS])  # no data moves
 
@@ -301,7 +303,7 @@ def _add_tap(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """accs + one tap of BLOCK_K channels, read at the box's corner (n, h, w)."""
+    """Adds to accs one tap of BLOCK_K channels, read from the box at (n, h, w)."""
     x = load_box(x_desc, n, h, w, k, BOX, BLOCK_K, True, K)  # [BLOCK_K, P]
     sums = ()
     for group in tl.static_range(len(accs)):
@@ -322,7 +324,7 @@ def _load_weight(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_C, BLOCK_K]"""
+    """Loads [BLOCK_C, BLOCK_K] of one tap's weight."""
     if WEIGHT_T:
         return load_matrix(w_desc, tap, k, c, BLOCK_K, BLOCK_C, True, K, C)
     else:

@@ -1,8 +1,8 @@
-"""Data gradient at strides of two: all parity planes of dx in one launch.
+"""Data gradient at stride 2: computes all parity planes of dx in one launch.
 
-A plane is a convolution of dz by itself, with the taps that meet it (the mathematics are those of `conv`): four, two,
-two and one of a 3x3; of a 1x1 one, and three times none. A program computes a tile of one plane. The planes with most
-taps come first: programs start in their order, so the last ones are short.
+Each plane is a separate convolution of dz with the taps that meet the plane (see `conv` for the formulas): a 3x3 has
+planes with four, two, two and one taps, a 1x1 one plane with one tap and three with none. A program computes a tile of
+one plane. The planes with the most taps come first: programs start in order, so the last ones are short.
 """
 
 import triton
@@ -16,27 +16,27 @@ from rir_kernels.triton.kernels.pointwise import pdl_wait
 @triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "scale"])
 def _conv_bwd_data_kernel(
     dz_desc,  # [N, H / stride, W / stride, K]
-    w_desc,  # as in `taps`
-    addend_desc,  # what joins plane (0, 0), or None
-    out0,  # the planes of dx in the order of PLANES: descriptors, or pointers; None where there are fewer
+    w_desc,  # as in `conv_loops`
+    addend_desc,  # added to plane (0, 0); or None
+    out0,  # the planes of dx in the order of PLANES: descriptors or pointers; None if there are fewer
     out1,
     out2,
     out3,
     N,
     H,  # of dx
     W,
-    TILES_H,  # of the largest plane, and so of all
+    TILES_H,  # of the largest plane, used for all
     TILES_W,
     stride_n,  # of a plane, in elements
     stride_h,
     stride_w,
-    scale,  # of the sum over the taps, or None: one
+    scale,  # factor of the sum over the taps; None: 1
     C: tl.constexpr,
     K: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
-    PLANES: tl.constexpr,  # (row, column) of each that has pixels
+    PLANES: tl.constexpr,  # (row, column) of each plane that has pixels
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -46,6 +46,7 @@ def _conv_bwd_data_kernel(
     OVERLAP: tl.constexpr,
 ):
     pdl_wait(OVERLAP)
+    # prologue: which plane, which tile
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
     programs = tl.num_programs(0) // len(PLANES)
@@ -67,10 +68,11 @@ def _conv_bwd_data_kernel(
             plane_h = PLANES[index][0]
             plane_w = PLANES[index][1]
 
+    # main loop: GROUPS accumulators [BLOCK_C, P]
     accs = ()
     for _ in tl.static_range(GROUPS):
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
-    # in turn, all but one skipped: the shared memory of loops that exclude each other is not shared
+    # consecutive ifs, all but one skipped: Triton doesn't reuse shared memory between mutually exclusive loops
     for index in tl.static_range(len(PLANES)):
         if plane == index:
             accs = add_plane(
@@ -78,11 +80,12 @@ def _conv_bwd_data_kernel(
                 -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
             )  # fmt: skip
 
+    # epilogue: scale, addend, store
     plane_height = (H - plane_h + STRIDE[0] - 1) // STRIDE[0]
     plane_width = (W - plane_w + STRIDE[1] - 1) // STRIDE[1]
     is_pixel, pixel_offset = pixels(n, h, w, N, plane_height, plane_width, stride_n, stride_h, stride_w, BOX)
     for group in tl.static_range(GROUPS):
-        acc = accs[group]
+        acc = accs[group]  # [BLOCK_C, P]
         c = first_c + group * BLOCK_C
         channel = c + tl.arange(0, BLOCK_C)
         if scale is not None:

@@ -1,4 +1,4 @@
-"""The per-element mathematics that several kernels share, each formula once.
+"""Element-wise formulas that several kernels share; each stands here once.
 
     norm(z)  = (z - mean) * (invstd * gamma) + beta
 
@@ -13,10 +13,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def pdl_wait(OVERLAP: tl.constexpr):
-    """The first statement of every kernel.
+    """Waits for the previous launch; every kernel calls it first.
 
-    With OVERLAP the launch ahead may still be running (programmatic dependent launch): it must have ended before memory
-    is touched. The launch behind may come as soon as all programs of this one have.
+    With OVERLAP (programmatic dependent launch) the previous launch may still be running, and must have finished before
+    this kernel touches memory. The next launch may start as soon as all programs of this one have called this.
     """
     if OVERLAP:
         gdc_wait()
@@ -25,7 +25,7 @@ def pdl_wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def load_channels(ptr, channels, C, default):
-    """A per-channel fp32 vector, or `default` where the argument is None (no affine parameters)."""
+    """Loads a per-channel fp32 vector; filled with `default` if the pointer is None (no affine parameters)."""
     if ptr is None:
         return tl.full(channels.shape, default, tl.float32)
     else:  # Triton compiles what follows a return, but not the branch that is not taken
@@ -39,19 +39,19 @@ def normalize(z, mean, invstd, gamma, beta):
 
 @triton.jit
 def relu(v):
-    # a NaN passes, as it does through torch's relu
+    # propagates NaN, as torch's relu does
     return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def relu_grad(dy, u):
-    """dy where relu(u) let u pass. Not (u <= 0): where u is NaN the gradient passes, as in torch."""
+    """Returns dy where not (u <= 0), else 0. At a NaN in u the gradient passes, as in torch."""
     return tl.where(u <= 0, 0.0, dy)
 
 
 @triton.jit
 def merge_moments(count, mean, m2, count_b, mean_b, m2_b):
-    """Chan et al.'s pairwise update of (count, mean, sum of squared deviations); either side may be empty."""
+    """Merges two (count, mean, M2 = sum of squared deviations) as Chan et al. do; either side may be empty."""
     total = count + count_b
     weight = count_b / tl.maximum(total, 1.0)
     delta = mean_b - mean
@@ -60,7 +60,7 @@ def merge_moments(count, mean, m2, count_b, mean_b, m2_b):
 
 @triton.jit
 def tile_moments(values, valid, count, AXIS: tl.constexpr):
-    """Mean and M2 of the valid entries of a tile along AXIS; `count` is their number."""
+    """Computes mean and M2 of the valid entries of a tile along AXIS; `count` is their number."""
     mean = tl.sum(tl.where(valid, values, 0.0), AXIS) / tl.maximum(count, 1.0)
     deviation = tl.where(valid, values - tl.expand_dims(mean, AXIS), 0.0)
     return mean, tl.sum(deviation * deviation, AXIS)

@@ -1,8 +1,9 @@
-"""Boxes of a tensor: by descriptor (TMA), or by pointers where the GPU has none: before Hopper.
+"""Loads boxes of a tensor: by TMA descriptor, or by pointers on GPUs without TMA (before Hopper).
 
-There a tuple stands for the descriptor: (pointer, sizes, strides of all dimensions but the last, which is dense). The
-pointer and the strides are multiples of 16 bytes, as a descriptor's are. Triton would take descriptors there too, and
-make each load one of four dimensions with 64-bit coordinates in registers, converted in the main loop.
+For pointers a tuple replaces the descriptor: (pointer, sizes, strides of all dimensions but the last, which is
+contiguous). The pointer and the strides are multiples of 16 bytes, as a descriptor's are. Triton accepts descriptors
+on these GPUs too, but lowers each to a four-dimensional load with 64-bit coordinates in registers, and converts its
+layout in the main loop.
 """
 
 import triton
@@ -21,9 +22,9 @@ def load_box(
     T: tl.constexpr,
     C: tl.constexpr = None,
 ):
-    """[P, BLOCK], or with T [BLOCK, P], from a tensor of four dimensions (C: its channels).
+    """Loads [P, BLOCK], or [BLOCK, P] with T, from a four-dimensional tensor of C channels.
 
-    What it does not have reads zero.
+    Out-of-range coordinates read zero.
     """
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     if isinstance(source, tl.tensor_descriptor):
@@ -34,10 +35,11 @@ def load_box(
         in_first = index // (BOX[1] * BOX[2])
         in_second = index // BOX[2] % BOX[1]
         in_third = index % BOX[2]
+        # [P] each
         mask = _within(first, in_first, source[1], BOX[0]) & _within(second, in_second, source[2], BOX[1])
         mask &= _within(third, in_third, source[3], BOX[2])
         strides = source[5].to(tl.int64), source[6].to(tl.int64), source[7].to(tl.int64)
-        inside = in_first * strides[0] + in_second * strides[1] + in_third * strides[2]  # [P], the same in every step
+        inside = in_first * strides[0] + in_second * strides[1] + in_third * strides[2]  # loop-invariant
         corner = first * strides[0] + second * strides[1] + third * strides[2]
         return _load_rows(source[0], corner + inside, mask, channel, source[4] if C is None else C, BLOCK, T)
 
@@ -54,7 +56,10 @@ def load_matrix(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] of one of the matrices (HEIGHT x WIDTH) that a tensor of three dimensions holds, likewise."""
+    """Loads [ROWS, COLUMNS], or its transpose with T, from matrix `tap` (HEIGHT x WIDTH) of a three-dimensional tensor.
+
+    Out-of-range coordinates read zero.
+    """
     if isinstance(source, tl.tensor_descriptor):
         box = source.load([tap, row, column]).reshape([ROWS, COLUMNS])
         return box.T if T else box
@@ -66,7 +71,7 @@ def load_matrix(
 
 @triton.jit
 def round_as(values, source):
-    """fp32 values, rounded to the type of the tensor's elements."""
+    """Rounds fp32 values to the dtype of the tensor and back."""
     if isinstance(source, tl.tensor_descriptor):
         return values.to(source.dtype).to(tl.float32)
     else:
@@ -83,7 +88,10 @@ def _within(first, index, SIZE, BOX: tl.constexpr):
 
 @triton.jit
 def _load_rows(ptr, offset, mask, column, SIZE, BLOCK: tl.constexpr, T: tl.constexpr):
-    """[rows, BLOCK]: BLOCK neighbours from each offset and a column. With T [BLOCK, rows], and no matrix is turned."""
+    """Loads [rows, BLOCK]: BLOCK contiguous elements from each offset + column.
+
+    With T loads [BLOCK, rows] directly, without a transpose.
+    """
     rows = tl.multiple_of(ptr + offset, 16)
     columns = column + tl.arange(0, BLOCK)
     if T:

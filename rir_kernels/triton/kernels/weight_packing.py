@@ -1,4 +1,4 @@
-"""Copies a weight to the order and precision in which the convolution reads it."""
+"""Copies a weight to the layout and precision that the convolution reads."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,10 @@ from rir_kernels.triton.kernels.pointwise import pdl_wait
 def _pack_weight_kernel(
     weight_ptr,
     out_ptr,  # [taps, rows, pitch]
-    size,  # of out
+    size,  # elements of out
     rows,
     columns,
-    pitch,  # columns and what aligns them
+    pitch,  # columns, padded to the alignment
     stride_row,  # of the weight, in elements
     stride_column,
     stride_h,
@@ -31,7 +31,7 @@ def _pack_weight_kernel(
     source = row * stride_row + column * stride_column + tap // KERNEL_W * stride_h + tap % KERNEL_W * stride_w
     weight = tl.load(weight_ptr + source, mask=(index < size) & (column < columns), other=0.0)
     if TF32:
-        # to nearest; the hardware only truncates, which costs 2.2 to 2.7 times the error
+        # round to nearest; the hardware truncates, with 2.2 to 2.7 times the error
         bits = (weight.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         weight = tl.where(weight == weight, bits.to(tl.float32, bitcast=True), weight)
     tl.store(out_ptr + index, weight, mask=index < size)

@@ -1,24 +1,24 @@
-"""Weight gradient: an implicit GEMM over the pixels, split among programs.
+"""Weight gradient: an implicit GEMM whose reduction over the pixels is split among programs.
 
     dW[co, i, j, ci] = sum over pixels p of  dz[p, co] * x[pixel p shifted by tap (i, j), ci]
 
-A `position` is one column of taps (all KERNEL_H of them share each tile of dz, and at stride 1 ROWS tiles of dz that
-stand below each other share their rows of x) and one block of channels. The tiles of all positions stand in a row, a
-program takes SHARE neighbours of it, and so all programs end at about the same time however many positions there are.
-The middle column of the kernel comes first, with TILES to a position; the others have EDGE_TILES, fewer where SKIPS
-leaves out the column of pixels that would meet padding alone. Where the position changes the program writes its sums to
-[slot, C_out, taps, C_in]: slot 0 is the position's first program. How many tiles there are is known at run time alone:
-one kernel serves every batch.
-`_sum_weight_grad_kernel` adds the slots in their order, so the result is bit-identical from run to run.
+A `position` is one column of taps and one block of channels. The KERNEL_H taps of a column share each tile of dz, and
+at stride 1 ROWS vertically adjacent tiles of dz share their rows of x. The tiles of all positions form one sequence.
+Each program takes SHARE consecutive tiles of it, so all programs finish at about the same time for any number of
+positions. The middle column of the kernel comes first, with TILES per position; the others have EDGE_TILES, fewer if
+SKIPS omits the column of pixels that would meet only padding. When the position changes, a program writes its sums to
+[slot, C_out, taps, C_in]; slot 0 belongs to the position's first program. The number of tiles is a run-time value: one
+kernel serves every batch size.
+`_sum_weight_grad_kernel` adds the slots in order, so the result is bit-identical from run to run.
 
-Both operands are read from shared memory as the descriptors wrote them, for which the left one needs a box with leading
-ones: WALK says how a tile of P pixels is a box [1, 1, P, channels].
+`tl.dot` reads both operands from shared memory as the descriptors wrote them. This requires a box with leading ones for
+the left operand: WALK selects how a tile of P pixels becomes a box [1, 1, P, channels].
 
-    "rows"    dz as [1, 1, N*H*W, C]: P consecutive pixels, whole rows (x: a box of BOX_N images, BOX_H rows of W)
+    "rows"    dz as [1, 1, N*H*W, C]: P consecutive pixels in whole rows (x: a box of BOX_N images, BOX_H rows of W)
     "images"  dz and x as [H, W, N, C]: one pixel of P images
     "row"     dz and x as [N, H, W, C]: P pixels of one row
 
-At stride 2 a column of taps meets one column plane of x and both row planes: see `conv`.
+At stride 2 a column of taps meets one column plane of x and both row planes (see `conv`).
 """
 
 import triton
@@ -32,7 +32,7 @@ from rir_kernels.triton.kernels.tma import load_box
 def _load(
     desc, n, h, w, c, WALK: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, C: tl.constexpr
 ):
-    """[P, BLOCK], or with T [BLOCK, P], of a tensor from pixel (n, h, w) and channel c."""
+    """Loads [P, BLOCK], or [BLOCK, P] with T, from pixel (n, h, w) and channel c of a tensor."""
     if WALK == "images":
         TURNED: tl.constexpr = (BOX[1], BOX[2], BOX[0])
         return load_box(desc, h, w, n, c, TURNED, BLOCK, T, C)
@@ -42,7 +42,7 @@ def _load(
 
 @triton.jit
 def _first_tile(position, TILES, EDGE_TILES, BLOCKS):
-    """Of all tiles, the first of a position; BLOCKS positions have TILES."""
+    """Returns the index of a position's first tile; the first BLOCKS positions have TILES tiles each."""
     return position * EDGE_TILES + tl.minimum(position, BLOCKS) * (TILES - EDGE_TILES)
 
 
@@ -55,12 +55,12 @@ def _position_of(tile, TILES, EDGE_TILES, BLOCKS: tl.constexpr):
 @triton.jit(do_not_specialize=["TILES_H", "TILES_W", "TILES", "EDGE_TILES", "SHARE"])
 def _conv_bwd_weight_kernel(
     dz_desc,  # box [1, 1, P, BLOCK_CO]
-    x00_desc,  # the parity planes of x, row before column; box of P pixels by BLOCK_CI. None where the stride has none
+    x00_desc,  # parity planes of x, indexed row, column; box of P pixels by BLOCK_CI; None if the stride has fewer
     x01_desc,
     x10_desc,
     x11_desc,
     partial_ptr,  # [slots, C_out, taps, C_in] fp32
-    TILES_H,  # of an image
+    TILES_H,  # per image
     TILES_W,
     TILES,
     EDGE_TILES,
@@ -80,6 +80,7 @@ def _conv_bwd_weight_kernel(
     OVERLAP: tl.constexpr,
 ):
     pdl_wait(OVERLAP)
+    # prologue: which tiles
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     PIXELS: tl.constexpr = (1, 1, P)
     TAPS: tl.constexpr = KERNEL[0]
@@ -91,6 +92,7 @@ def _conv_bwd_weight_kernel(
     end = tl.minimum(first + SHARE, _first_tile(BLOCKS * KERNEL[1], TILES, EDGE_TILES, BLOCKS))
     last_position = _position_of(end - 1, TILES, EDGE_TILES, BLOCKS)
     for position in tl.range(_position_of(first, TILES, EDGE_TILES, BLOCKS), last_position + 1):
+        # the position's channels, kernel column and planes
         ci = position % BLOCKS_CI * BLOCK_CI
         co = position // BLOCKS_CI % BLOCKS_CO * BLOCK_CO
         j = (position // BLOCKS + KERNEL[1] // 2) % KERNEL[1]
@@ -106,7 +108,8 @@ def _conv_bwd_weight_kernel(
             if (j + PAD[1]) % 2 == 1:
                 even_desc = x01_desc
                 odd_desc = x11_desc
-            dw = (j + PAD[1]) // 2 - PAD[1]  # half of the above: of nothing negative, for there // rounds towards zero
+            dw = (j + PAD[1]) // 2 - PAD[1]  # half of the above; kept nonnegative, as // rounds towards zero
+        # main loop: one accumulator [BLOCK_CO, BLOCK_CI] per tap of the column
         accs = ()
         for _ in tl.static_range(TAPS):
             accs += (tl.zeros([BLOCK_CO, BLOCK_CI], dtype=tl.float32),)
@@ -116,7 +119,7 @@ def _conv_bwd_weight_kernel(
             w = (first_w + tile % columns) * BOX[2]
             h = tile // columns % TILES_H * (BOX[1] * ROWS)
             n = tile // (columns * TILES_H) * BOX[0]
-            rows = ()
+            rows = ()  # of x, [P, BLOCK_CI] each
             if STRIDE[0] == 1:
                 for row in tl.static_range(ROWS + TAPS - 1):
                     rows += (_load(even_desc, n, h + row - PAD[0], w + dw, ci, WALK, BOX, BLOCK_CI, False, C_IN),)
@@ -129,15 +132,17 @@ def _conv_bwd_weight_kernel(
                     dz = _load(dz_desc, 0, 0, tile * P, co, WALK, PIXELS, BLOCK_CO, True, C_OUT)
                 else:
                     dz = _load(dz_desc, n, h + row, w, co, WALK, BOX, BLOCK_CO, True, C_OUT)
+                # dz: [BLOCK_CO, P]
                 sums = ()
                 for i in tl.static_range(TAPS):
                     sums += (tl.dot(dz, rows[row + i], accs[i], input_precision=PRECISION),)
                 accs = sums
 
+        # store
         co_range = co + tl.arange(0, BLOCK_CO)
         ci_range = ci + tl.arange(0, BLOCK_CI)
         mask = (co_range < C_OUT)[:, None] & (ci_range < C_IN)[None, :]
-        # 64 bits for the slot alone: the sums leave few registers for addresses
+        # 64 bits only for the slot: the accumulators leave few registers for addresses
         slot = pid - begin // SHARE
         out = partial_ptr + slot.to(tl.int64) * (C_OUT * TAPS * KERNEL[1] * C_IN) + j * C_IN
         offset = co_range[:, None] * (TAPS * KERNEL[1] * C_IN) + ci_range[None, :]
@@ -153,7 +158,7 @@ def _sum_weight_grad_kernel(
     EDGE_TILES,
     SHARE,
     SLOTS,
-    BLOCK_CO,  # the tile at run time: one kernel sums up what any of them has left
+    BLOCK_CO,  # the tile is a run-time value: one kernel sums the partial results of all tiles
     BLOCK_CI,
     scale,
     C_OUT: tl.constexpr,
@@ -166,9 +171,9 @@ def _sum_weight_grad_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out = scale * sum over the slots, and over the pixels of a pack.
+    """Computes out = scale * sum over the slots and over the pixels of a pack.
 
-    Pixel a of a pack of dz meets, at tap j, pixel b of the pack of x that stands s packs further:
+    At tap j, pixel a of a pack of dz meets pixel b of the pack of x that is s packs further on:
     PACK * s + b = a + j - PAD_W.
     """
     pdl_wait(OVERLAP)
@@ -187,7 +192,7 @@ def _sum_weight_grad_kernel(
     co = element // (C_IN * KERNEL[1] * KERNEL[0])
     acc = tl.zeros([BLOCK], dtype=tl.float32)
     for a in tl.static_range(PACK):
-        from_first = a + j - PAD_W + PACK * PACKED_PAD  # of the leftmost pack that any pixel meets: not negative
+        from_first = a + j - PAD_W + PACK * PACKED_PAD  # counted from the leftmost pack any pixel meets: nonnegative
         column = from_first // PACK
         packed_co = a * C_OUT + co
         packed_ci = from_first % PACK * C_IN + ci
@@ -195,7 +200,7 @@ def _sum_weight_grad_kernel(
         position += packed_co // BLOCK_CO * BLOCKS_CI + packed_ci // BLOCK_CI
         begin = _first_tile(position, TILES, EDGE_TILES, BLOCKS)
         stop = _first_tile(position + 1, TILES, EDGE_TILES, BLOCKS)
-        # four channels in a row are one load, which the compiler does not find out
+        # four consecutive channels are one load; the compiler doesn't infer this
         slots = tl.max_constancy((stop - 1) // SHARE - begin // SHARE + 1, VECTOR)
         offset = ((packed_co * KERNEL[0] + i) * PACKED_W + column) * ROW + packed_ci
         offset = tl.max_contiguous(tl.multiple_of(offset, VECTOR), VECTOR)

@@ -18,14 +18,14 @@ from rir_kernels.triton.launch.runtime import aligned_channels, device_guard, la
 from rir_kernels.triton.tiling.conv_cost import cdiv
 from rir_kernels.triton.tiling.conv_tiles import rows_config
 
-# Few programs, which wait for memory: as many at a time as registers hold. However many there are, so that one kernel
-# serves every batch.
+# Few programs, bound by memory latency: load as many at a time as fit in registers. Independent of their total number,
+# so that one kernel serves every batch size.
 FINALIZE_TILES, SUM_SPLITS = 1024, 512
 
 
 @dataclass(frozen=True)
 class TileMoments:
-    """Statistics of disjoint tiles: mean and M2 [tiles, C], count [tiles], all fp32."""
+    """Holds the statistics of disjoint tiles: mean and M2 [tiles, C], count [tiles], all fp32."""
 
     mean: torch.Tensor
     m2: torch.Tensor
@@ -33,16 +33,16 @@ class TileMoments:
 
     @classmethod
     def empty(cls, tiles: int, channels: int, device) -> "TileMoments":
-        # each a buffer, whose address is aligned however many tiles there are
+        # separate buffers, so that each address is aligned for any number of tiles
         mean, m2 = (torch.empty((tiles, channels), dtype=torch.float32, device=device) for _ in range(2))
         return cls(mean, m2, torch.empty(tiles, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the ranks of a group tell each other, as rows of `width` fp32 numbers: [mean | M2 | count], [sum | sum].
+    """Layout of what the ranks of a group exchange, rows of `width` fp32 numbers: [mean | M2 | count], [sum | sum].
 
-    The parts of a row start at multiples of 16 bytes, as kernels are compiled for.
+    The parts of a row start at multiples of 16 bytes, which the compiled kernels assume.
     """
 
     channels: int
@@ -56,19 +56,19 @@ class Shared:
         return 2 * self.pitch + aligned_channels(1, 4)
 
     def moments(self, rows: torch.Tensor) -> TileMoments:
-        """Those of the ranks' rows, one behind the other, as of so many tiles: views."""
+        """Returns the moments in the ranks' consecutive rows as views, one tile per rank."""
         rows = rows.view(-1, self.width)
         means, m2s = (rows[:, first : first + self.channels] for first in (0, self.pitch))
         return TileMoments(means, m2s, rows[:, 2 * self.pitch])
 
     def sums(self, rows: torch.Tensor) -> torch.Tensor:
-        """Both sums of the ranks' rows, as [ranks, 2, C]: a view."""
+        """Returns both sums in the ranks' rows as a view [ranks, 2, C]."""
         return rows.view(-1, 2, self.pitch)[..., : self.channels]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """mean, biased var (None: not kept) and 1/sqrt(var + eps) per channel, fp32."""
+    """Holds mean, biased var (None: not kept) and 1/sqrt(var + eps) per channel, fp32."""
 
     mean: torch.Tensor
     var: torch.Tensor | None
@@ -77,9 +77,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The layer whose output alone was this one's input: y = act(norm(z)), nothing added after the norm.
+    """The layer whose output is this layer's only input: y = act(norm(z)), with nothing added after the norm.
 
-    So the gradient of this layer's input is that layer's dy, and its mask is told by z.
+    So the gradient of this layer's input is that layer's dy, and z gives its ReLU mask.
     """
 
     z: torch.Tensor
@@ -91,7 +91,7 @@ class Upstream:
 
 
 def bn_stats(z) -> TileMoments:
-    """Statistics of a tensor that no kernel of ours wrote."""
+    """Computes the statistics of a tensor that none of our kernels wrote."""
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
@@ -109,19 +109,19 @@ def bn_stats(z) -> TileMoments:
 def bn_finalize(
     moments: TileMoments, eps: float, *, running_mean=None, running_var=None, batches=None, momentum=0.0, count=None
 ) -> Statistics:
-    """Merges the tiles in their order; running statistics and the count of batches are updated where they are given.
+    """Merges the tiles in order; updates the running statistics and the count of batches if given.
 
-    count: [1] fp32, where the number of pixels is left; or None.
+    count: [1] fp32 output for the number of pixels, or None.
     """
     c, device = moments.mean.shape[1], moments.mean.device
-    # three buffers, not slices of one: they are outputs of an op, which must not alias
+    # three buffers, not slices of one: an op's outputs must not alias
     mean, var, invstd = (torch.empty(c, dtype=torch.float32, device=device) for _ in range(3))
     _finalize(moments, eps, mean, var, invstd, count, running_mean, running_var, batches, momentum)
     return Statistics(mean, var, invstd)
 
 
 def bn_share(moments: TileMoments) -> torch.Tensor:
-    """The tiles merged in their order, as a row of `Shared`."""
+    """Merges the tiles in order into a row of `Shared`."""
     shared = Shared(moments.mean.shape[1])
     row = torch.empty(shared.width, dtype=torch.float32, device=moments.mean.device)
     merged = shared.moments(row)
@@ -145,7 +145,7 @@ def _finalize(
 
 
 def bn_running(running_mean, running_var, eps: float) -> Statistics:
-    """The running statistics as they are now: the buffers may change before backward runs."""
+    """Copies the current running statistics: the buffers may change before backward runs."""
     c = running_mean.numel()
     mean, invstd = (torch.empty(c, dtype=torch.float32, device=running_mean.device) for _ in range(2))
     block_c = 256
@@ -158,7 +158,7 @@ def bn_running(running_mean, running_var, eps: float) -> Statistics:
 
 
 def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=None) -> torch.Tensor:
-    """y, in `out` where that is given; residuals (N, <= C, H, W) are added after the norm."""
+    """Returns y, written to `out` if given; adds residuals (N, <= C, H, W) after the norm."""
     y = empty_channels_last(z.shape, z) if out is None else out
     c = z.shape[1]
     rows = z.numel() // c
@@ -177,15 +177,15 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=Non
 
 
 def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dbeta, dgamma), fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat.
+    """Returns (dbeta, dgamma), fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat.
 
-    dy has evenly spaced pixels (`evenly_spaced`); y gives the ReLU's mask, or None: z does.
+    dy has evenly spaced pixels (`evenly_spaced`). y gives the ReLU's mask; if it is None, z does.
     """
     return bn_sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale)
 
 
 def bn_share_sums(dy, z, y, *, mean, invstd, gamma, beta, spec) -> torch.Tensor:
-    """Likewise, as a row of `Shared`."""
+    """Computes the sums of `bn_reduce` into a row of `Shared`."""
     shared = Shared(z.shape[1])
     row = torch.empty(2 * shared.pitch, dtype=torch.float32, device=z.device)
     _sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale, None, *shared.sums(row)[0])
@@ -193,7 +193,7 @@ def bn_share_sums(dy, z, y, *, mean, invstd, gamma, beta, spec) -> torch.Tensor:
 
 
 def _reduced(dy, z, y, mean, invstd, gamma, beta, spec):
-    """[splits, 2, C]"""
+    """Returns the partial sums [splits, 2, C]."""
     c = z.shape[1]
     rows = z.numel() // c
     config = rows_config(rows, c)
@@ -209,9 +209,9 @@ def _reduced(dy, z, y, mean, invstd, gamma, beta, spec):
 
 
 def bn_sum(partial, scale: float, count=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dbeta, dgamma), fp32: `scale` times the sums over partial [splits, 2, C], in a fixed order.
+    """Returns (dbeta, dgamma), fp32: `scale` times the sums over partial [splits, 2, C], in a fixed order.
 
-    count: [1] fp32 that they are divided by, or None.
+    count: [1] fp32 divisor, or None.
     """
     c = partial.shape[2]
     dbeta, dgamma = (torch.empty(c, dtype=torch.float32, device=partial.device) for _ in range(2))
@@ -230,9 +230,9 @@ def _sum(partial, scale, count, dbeta, dgamma):
 
 
 def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, need_dz=True, need_dres=False):
-    """(dz or None, dy' or None); `count` is the number of pixels behind the batch statistics, None in eval.
+    """Returns (dz or None, dy' or None); `count` is the number of pixels in the batch statistics, None in eval.
 
-    sums: what `bn_reduce` gave, used where there are batch statistics.
+    sums: the result of `bn_reduce`, used only with batch statistics.
     """
     c = z.shape[1]
     rows = z.numel() // c
@@ -253,7 +253,7 @@ def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, nee
 
 
 def evenly_spaced(x) -> torch.Tensor:
-    """x itself where its pixels are evenly spaced, as those of a channel slice are; else a copy, channels_last."""
+    """Returns x if its pixels are evenly spaced, as in a channel slice, else a channels_last copy."""
     pitch, (_, c, h, w) = _pitch(x), x.shape
     expected = (pitch * h * w, 1, pitch * w, pitch)
     even = all(size == 1 or s == e for size, s, e in zip(x.shape, x.stride(), expected, strict=True))
@@ -261,6 +261,6 @@ def evenly_spaced(x) -> torch.Tensor:
 
 
 def _pitch(x) -> int:
-    """The distance between neighbouring pixels."""
+    """Returns the stride between neighbouring pixels."""
     n, c, h, w = x.shape
     return x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0) if n > 1 else c

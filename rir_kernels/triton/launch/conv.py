@@ -1,6 +1,6 @@
 """Launches the convolution kernel as forward pass (training, inference) and as data gradient.
 
-Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Arguments are taken as validated.
+Tensors are (N, C, H, W) in channels_last; `stride` and `padding` are pairs. Callers have validated the arguments.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from rir_kernels.triton.tiling.conv_tiles import conv_config, holds_upstream, is
 
 
 def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:
-    """z = conv (with its epilogue under "pre_norm") and the per-tile statistics of z."""
+    """Returns z = conv (with its epilogue under "pre_norm") and the per-tile statistics of z."""
     z = empty_channels_last(spec.output_shape(x, weight), x)
     addends = () if spec.post_norm else residuals
     moments = _forward(x, weight, z, addends, spec, bias=bias, statistics=True).run()
@@ -41,7 +41,7 @@ def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileM
 
 
 def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save_z):
-    """(y, z or None) of the whole layer with given statistics, in one kernel; `mean`, `var` (C_out,)."""
+    """Returns (y, z or None) of the whole layer with given statistics, in one kernel; `mean`, `var` (C_out,)."""
     y = empty_channels_last(spec.output_shape(x, weight), x)
     z = torch.empty_like(y) if save_z else None
     _forward(x, weight, y, residuals, spec, bias=bias, z_out=z, norm=(mean, var, gamma, beta)).run()
@@ -51,16 +51,16 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
 def conv_data_grad(
     dz, weight, *, shape, spec, upstream: Upstream | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dx of the given shape: the transposed convolution of dz, plus dz itself on the shortcut's channels.
+    """Returns dx of the given shape: the transposed convolution of dz, plus dz itself on the shortcut's channels.
 
-    With the layer upstream, whose dy it is, also the partial sums of that layer's reduction, for `bn_sum`; None where
-    they are not computed: at strides of two, where z is not aligned, and where the tile leaves no registers for it.
+    With `upstream`, whose dy is dx, also returns the partial sums of that layer's reduction, for `bn_sum`. They are
+    None at stride 2, if z is not aligned, or if the tile leaves no registers for z.
     """
     dx = empty_channels_last(shape, dz)
     if dx.numel() == 0:
         return dx, None
     dz = describable(dz)
-    # 16-bit operands can be read transposed from shared memory; fp32 ones cannot
+    # tensor cores read only 16-bit operands transposed from shared memory, not fp32
     weight_t = dz.element_size() == 2
     gradient = {
         "out": dx,
@@ -87,7 +87,7 @@ def _forward(x, weight, out, residuals, spec, **epilogue) -> "ConvLaunch":
     addends = [describable(residual) for residual in residuals]
     if spec.shortcut_channels:
         addends.append(spec.shortcut(x))
-    planes = [x, None, None, None]  # at stride 1: slicing costs as much as a launch
+    planes = [x, None, None, None]  # no slicing at stride 1: it costs as much as a launch
     if spec.stride != (1, 1):
         for plane_h in range(spec.stride[0]):
             for plane_w in range(spec.stride[1]):
@@ -99,10 +99,10 @@ def _forward(x, weight, out, residuals, spec, **epilogue) -> "ConvLaunch":
 
 @dataclass(frozen=True)
 class _Launch:
-    """A convolution from `planes` to `out`, whatever its tile.
+    """A convolution from `planes` to `out`, independent of its tile.
 
-    planes: of the input, those of its parities where the stride is two; None where there is none. weight: packed, and
-    read transposed where weight_t. c, k: channels of the output and the input. kernel: its height and width.
+    planes: the input, or at stride 2 its parity planes; None for an absent one. weight: packed; read transposed if
+    weight_t. c, k: channels of the output and the input. kernel: its height and width.
     """
 
     out: torch.Tensor
@@ -116,7 +116,7 @@ class _Launch:
     kernel: tuple[int, int]
 
     def _run(self, jit_function, kind, problem):
-        """`_at` the rule's tile, or a smaller one that the GPU has room for."""
+        """Calls `_at` with the rule's tile, or with a smaller one that fits the GPU."""
         gpu, tensor_cores = gpu_of(self.out), uses_tensor_cores(self.out)
         return with_tile_fallback(
             (jit_function.__name__, kind, problem, tensor_cores, gpu),
@@ -128,11 +128,11 @@ class _Launch:
         )
 
     def _at(self, config):
-        """Launches with that tile."""
+        """Launches the kernel with that tile."""
         raise NotImplementedError
 
     def _constants(self, config):
-        """What both kernels are compiled for."""
+        """Returns the constexpr arguments that both kernels share."""
         return {
             "C": self.c, "K": self.k, "KERNEL": self.kernel, "STRIDE": self.spec.stride, "PAD": self.spec.padding,
             "WEIGHT_T": self.weight_t, "BOX": config.box, "BLOCK_C": config.block_c, "GROUPS": config.groups,
@@ -142,15 +142,15 @@ class _Launch:
 
     def _described_weight(self, config):
         block = (config.block_k, config.block_c) if self.weight_t else (config.block_c, config.block_k)
-        # the leading one keeps the left operand of the product in shared memory
+        # the leading one keeps the product's left operand in shared memory
         return describe(self.weight, [1, *block])
 
 
 @dataclass(frozen=True)
 class ConvLaunch(_Launch):
-    """Forward, or the data gradient at stride 1, with an epilogue; see `kernels.conv`.
+    """Launches the forward pass, or the data gradient at stride 1, with an epilogue; see `kernels.conv`.
 
-    norm: mean, var, gamma, beta of inference. z_out: where z goes as well. statistics: of z, tile by tile.
+    norm: mean, var, gamma, beta at inference. z_out: output for z, in addition to y. statistics: of z, per tile.
     """
 
     z_out: torch.Tensor | None = None
@@ -161,7 +161,7 @@ class ConvLaunch(_Launch):
     upstream: Upstream | None = None
 
     def run(self) -> TileMoments | torch.Tensor | None:
-        """Returns what the epilogue gathers tile by tile: the statistics of z, or the sums of the layer upstream."""
+        """Returns what the epilogue computes per tile: the statistics of z, or the sums of the layer upstream."""
         n, _, h, w = self.out.shape
         padding = self._padding() if self.spec.stride == (1, 1) else None
         problem = Problem(n, h, w, self.c, self.k, self.kernel, self.out.element_size(), padding)
@@ -177,7 +177,7 @@ class ConvLaunch(_Launch):
         moments = TileMoments.empty(tiles, self.c, out.device) if self.statistics else None
         upstream, relu, sums = self._upstream_arguments(config, tiles)
         addends = [_described(addend, config.box, config.block_c) for addend in self.addends]
-        weight = self.weight.mT if self.weight_t else self.weight  # for FOLD, which reads it by its strides
+        weight = self.weight.mT if self.weight_t else self.weight  # FOLD reads it by its strides
         scale = spec.conv_scale if self.gradient else spec.branch_scale
         with device_guard(out):
             launch(
@@ -219,19 +219,19 @@ class ConvLaunch(_Launch):
             x = cast(torch.Tensor, planes[0])
             box = box[0], box[1] // 2, box[2] // 2
             planes = [x[:, :, plane // 2 :: 2, plane % 2 :: 2] for plane in range(4)]
-        # a plane that no tap meets need not be read
+        # omit planes that no tap meets
         is_met = [prod(_taps_of_plane(self.kernel, self.spec, (i // 2, i % 2))) > 0 or i == 0 for i in range(4)]
         return [
             _described(plane if met else None, box, config.block_k) for plane, met in zip(planes, is_met, strict=True)
         ]
 
     def _stored(self, tensor, config):
-        """As the kernel writes it: through a descriptor where the GPU has them and its rows are aligned."""
+        """Returns the kernel's output argument: a descriptor if the GPU has them and the rows are aligned."""
         by_descriptor = gpu_of(self.out).has_descriptors and has_aligned_rows(self.c, self.out.element_size())
         return _described(tensor, config.box, config.block_c) if by_descriptor else tensor
 
     def _upstream_arguments(self, config, tiles):
-        """(arguments for the layer upstream, which ReLU the kernel has, where its sums go or None)"""
+        """Returns (arguments for the layer upstream, the kernel's RELU flag, the buffer of its sums or None)."""
         upstream, out = self.upstream, self.out
         if upstream is None or not holds_upstream(config, out.element_size(), gpu_of(out)):
             return [None] * 5, self.spec.relu, None
@@ -240,7 +240,7 @@ class ConvLaunch(_Launch):
         return [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta], upstream.relu, sums
 
     def _padding(self) -> tuple[int, int]:
-        """Of the convolution that is launched: the data gradient is one with the padding that is left."""
+        """Returns the launched convolution's padding: the data gradient's is kernel - 1 - padding."""
         if not self.gradient:
             return self.spec.padding
         h, w = (size - 1 - pad for size, pad in zip(self.kernel, self.spec.padding, strict=True))
@@ -249,7 +249,7 @@ class ConvLaunch(_Launch):
 
 @dataclass(frozen=True)
 class StridedGradientLaunch(_Launch):
-    """The data gradient at strides of two, a sum for each parity plane of `out`; planes: dz first."""
+    """Launches the data gradient at stride 2, with one sum for each parity plane of `out`; planes: dz first."""
 
     def run(self) -> None:
         parities, planes = self._parities()
@@ -258,11 +258,11 @@ class StridedGradientLaunch(_Launch):
         self._run(_conv_bwd_data_kernel, bool(self.addends), problem)
 
     def _parities(self):
-        """Those that `out` has pixels of, those that most taps meet first, and the plane of each."""
+        """Returns the parities of which `out` has pixels, those with the most taps first, and the plane of each."""
         stride_h, stride_w = self.spec.stride
         parities = [(p, q) for p in range(stride_h) for q in range(stride_w)]
         planes = {(p, q): self.out[:, :, p::stride_h, q::stride_w] for p, q in parities}
-        # an image of one row has no odd rows; programs of most taps start first
+        # an image of one row has no odd rows; programs with the most taps start first
         parities = [parity for parity in parities if planes[parity].numel()]
         parities.sort(key=lambda parity: -prod(_taps_of_plane(self.kernel, self.spec, parity)))
         return parities, planes
@@ -301,7 +301,7 @@ def _described(tensor, box, block):
 
 
 def _taps_of_plane(kernel, spec, plane) -> tuple[int, int]:
-    """How many taps meet a parity plane along each axis: none of a 1x1 the odd ones."""
+    """Counts the taps that meet a parity plane along each axis; a 1x1 has none that meet the odd planes."""
     first = [(p + pad) % stride for p, pad, stride in zip(plane, spec.padding, spec.stride, strict=True)]
     h, w = (cdiv(size - f, stride) for size, f, stride in zip(kernel, first, spec.stride, strict=True))
     return h, w

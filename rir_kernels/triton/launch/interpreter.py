@@ -1,17 +1,17 @@
-"""Triton's interpreter: on NumPy 2.4 and later, and in half the time.
+"""Patches Triton's interpreter to work on NumPy 2.4 and later, and to take half the time.
 
-The interpreter holds a scalar of a kernel as an array of shape (1,), and converts it with int() wherever Python asks
-for an index: `range`, slices. NumPy 2.4 converts only arrays without dimensions (triton-lang/triton#9171). Triton 3.7
-squeezes the array first; `patch` has 3.6 do the same. The interpreter's other conversions use .item(), which NumPy
+The interpreter holds a kernel's scalar as an array of shape (1,), and converts it with int() wherever Python needs an
+index: `range`, slices. NumPy 2.4 converts only arrays without dimensions (triton-lang/triton#9171). Triton 3.7
+squeezes the array first; `patch` makes 3.6 do the same. The interpreter's other conversions use .item(), which NumPy
 accepts.
 
-It gives what a comparison finds the type of what was compared, so that a scalar condition becomes integers where it is
-made as long as a block. Triton 3.9 refuses these as a mask: here a comparison is a boolean.
+It gives the result of a comparison the dtype of its operands, so a scalar condition becomes integers when it is
+broadcast to a block. Triton 3.9 rejects these as a mask; with the patch a comparison yields a boolean.
 
-More than half of our kernels' time in it goes into two things that can be had for less. It puts its own functions in
-the place of triton.language's for a launch, and looks all of them up again whenever the kernel calls a jitted function:
-they are there already. And it does each integer operation again in 64 bits, in a dozen operations, to see
-whether the first one overflowed, which it tells nobody unless its option `debug` is set.
+Our kernels spend more than half of their time in it on two things that can be cheaper. It replaces triton.language's
+functions with its own for a launch, and looks all of them up again on every call of a jitted function, although they
+are already in place. And it repeats each integer operation in 64 bits, in a dozen operations, to check the first one
+for overflow, which it reports only if its option `debug` is set.
 """
 
 import functools
@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 
 
 def patch() -> None:
-    """For the whole process, before the first kernel is interpreted."""
+    """Patches the whole process; to be called before the first kernel is interpreted."""
     if triton.__version__.startswith("3.6."):
         interpreter._patch_lang_tensor = functools.partial(_patch_lang_tensor, interpreter._patch_lang_tensor)
     interpreter._patch_lang = functools.partial(_patch_lang, interpreter._patch_lang)
@@ -34,7 +34,7 @@ def patch() -> None:
 
 
 def _patch_lang_tensor(original, tensor, scope):
-    # the interpreter calls it before each launch, and `scope` undoes it after
+    # the interpreter calls this before each launch, and `scope` undoes it afterwards
     original(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
@@ -42,7 +42,7 @@ def _patch_lang_tensor(original, tensor, scope):
 def _patch_lang(original, function):
     seen = [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
     if seen and not any(tl.core.is_builtin(lang.program_id) for lang in seen):
-        return interpreter._LangPatchScope()  # with nothing to undo
+        return interpreter._LangPatchScope()  # has nothing to undo
     return original(function)
 
 

@@ -1,4 +1,4 @@
-"""Hands the convolution its weight: in place where that can be, else as a copy."""
+"""Prepares the weight for the convolution: in place if possible, else as a copy."""
 
 import torch
 
@@ -15,9 +15,9 @@ from rir_kernels.triton.tiling.conv_cost import cdiv
 
 
 def pack_weight(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """[taps, C_out, C_in] (or [taps, C_in, C_out], a copy) of a weight (C_out, C_in, kh, kw).
+    """Returns [taps, C_out, C_in] (or [taps, C_in, C_out], a copy) of a weight (C_out, C_in, kh, kw).
 
-    A view of a channels-last parameter with aligned rows; a copy otherwise, and where TF32 wants it rounded.
+    The result is a view of a channels-last parameter with aligned rows, else a copy; TF32 needs a rounded copy.
     """
     c_out, c_in, kh, kw = weight.shape
     tf32 = dot_precision(weight) == "tf32"

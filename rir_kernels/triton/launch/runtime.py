@@ -1,4 +1,4 @@
-"""How a kernel is started, and how tensors are handed to it."""
+"""Launches kernels, and builds the descriptors of their tensors."""
 
 import contextlib
 import functools
@@ -22,22 +22,22 @@ if interpreting():
 else:
     compile_cache.ensure_writable()
 
-ALIGNMENT = 16  # bytes, of a descriptor's base and of every stride but the last
+ALIGNMENT = 16  # bytes: of a descriptor's base and of every stride but the last
 
-# (function, device) where launches are looked at instead of made
+# (function, device) while launches are intercepted
 _intercept: ContextVar[tuple[Callable, torch.device | None] | None] = ContextVar("intercept", default=None)
 _foreseen: ContextVar[tuple[Callable, Gpu] | None] = ContextVar("foreseen", default=None)
-observers: list[Callable] = []  # of the whole process, see `observed`
+observers: list[Callable] = []  # process-wide, see `observed`
 
 
 def launch(kernel, programs: int, *args, **options) -> None:
-    """Starts `programs` programs of `kernel` on a one-dimensional grid, which has no practical limit (2^31 - 1)."""
+    """Launches `programs` programs of `kernel` on a one-dimensional grid, whose limit is 2^31 - 1."""
     overlap = overlaps()
     options["OVERLAP"] = overlap
     if overlap:
         options["launch_pdl"] = True
     if "TRITON_DEFAULT_FP_FUSION" not in os.environ:
-        # a product and a sum become one instruction: by default until Triton 3.9, which warns that 3.10 will not
+        # fuse multiply and add: the default until Triton 3.9, which warns that 3.10 changes it
         options["enable_fp_fusion"] = True
     if (intercept := _intercept.get()) is not None:
         intercept[0](kernel, programs, *args, **options)
@@ -50,9 +50,9 @@ def launch(kernel, programs: int, *args, **options) -> None:
 
 
 def overlaps() -> bool:
-    """Whether a launch may come before the one ahead has ended (programmatic dependent launch): where it is asked for.
+    """Whether a launch may start before the previous one has finished (programmatic dependent launch); opt-in.
 
-    A kernel waits by itself before it touches memory (`pointwise.pdl_wait`), so results are the same.
+    Each kernel waits before it touches memory (`pointwise.pdl_wait`), so results are the same.
     """
     if not overlap_asked() or interpreting():
         return False
@@ -62,10 +62,9 @@ def overlaps() -> bool:
 
 @contextlib.contextmanager
 def foreseen(note: Callable, gpu: Gpu):
-    """Within it meta tensors stand for tensors on that GPU, and for each of their launches note(kernel, args, options)
-    is called instead.
+    """Makes meta tensors stand for tensors on that GPU, and calls note(kernel, args, options) instead of each launch.
 
-    Calls go the ways they would go there, plans among them. Of this thread alone.
+    Calls take the paths they would take on that GPU, including plans. Affects only this thread.
     """
     token = _foreseen.set((note, gpu))
     try:
@@ -76,16 +75,16 @@ def foreseen(note: Callable, gpu: Gpu):
 
 
 def foreseeing() -> Callable | None:
-    """What is to be told of launches that are not made."""
+    """Returns the `note` function of the current `foreseen` context, or None."""
     foreseen = _foreseen.get()
     return None if foreseen is None else foreseen[0]
 
 
 @contextlib.contextmanager
 def intercepted(function: Callable, device: torch.device | None = None):
-    """Within it, `launch` calls function(kernel, programs, *args, **options) instead of running the kernel.
+    """Makes `launch` call function(kernel, programs, *args, **options) instead of running the kernel.
 
-    Meta tensors then stand for tensors on `device`. Of this thread alone.
+    Meta tensors then stand for tensors on `device`. Affects only this thread.
     """
     token = _intercept.set((function, device))
     try:
@@ -97,10 +96,10 @@ def intercepted(function: Callable, device: torch.device | None = None):
 
 @contextlib.contextmanager
 def observed(function: Callable):
-    """Within it, function(kernel, programs, options) is called after each launch, from the thread that made it.
+    """Calls function(kernel, programs, options) after each launch, in the thread that made it.
 
-    Calls run as they do without it, by plans too, and launches of every thread count: those of backward are made in
-    autograd's own. A CUDA graph launches when it is captured, and not when it is replayed.
+    Calls run as usual, including plan replay. Launches of every thread are reported: backward launches in autograd's
+    threads. A CUDA graph launches when it is captured, not when it is replayed.
     """
     observers.append(function)
     try:
@@ -110,7 +109,7 @@ def observed(function: Callable):
 
 
 def report(kernel, programs: int, options: dict) -> None:
-    """Tells the observers of a launch that has been made."""
+    """Reports a launch to the observers."""
     for function in observers.copy():
         function(kernel, programs, options)
 
@@ -121,14 +120,14 @@ def device_guard(tensor: torch.Tensor):
 
 
 def device_of(tensor: torch.Tensor) -> torch.device:
-    """Where the tensor is, or the one that it stands for will be."""
+    """Returns the device of the tensor, or of the tensor that a meta tensor stands for."""
     if tensor.is_meta and (intercept := _intercept.get()) is not None:
         return intercept[1] or tensor.device
     return tensor.device
 
 
 def gpu_of(tensor: torch.Tensor) -> Gpu:
-    """What tiles are chosen for; the default where no GPU will run them."""
+    """Returns the GPU that tiles are chosen for; the default if no GPU will run them."""
     device = device_of(tensor)
     if device.type == "cuda":
         return gpu_at(device)
@@ -139,7 +138,7 @@ def gpu_of(tensor: torch.Tensor) -> Gpu:
 
 @functools.cache
 def gpu_at(device: torch.device) -> Gpu:
-    """That GPU of this machine."""
+    """Returns the properties of a GPU of this machine."""
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         properties.multi_processor_count,
@@ -150,15 +149,15 @@ def gpu_at(device: torch.device) -> Gpu:
 
 
 def has_aligned_rows(channels: int, itemsize: int) -> bool:
-    """Whether dense channels-last rows of that many channels can be described."""
+    """Whether dense channels-last rows of that many channels are aligned for a descriptor."""
     return channels * itemsize % ALIGNMENT == 0
 
 
 def describable(x: torch.Tensor) -> torch.Tensor:
-    """x (N, C, H, W) itself where a descriptor can read it in place, else a copy with aligned channels-last rows.
+    """Returns x (N, C, H, W) if a descriptor can read it in place, else a copy with aligned channels-last rows.
 
-    In place: channels innermost, base and pixel strides multiples of 16 bytes; a slice of channels of a larger
-    tensor qualifies. Strides of dimensions of size one mean nothing and are ignored.
+    In place requires channels innermost, and base and pixel strides that are multiples of 16 bytes; a slice of channels
+    of a larger tensor qualifies. Strides of dimensions of size one are ignored.
     """
     if is_describable(x):
         return x
@@ -178,10 +177,10 @@ def is_describable(x: torch.Tensor) -> bool:
 
 
 def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor | tuple:
-    """Descriptor of a view whose last dimension is dense and whose other strides are aligned.
+    """Returns a descriptor of a view whose last dimension is contiguous and whose other strides are aligned.
 
-    Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes serves for them here. Where the
-    GPU has no descriptors, what `boxes` takes for one.
+    Strides of dimensions of size one are arbitrary in torch; any multiple of 16 bytes replaces them here. On GPUs
+    without descriptors, returns the tuple that `kernels.tma` takes instead.
     """
     fallback = aligned_channels(view.shape[-1], view.element_size())
     strides = [s if size > 1 else fallback for size, s in zip(view.shape[:-1], view.stride()[:-1], strict=True)]
@@ -191,18 +190,18 @@ def describe(view: torch.Tensor, box: list[int]) -> TensorDescriptor | tuple:
 
 
 def describe_pixels(x: torch.Tensor, box: tuple[int, int, int], block: int) -> TensorDescriptor:
-    """Descriptor [N, H, W, C] of a `describable` tensor (N, C, H, W), or of a strided slice of one."""
+    """Returns a descriptor [N, H, W, C] of a `describable` tensor (N, C, H, W), or of a strided slice of one."""
     return describe(x.permute(0, 2, 3, 1), [*box, block])
 
 
 def aligned_channels(channels: int, itemsize: int) -> int:
-    """At least `channels`, so many that rows of them can be described."""
+    """Rounds `channels` up so that rows are aligned for a descriptor."""
     unit = ALIGNMENT // itemsize
     return -(-channels // unit) * unit
 
 
 def dot_precision(operand: torch.Tensor) -> str:
-    """The `input_precision` of tl.dot. It matters to fp32 alone, where torch's own TF32 switch decides."""
+    """Returns the `input_precision` of tl.dot. It matters only for fp32, where torch's TF32 switch decides."""
     on_cpu = device_of(operand).type == "cpu" and interpreting()
     return "tf32" if operand.dtype == torch.float32 and tf32_allowed() and not on_cpu else "ieee"
 

@@ -1,8 +1,8 @@
-"""What happens where the GPU has too little for a tile: the next cheaper one is taken, and kept.
+"""Falls back to a smaller tile if a kernel exceeds the GPU's resources, and remembers it.
 
-The rule estimates what a tile needs, and what it chooses fits by that estimate. Should a kernel need more, Triton
-raises OutOfResources before it launches: then the tile goes with fewer stages, or, if it has none to spare, makes room
-for the cheapest that needs as much less as was asked too much. Every process on such a GPU takes the same steps.
+The rule estimates what a tile needs, and its choice fits by that estimate. If a kernel needs more, Triton raises
+OutOfResources before it launches. The fallback then reduces the tile's stages or, if it has none to spare, takes the
+cheapest tile whose estimate is lower by the excess. Every process on such a GPU takes the same steps.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 Result = TypeVar("Result")
 LEAST_STAGES = 2
 
-_kept: dict[Hashable, Any] = {}  # launch: the tile that it came down to
+_kept: dict[Hashable, Any] = {}  # launch: the tile it fell back to
 _warned = False
 
 
@@ -27,11 +27,11 @@ def with_tile_fallback(
     needs: Callable[..., int],
     ranked: Callable[[], list] | None,
 ) -> Result:
-    """attempt(tile), with the first tile that the GPU has room for.
+    """Returns attempt(tile) with the first tile that fits the GPU.
 
-    launch: what is launched, on which GPU: the step down is kept for it.
-    needs: the estimate of a tile's shared memory. ranked: (cost, tile) of the others; None where none may be taken.
-    OutOfResources where there is no cheaper one.
+    launch: what is launched, on which GPU: the key under which the fallback is remembered.
+    needs: estimates a tile's shared memory. ranked: returns (cost, tile) of the others; None: no other may be taken.
+    Raises OutOfResources if there is no smaller one.
     """
     if ranked is None:
         return attempt(tile)

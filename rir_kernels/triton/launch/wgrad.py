@@ -1,4 +1,4 @@
-"""Launches the weight-gradient kernel and the fixed-order sum over its splits."""
+"""Launches the weight-gradient kernel and the fixed-order sum over its slots."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from rir_kernels.triton.tiling.wgrad_tiles import is_forced, ranked_wgrad_tiles,
 
 
 def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
-    """dW (C_out, C_in, kh, kw) in channels_last, in x's dtype; dz (N, C_out, H', W'), x (N, C_in, H, W)."""
+    """Returns dW (C_out, C_in, kh, kw) in channels_last and x's dtype; dz (N, C_out, H', W'), x (N, C_in, H, W)."""
     c_out, c_in = dz.shape[1], x.shape[1]
     dw = torch.empty((c_out, c_in, *kernel), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if dz.numel() == 0:
@@ -45,7 +45,7 @@ def conv_weight_grad(dz, x, *, kernel, spec) -> torch.Tensor:
 def _launch(dz, x, dw, kernel, spec, problem, tile, gpu):
     c_out, c_in = dz.shape[1], x.shape[1]
     cut = wgrad_cost.split(problem, tile, gpu)
-    cut = dataclasses.replace(cut, share=int(cut.share))  # NumPy's numbers are for the search
+    cut = dataclasses.replace(cut, share=int(cut.share))  # the search returns NumPy numbers
     columns = wgrad_cost.packed_columns(problem, tile.pack)
     packed = {"C_OUT": c_out * tile.pack, "C_IN": c_in * tile.pack}
     partial = torch.empty(
@@ -114,7 +114,7 @@ def weight_grad_problem(dz, x, kernel, spec) -> wgrad_cost.WgradProblem:
 
 
 def _packed(x, pack):
-    """x (N, C, H, W) as (N, pack * C, H, W / pack), a `describable` view where it is dense."""
+    """Returns x (N, C, H, W) as (N, pack * C, H, W / pack); a `describable` view if x is dense."""
     if pack == 1:
         return describable(x)
     n, c, h, w = x.shape
@@ -123,10 +123,10 @@ def _packed(x, pack):
 
 
 def _describe_planes(x, stride, tile):
-    """Descriptors of the four parity planes, row before column; None where the stride has none."""
+    """Returns descriptors of the four parity planes, indexed row, column; None if the stride has no such plane."""
     missing = [max(0, step - size) for step, size in zip(stride, x.shape[2:], strict=True)]
     if any(missing):
-        # an image of one row has no odd rows: a row of zeros is what its taps would read
+        # an image of one row has no odd rows: append a row of zeros for the taps that read it
         x = describable(F.pad(x, (0, missing[1], 0, missing[0])))
     return [
         _describe_x(x[:, :, row :: stride[0], column :: stride[1]], tile)
@@ -152,7 +152,7 @@ def _describe_x(plane, tile):
 
 
 def _pixel_pitch(dz) -> int:
-    """Distance of consecutive pixels; dz is dense up to channel padding, as `describable` and our kernels leave it."""
+    """Returns the pixel stride; dz is dense up to channel padding, as `describable` and our kernels leave it."""
     n, c, h, w = dz.shape
     for size, stride, pixels in ((w, dz.stride(3), 1), (h, dz.stride(2), w), (n, dz.stride(0), h * w)):
         if size > 1:

@@ -1,1 +1,1 @@
-"""The launches of one call, recorded, and made again for others like it."""
+"""Records the launches of one call and replays them for later calls with the same signature."""

@@ -1,7 +1,7 @@
-"""A compiled kernel with the arguments it was recorded with, started at other addresses.
+"""Launches a compiled kernel with its recorded arguments at other addresses.
 
-A launch through Triton's own Python encodes each descriptor (TMA) again and walks all arguments twice. Here all of
-that is done once for a set of addresses, and what is left of a launch is one call of the C function beneath.
+A launch through Triton's Python encodes each TMA descriptor again and walks all arguments twice. Here this happens
+once per set of addresses, and a launch is only one call of the underlying C function.
 """
 
 import copy
@@ -18,23 +18,23 @@ from rir_kernels.triton.plan.places import Slot, Unplannable
 
 
 class CompiledLaunch:
-    """`launch.at(addresses, scalars, stream)` is a function without arguments that starts the kernel."""
+    """A recorded launch; `at(addresses, scalars, stream)` returns a function without arguments that makes it."""
 
     def __init__(self, place, kernel, programs, args, options):
         compiled = compile_for(kernel, args, options)
         self._start = compiled[(programs, 1, 1)]
         try:
             self._collect, self._c_launch = _split_launcher(compiled, programs)
-        except (AttributeError, KeyError):  # another Triton's launcher: its own way, then
+        except (AttributeError, KeyError):  # the launcher of another Triton version: call it as it is
             self._collect = self._c_launch = None
-        # all of the kernel's parameters in order, the compile-time ones included
+        # all of the kernel's parameters in order, including constexpr ones
         parameters = dict(zip(kernel.arg_names, args, strict=False)) | options
         self._arguments = [parameters[name] for name in kernel.arg_names]
         self._placed, self._slots = [], []
         for position, arg in enumerate(self._arguments):
             if (tensor := tensor_of(arg)) is not None:
                 where = place(tensor)
-                if where.start % ALIGNMENT:  # compiled for addresses that are multiples of 16
+                if where.start % ALIGNMENT:  # the kernel is compiled for addresses that are multiples of 16
                     raise Unplannable("a view that is not aligned")
                 descriptor = None if arg is tensor else arg
                 self._placed.append((position, where.buffer, where.start, descriptor))
@@ -42,7 +42,7 @@ class CompiledLaunch:
                 self._slots.append((position, int(arg)))
 
     def at(self, addresses: list[int], scalars: tuple[float, ...], stream: int) -> functools.partial:
-        """`addresses` of the plan's buffers."""
+        """Binds the launch; `addresses` are those of the plan's buffers."""
         args = self._arguments.copy()
         for position, buffer, start, descriptor in self._placed:
             address = addresses[buffer] + start
@@ -55,7 +55,7 @@ class CompiledLaunch:
 
 
 def compile_for(kernel, args, options):
-    """The compiled kernel, loaded. OutOfResources where the GPU has too little for it."""
+    """Returns the compiled and loaded kernel. Raises OutOfResources if it exceeds the GPU's resources."""
     plain = [float(arg) if isinstance(arg, Slot) else arg for arg in args]
     compiled = kernel.warmup(*plain, grid=(1,), **options)
     compiled._init_handles()
@@ -63,7 +63,7 @@ def compile_for(kernel, args, options):
 
 
 def tensor_of(arg) -> torch.Tensor | None:
-    """The tensor that an argument is, or that a descriptor or what stands for one (`boxes`) describes."""
+    """Returns the tensor that an argument is, or that a descriptor or the tuple that replaces one describes."""
     if isinstance(arg, TensorDescriptor):
         return arg.base
     if isinstance(arg, tuple):
@@ -72,7 +72,7 @@ def tensor_of(arg) -> torch.Tensor | None:
 
 
 class _Address:
-    """What of a descriptor's tensor the launcher asks for."""
+    """Has the attributes of a descriptor's tensor that the launcher reads."""
 
     def __init__(self, address):
         self._address = address
@@ -84,26 +84,26 @@ class _Address:
 def _moved(descriptor, address):
     if isinstance(descriptor, tuple):
         return address, *descriptor[1:]
-    descriptor = copy.copy(descriptor)  # its checks have been made
+    descriptor = copy.copy(descriptor)  # skips the constructor's checks, which have passed
     descriptor.base = _Address(address)
     return descriptor
 
 
 class _Observed(CompiledKernel):
-    """A compiled kernel that starts through another launcher."""
+    """A compiled kernel that launches through another launcher."""
 
     def __init__(self, compiled, launcher):
         self.__dict__.update(compiled.__dict__, _run=launcher)
 
     def __del__(self):
-        pass  # since Triton 3.8 that unloads the code from the GPU, and the other one still launches it
+        pass  # since Triton 3.8 the base's unloads the code from the GPU, and the other kernel still launches it
 
 
 def _split_launcher(compiled, programs):
-    """(a function from a kernel's arguments to those of the C function that starts it, that C function).
+    """Returns (a function that maps a kernel's arguments to those of the C launch function, that C function).
 
-    AttributeError or KeyError where Triton's launcher is built otherwise than in 3.6 to 3.9: an object whose `launch`
-    is the C function, or a closure that encodes the descriptors and hands all on to a `launcher`.
+    Raises AttributeError or KeyError if Triton's launcher is not built as in 3.6 to 3.9: an object whose `launch` is
+    the C function, or a closure that encodes the descriptors and passes everything on to a `launcher`.
     """
     launcher = copy.copy(compiled.run)
     collected = threading.local()

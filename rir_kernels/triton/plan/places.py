@@ -1,4 +1,4 @@
-"""Where the tensors of a recorded call lie, and what of it is new in each call: what `plan` and its steps speak of."""
+"""Places of tensors in a plan's buffers, and slots for per-call numbers; used by `plan` and its steps."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ import torch
 
 
 class Unplannable(Exception):
-    """What was to be recorded does more than a plan can repeat."""
+    """Raised if a function does more than a plan can replay."""
 
 
 class Slot(float):
-    """Stands for scalars[i] of a call while a plan is recorded: a number that a kernel is handed as it is."""
+    """Placeholder for scalars[i] of a call while a plan is recorded: a number that a kernel takes unchanged."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Place:
 
     @property
     def start(self) -> int:
-        """Bytes from the buffer's address."""
+        """Returns the offset from the buffer's address, in bytes."""
         return self.offset * self.dtype.itemsize
 
     def view(self, buffers) -> torch.Tensor:

@@ -1,12 +1,11 @@
-"""A sequence of launches, recorded once for tensors of given shapes and repeated for others like them.
+"""A sequence of launches, recorded once for given shapes and strides and replayed for tensors with the same ones.
 
-From call to call a layer's launches differ in addresses alone, but to arrive at them costs far more time on the host
-than the launches themselves: choosing tiles, making views and descriptors, binding and specializing arguments. A plan
-keeps the result: which memory to allocate, and which compiled kernels to start with which arguments.
+A layer's launches differ between calls only in addresses, but preparing them takes far more host time than the launches
+themselves: choosing tiles, making views and descriptors, binding and specializing arguments. A plan stores the result:
+which memory to allocate, and which compiled kernels to launch with which arguments.
 
-It is recorded on meta tensors: nothing is allocated and nothing runs, and each tensor that reaches a kernel is known by
-the storage it lies in. A function that calls other operators than allocations, views, copies and fills with zero cannot
-be recorded.
+It is recorded on meta tensors: nothing is allocated, nothing runs, and each kernel argument is identified by its
+storage. A function that calls operators other than allocations, views, copies and zero fills cannot be recorded.
 """
 
 import contextlib
@@ -26,25 +25,25 @@ from rir_kernels.triton.plan.places import Place, Slot, Unplannable
 
 _ALLOCATIONS = frozenset({"aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _IN_PLACE = frozenset({"aten::copy_", "aten::zero_"})
-_KEPT = 64  # sets of addresses: an allocator hands out the same few again and again
+_KEPT = 64  # sets of addresses: an allocator returns the same few repeatedly
 _HERE = contextlib.nullcontext()
 
 
 class Plan:
-    """`plan(tensors, scalars)` does what the recorded function did, for tensors of the same shapes and strides."""
+    """Recorded launches: `plan(tensors, scalars)` replays the function for tensors of the same shapes and strides."""
 
     def __init__(self, device, steps, launches, outputs, fresh, workspace):
         self._device = device
         self._steps = steps
-        self._launches = launches  # (kernel, programs, options) of those steps that are launches
-        self._outputs = outputs  # per output of the function the index of its buffer, or None
-        self._fresh = fresh  # (size, stride, dtype) of each buffer that is handed out
-        self._workspace = workspace  # fp32 numbers: all other memory that is needed
+        self._launches = launches  # (kernel, programs, options) of the steps that are launches
+        self._outputs = outputs  # for each output of the function the index of its buffer, or None
+        self._fresh = fresh  # (size, stride, dtype) of each buffer that is returned
+        self._workspace = workspace  # in fp32 numbers: all other memory
         self._runs_steps = interpreting() or device.type == "meta"
-        self._ready = {}  # compiled launches depend on addresses alone, and are kept for those that come again
+        self._ready = {}  # compiled launches by address: they depend on nothing else
 
     def __call__(self, tensors: Sequence[torch.Tensor | None], scalars: tuple[float, ...] = ()) -> tuple:
-        """The function's outputs. The tensors' addresses are multiples of 16 bytes."""
+        """Returns the function's outputs. The tensors' addresses must be multiples of 16 bytes."""
         device = self._device
         buffers = [*tensors]
         for size, stride, dtype in self._fresh:
@@ -64,7 +63,7 @@ class Plan:
         return tuple([None if index is None else buffers[index] for index in self._outputs])
 
     def _at(self, buffers, scalars):
-        """The steps, with the launches bound to these addresses: functions without arguments."""
+        """Returns the steps as functions without arguments, launches bound to these addresses."""
         addresses = [0 if t is None else t.data_ptr() for t in buffers]
         # Triton launches on the current stream of the current device
         stream = driver.active.get_current_stream(driver.active.get_current_device())
@@ -81,9 +80,9 @@ class Plan:
 
 
 def record(function: Callable, tensors: Sequence[torch.Tensor | None]) -> Plan:
-    """The plan of function(*tensors), whose result is a tuple of tensors that it allocated, and None.
+    """Records a plan of function(*tensors), which returns a tuple of tensors that it allocated, or None.
 
-    The first tensor is there. Unplannable where the function does more than allocate, copy and launch.
+    The first tensor must not be None. Raises Unplannable if the function does more than allocate, copy and launch.
     """
     first = cast(torch.Tensor, tensors[0])
     device = first.device
@@ -120,12 +119,12 @@ class _Recorder(TorchDispatchMode):
 
     def launch(self, kernel, programs, *args, **options):
         if self._launch_step is CompiledLaunch:
-            compile_for(kernel, args, options)  # here, where a launcher can still take a smaller tile
+            compile_for(kernel, args, options)  # here, while a launcher can still fall back to a smaller tile
         self._steps.append((self._launch_step, kernel, programs, args, options))
         self._launches.append((kernel, programs, options))
 
     def plan(self, outputs, device) -> Plan:
-        """What was recorded, in terms of buffers: the inputs, then what is handed out, then the workspace."""
+        """Builds the plan in terms of buffers: the inputs, then the outputs, then the workspace."""
         storages = [None if t is None else t.untyped_storage()._cdata for t in (*self.inputs, *self._allocated)]
         handed_out = []
         for output in outputs:
@@ -135,7 +134,7 @@ class _Recorder(TorchDispatchMode):
                     raise Unplannable("an output that is not an allocation of its own")
                 handed_out.append(index)
 
-        # every allocation's buffer, and where it starts there in bytes
+        # each allocation's buffer, and its offset there in bytes
         places, size = {}, 0
         for index, tensor in enumerate(self._allocated):
             if index in handed_out:
@@ -158,7 +157,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _OperatorStep:
-    """An operator of torch that writes to its first argument."""
+    """A torch operator that writes to its first argument."""
 
     def __init__(self, place, operator, args):
         self._operator = operator
@@ -171,7 +170,7 @@ class _OperatorStep:
 
 
 class _ForeseenLaunch:
-    """A launch that is noted when it is planned, and never made."""
+    """A launch that is noted when it is planned, and never runs."""
 
     def __init__(self, note, _place, kernel, _programs, args, options):
         note(kernel, args, options)
@@ -181,7 +180,7 @@ class _ForeseenLaunch:
 
 
 class _InterpretedLaunch:
-    """A launch in Triton's interpreter, which reads and writes tensors."""
+    """A launch in Triton's interpreter, which takes tensors."""
 
     def __init__(self, place, kernel, programs, args, options):
         self._start = functools.partial(kernel[(programs,)], **options)
@@ -189,7 +188,7 @@ class _InterpretedLaunch:
 
     @staticmethod
     def _argument(place, arg):
-        """How it is made of (buffers, scalars)."""
+        """Returns a function that makes the argument from (buffers, scalars)."""
         if isinstance(arg, torch.Tensor):
             where = place(arg)
             return lambda buffers, scalars: where.view(buffers)

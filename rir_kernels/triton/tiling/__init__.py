@@ -1,1 +1,1 @@
-"""Which tile a kernel gets, and what it is expected to cost."""
+"""Chooses each kernel's tile and estimates its cost."""

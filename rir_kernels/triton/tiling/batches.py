@@ -1,9 +1,9 @@
-"""One tile for many batches: kernels that were compiled for one batch serve others too.
+"""Chooses one tile for many batch sizes, so that kernels compiled for one batch size serve others too.
 
-With a tile for each batch by itself most kernels would be compiled anew for a last, short batch: more than a minute in
-the middle of training. So tiles are chosen for the batch rounded up to a power of two, and each for as many powers in a
-row as it is fast enough for, by the rule that chooses: within 5 % of the fastest where a GPU is full, which is where
-networks are trained, and within 30 % below. That is a function of the shape alone, whatever batches came before.
+With a separate tile for each batch size, a last, short batch would recompile most kernels: more than a minute in the
+middle of training. So tiles are chosen for the batch size rounded up to a power of two, and each for as many
+consecutive powers as it is fast enough for, by the cost rule: within 5 % of the fastest if the GPU is full, as in
+training, and within 30 % below that. The choice depends only on the shape, not on earlier batches.
 """
 
 from typing import TypeVar
@@ -12,24 +12,24 @@ import numpy as np
 
 from rir_kernels.triton.tiling.conv_cost import power_of_two_at_least
 
-BATCHES = tuple(1 << power for power in range(10, -1, -1))  # from where nothing more changes, down to one image
+BATCHES = tuple(1 << power for power in range(10, -1, -1))  # the choice doesn't change above the first
 SLACK = tuple(1.05 if batch >= 128 else 1.3 for batch in BATCHES)
 
 Tile = TypeVar("Tile", bound=tuple)
 
 
 def rounded(batch: int) -> int:
-    """Of BATCHES the one whose tile such a batch takes."""
+    """Returns the member of BATCHES whose tile a batch of this size takes."""
     return min(BATCHES[0], power_of_two_at_least(batch))
 
 
 def stacked(tiles: list[Tile]) -> Tile:
-    """The tiles as one whose fields are arrays, as `cost` takes it."""
+    """Stacks the tiles into one whose fields are arrays, as `conv_cost` and `wgrad_cost` accept."""
     return type(tiles[0])(*[np.array(field).T for field in zip(*tiles, strict=True)])
 
 
 def serve(tiles: list[Tile], clocks: np.ndarray) -> dict[int, Tile]:
-    """{batch: tile}, from `clocks` [BATCHES, tiles]: the fewest tiles of which none is slower than SLACK allows."""
+    """Returns {batch: tile} from `clocks` [BATCHES, tiles]: the fewest tiles that are all within SLACK."""
     relative = clocks / clocks.min(1, keepdims=True)
     good = relative <= np.array(SLACK)[:, None]
     serving: dict[int, Tile] = {}

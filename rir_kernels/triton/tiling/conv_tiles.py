@@ -1,9 +1,9 @@
-"""Tile shapes by an analytic rule: functions of shape, dtype and GPU alone, so every process and rank chooses the same.
+"""Tile shapes by an analytic rule, a function only of shape, dtype and GPU: every process and rank chooses the same.
 
-Pixels are cut by powers of two, taken from further images where one image is too small; among the tiles that compile
-without spills (`gpus.Limits`, `python -m rir_kernels.triton.inspect`) the convolution takes the one that `cost` finds
-fastest. fp32 without TF32 has no tensor cores: its products are plain multiply-adds in registers, and larger tiles
-spill.
+Boxes of pixels have power-of-two sides, and span several images if one image is too small. Among the tiles that compile
+without spills (`gpus.Limits`, `python -m rir_kernels.triton.inspect`) the convolution takes the one that `conv_cost`
+finds fastest. fp32 without TF32 has no tensor cores: its products are plain multiply-adds in registers, and larger
+tiles spill.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ MAX_CHANNEL_BLOCK = 128
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Tile of the normalization kernels, [block_m, block_c] of [M, C]; a reduction merges `steps` tiles a program."""
+    """Tile of the normalization kernels, [block_m, block_c] of [M, C]; a reduction merges `steps` tiles per program."""
 
     block_m: int
     block_c: int
@@ -45,9 +45,9 @@ class RowsConfig:
 
 @functools.cache
 def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
-    """The box of `pixels` output pixels (a power of two) that covers (n, h, w) with the fewest tiles.
+    """Returns the box of `pixels` output pixels (a power of two) that covers (n, h, w) with the fewest tiles.
 
-    Among equals the one with the longest rows, then the most rows: neighbouring pixels share the taps' input.
+    Prefers longer rows, then more rows: neighbouring pixels share the taps' input.
     """
     best: Any = None
     box_w = min(pixels, power_of_two_at_least(w))
@@ -64,7 +64,7 @@ def pixel_box(n: int, h: int, w: int, pixels: int) -> tuple[int, int, int]:
 
 
 def row_box(n: int, w: int, pixels: int) -> tuple[int, int, int]:
-    """Likewise a box of one row."""
+    """Returns the box of one row that covers (n, w) with the fewest tiles."""
     widths = [1 << i for i in range(power_of_two_at_least(w).bit_length()) if 1 << i <= pixels <= 256 << i]
     width = min(reversed(widths), key=lambda width: cdiv(n, pixels // width) * cdiv(w, width))
     return pixels // width, 1, width
@@ -74,13 +74,13 @@ _forced: ContextVar[ConvConfig | None] = ContextVar("forced", default=None)
 
 
 def use_tile(tile: ConvConfig) -> contextlib.AbstractContextManager[None]:
-    """Within it every convolution of this thread takes that tile: to measure it, and to test it."""
+    """Makes every convolution of this thread take that tile, for measurements and tests."""
     return forced(_forced, tile)
 
 
 @contextlib.contextmanager
 def forced(variable: ContextVar, tile) -> Iterator[None]:
-    """Within it the variable holds the tile, and every launch is made anew."""
+    """Sets the variable to the tile and disables plan replay."""
     token = variable.set(tile)
     try:
         with no_replay():
@@ -90,7 +90,7 @@ def forced(variable: ContextVar, tile) -> Iterator[None]:
 
 
 def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvConfig:
-    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds."""
+    """Returns the forced tile, else the one measured on this GPU, else the rule's."""
     tile = _forced.get()
     if tile is None:
         return _chosen(problem, tensor_cores, gpu)
@@ -99,7 +99,7 @@ def conv_config(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> ConvCo
 
 
 def is_forced() -> bool:
-    """Whether `use_tile` names the tile."""
+    """Whether `use_tile` sets the tile."""
     return _forced.get() is not None
 
 
@@ -116,7 +116,7 @@ def _by_batch(problem, gpu):
 
 
 def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
-    """(clocks, tile) of all that may be chosen and fit the GPU, the cheapest first; if equal, the simpler one."""
+    """Returns (clocks, tile) of all allowed tiles that fit the GPU, cheapest first; if equal, the simpler one."""
     if not tensor_cores:
         most = max(16, min(64, power_of_two_at_least(problem.n * problem.h * problem.w)))
         boxes = [pixel_box(problem.n, problem.h, problem.w, pixels) for pixels in (64, 32, 16) if pixels <= most]
@@ -126,19 +126,19 @@ def tiles_for(problem: Problem, tensor_cores: bool, gpu: Gpu = H200) -> list[tup
 
 
 def ranked_tiles(problem: Problem, gpu: Gpu = H200) -> list[tuple[float, ConvConfig]]:
-    """Likewise, on tensor cores."""
+    """Returns `tiles_for` a problem on tensor cores."""
     return tiles_for(problem, True, gpu)
 
 
 def _timed(problem, batches, gpu):
-    """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
+    """Returns the candidate tiles for any of the batches, simple ones first, and their clocks [batches, tiles]."""
     tiles = list(_candidates(problem, batches, gpu))
     of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
     return tiles, clocks(of_batches, stacked(tiles), gpu)
 
 
 def holds_upstream(tile: ConvConfig, itemsize: int, gpu: Gpu = H200) -> bool:
-    """Whether a thread's registers hold the z of the layer upstream beside the tile's sums: as compiled."""
+    """Whether a thread's registers hold the z of the layer upstream and the tile's accumulators, as compiled."""
     limits = gpu.limits
     most = limits.sums_beside_upstream if itemsize == 2 else min(limits.sums_beside_upstream, limits.sums_of_rows)
     return accumulators(tile) <= (limits.sums_folded if tile.fold else most)
@@ -158,7 +158,7 @@ def _candidates(problem, batches, gpu):
             skipping = limits.skips and rows == 1 and problem.has_border and pixels <= max(batches)
             for block_c, num_warps in ((64, 4), (128, 8), (64, 8)):
                 for groups in (1, 2, 3) if rows == 1 and limits.groups else (1,):
-                    # two warp groups share a block of 64 channels well only where they need not share rows
+                    # two warp groups share a block of 64 channels well only if they don't share rows
                     if block_c * (groups - 1) >= problem.c or (rows > 1 and (block_c, num_warps) == (64, 8)):
                         continue
                     sums = block_c * groups * rows * pixels / (32 * num_warps)
@@ -174,7 +174,7 @@ def _candidates(problem, batches, gpu):
 
 
 def _folded(problem, batches, blocks_k, max_sums):
-    """Tiles of blocks of 2x2 pixels, where their channels are few enough."""
+    """Yields tiles of blocks of 2x2 pixels, if there are few enough channels."""
     if not problem.folds or problem.c > 32:
         return
     halved = dataclasses.replace(problem, h=problem.h // 2, w=problem.w // 2)
@@ -190,7 +190,7 @@ def _folded(problem, batches, blocks_k, max_sums):
 
 
 def _boxes(problem, batches, pixels, rows=1):
-    """The boxes of so many pixels that waste the fewest at some batch."""
+    """Returns the boxes of that many pixels that waste the fewest at some batch."""
     if rows > 1:
         return dict.fromkeys(row_box(n, problem.w, pixels) for n in batches)
     return dict.fromkeys(pixel_box(n, problem.h, problem.w, pixels) for n in batches)
@@ -201,7 +201,7 @@ REDUCTION_PROGRAMS = 528
 
 
 def rows_config(m: int, c: int) -> RowsConfig:
-    """For a pass over [m, c]."""
+    """Returns the tile for a pass over [m, c]."""
     divisor = power_of_two_dividing(c)
     block_c = min(MAX_CHANNEL_BLOCK, divisor if divisor >= 16 else power_of_two_at_least(c))
     block_m = ROWS_TILE // block_c

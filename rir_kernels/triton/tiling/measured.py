@@ -1,6 +1,6 @@
-"""Tiles that were measured on a GPU, on top of the analytic rule: `tiles/<device>.json`, written by `bench tune`.
+"""Tiles measured on a GPU, which override the analytic rule: `tiles/<device>.json`, written by `bench tune`.
 
-Only tiles that fit the GPU are taken, and a tile serves the very problem that it was measured on.
+Only tiles that fit the GPU are taken, and a tile serves only the problem it was measured on.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ FOLDER = Path(__file__).with_name("tiles")
 
 
 def measured_tile(problem: Problem, gpu: Gpu) -> ConvConfig | None:
-    """The convolution's fastest tile that was found for this problem on this GPU, None where nobody looked."""
+    """Returns the convolution's fastest measured tile for this problem on this GPU, or None."""
     return _measured("tiles", _entry, problem, gpu)
 
 
 def measured_wgrad_tile(problem: WgradProblem, gpu: Gpu) -> WgradTile | None:
-    """The weight gradient's, likewise."""
+    """Returns the weight gradient's fastest measured tile for this problem on this GPU, or None."""
     return _measured("wgrad_tiles", _wgrad_entry, problem, gpu)
 
 
@@ -39,7 +39,7 @@ def _load(path, field, parse, gpu):
 
 
 def _entry(entry, gpu):
-    """(problem, tile); ValueError for what no launcher should be handed."""
+    """Parses (problem, tile); raises ValueError for a tile that no launcher should get."""
     problem, tile = Problem(**_hashable(entry["problem"])), ConvConfig(**_hashable(entry["tile"]))
     _check_sizes(tile, (*tile.box, tile.block_c, tile.block_k, tile.num_warps), (tile.groups, tile.rows))
     if tile.block_c * (4 if tile.fold else 1) < 64:
@@ -82,7 +82,7 @@ def _hashable(fields):
 
 
 def _check_sizes(tile, sizes, counts):
-    """What all tiles have in common; `sizes` are powers of two, `counts` are of what is not unrolled far."""
+    """Checks what all tiles have in common: `sizes` are powers of two, `counts` small, as their loops are unrolled."""
     if not all(isinstance(size, int) and 1 <= size <= 256 and size & (size - 1) == 0 for size in sizes):
         raise ValueError(f"expected powers of two up to 256, got {tile}")
     if len(tile.box) != 3 or tile.num_warps not in (4, 8):

@@ -6,10 +6,10 @@ from typing import NamedTuple
 class ConvConfig(NamedTuple):
     """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
 
-    A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` boxes that
-    stand below each other from one load of each row of the image: a box has one row then. With `skips` the taps that
-    would read padding are left out: a box is one pixel of many images then. With `fold` blocks of 2x2 pixels share the
-    rows of the product, 4 * `block_c` of them.
+    A program computes `groups` times `block_c` output channels from one load of its pixels, and `rows` vertically
+    adjacent boxes, then of one row each, from one load of each input row. With `skips` it omits the taps that would
+    read padding; a box is then one pixel of many images. With `fold`, blocks of 2x2 pixels share the rows of the
+    product, 4 * `block_c` of them.
     """
 
     box: tuple[int, int, int]

@@ -1,7 +1,7 @@
-"""The weight gradient's tile: the one that `wgrad_cost` finds fastest, unless one was measured.
+"""Chooses the weight gradient's tile: the one that `wgrad_cost` finds fastest, unless one was measured.
 
-A function of shape, dtype and GPU alone, so every process and rank chooses, and rounds, the same. The candidates are
-the tiles that compile without spills (`gpus.Limits`).
+The choice depends only on shape, dtype and GPU, so every process and rank chooses, and rounds, the same. The candidates
+are the tiles that compile without spills (`gpus.Limits`).
 """
 
 import contextlib
@@ -19,29 +19,29 @@ from rir_kernels.triton.tiling.gpus import H200, Gpu
 from rir_kernels.triton.tiling.measured import measured_wgrad_tile
 from rir_kernels.triton.tiling.wgrad_cost import WgradProblem, WgradTile, can_skip, clocks, tiles, walks
 
-MAX_ROWS, MAX_STAGES = 2, 3  # beside the most sums, or operands of tf32
+MAX_ROWS, MAX_STAGES = 2, 3  # with the most accumulators, or with tf32 operands
 
 _forced: ContextVar[WgradTile | None] = ContextVar("forced", default=None)
 
 
 def use_wgrad_tile(tile: WgradTile) -> contextlib.AbstractContextManager[None]:
-    """Within it every weight gradient of this thread takes that tile: to measure it, and to test it."""
+    """Makes every weight gradient of this thread take that tile, for measurements and tests."""
     return forced(_forced, tile)
 
 
 def wgrad_tile(problem: WgradProblem, gpu: Gpu = H200) -> WgradTile:
-    """The tile: the one that is forced, or was measured on this GPU, or that the rule finds."""
+    """Returns the forced tile, else the one measured on this GPU, else the rule's."""
     tile = _forced.get()
     return _chosen(problem, gpu) if tile is None else _fitted(problem, tile)
 
 
 def is_forced() -> bool:
-    """Whether `use_wgrad_tile` names the tile."""
+    """Whether `use_wgrad_tile` sets the tile."""
     return _forced.get() is not None
 
 
 def _fitted(problem, tile):
-    """The tile without what the problem does not have."""
+    """Returns the tile without the options that don't apply to the problem."""
     pack = tile.pack if problem.packs and problem.w % tile.pack == 0 else 1
     rows = tile.rows if problem.shares_rows else 1
     return tile._replace(pack=pack, rows=rows, skips=tile.skips and can_skip(problem, tile.walk, pack))
@@ -55,7 +55,7 @@ def _chosen(problem, gpu):
 
 
 def _plain_tile(problem):
-    """Products are plain multiply-adds: cut so that the fewest pixels are wasted."""
+    """Returns the tile for plain multiply-adds, without tensor cores: the one that wastes the fewest pixels."""
     tile = WgradTile("", (1, 1, 1), rows=1, block_co=32, block_ci=32, num_warps=8, num_stages=2)
     ways = [tile._replace(walk=walk, box=box) for walk, box in walks(problem, 1, 16)]
     return min(ways, key=lambda tile: prod(tiles(problem, tile)))
@@ -67,7 +67,7 @@ def _by_batch(problem, gpu):
 
 
 def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[float, WgradTile]]:
-    """(clocks, tile) of all that fit the GPU, the cheapest first; where the cost is the same, the simpler one."""
+    """Returns (clocks, tile) of all tiles that fit the GPU, cheapest first; if equal, the simpler one."""
     if not problem.tensor_cores:
         return [(0.0, _plain_tile(problem))]
     candidates, (times,) = _timed(problem, (problem.n,), gpu)
@@ -75,7 +75,7 @@ def ranked_wgrad_tiles(problem: WgradProblem, gpu: Gpu = H200) -> list[tuple[flo
 
 
 def _timed(problem, batches, gpu):
-    """Tiles worth a thought at any of the batches, simple ones first; their clocks [batches, tiles]."""
+    """Returns the candidate tiles for any of the batches, simple ones first, and their clocks [batches, tiles]."""
     candidates = list(_candidates(dataclasses.replace(problem, n=max(batches)), gpu))
     of_batches = dataclasses.replace(problem, n=np.array(batches)[:, None])
     return candidates, clocks(of_batches, stacked(candidates), gpu)
@@ -106,8 +106,8 @@ def _candidates(problem, gpu):
 
 
 def _blocks(problem, pack, rows, limits):
-    """Blocks of channels, by warps."""
-    # operands of tf32 pass through registers, and parity planes have addresses there
+    """Yields blocks of channels with their warps."""
+    # tf32 operands pass through registers, and parity planes need registers for addresses
     most = (
         limits.wgrad_sums
         if problem.itemsize == 2 and problem.shares_rows and rows <= MAX_ROWS
