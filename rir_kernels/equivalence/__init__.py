@@ -1,4 +1,4 @@
-"""Is one module the same function as another? `compare` answers; `criterion` says by what it judges, and why."""
+"""Is one module the same function as another? `compare` answers; `criterion` explains how it judges, and why."""
 
 from .compare import compare
 from .report import EquivalenceReport, EquivalenceRow

@@ -1,6 +1,6 @@
 """compare: is one module the same function as another, in its values, its gradients and its running statistics?
 
-Here the modules are run; `criterion` says by what the results are judged, and why.
+This module runs the modules; `criterion` explains how the results are judged, and why.
 """
 
 import copy
@@ -23,27 +23,27 @@ def compare(
     *,
     train: bool = True,
 ) -> EquivalenceReport:
-    """Outputs, input gradients, parameter gradients and buffers of `candidate` against `reference`.
+    """Compares outputs, input gradients, parameter gradients and buffers of `candidate` with those of `reference`.
 
     Args:
         reference: any module; its fp64 copy is the golden.
-        candidate: a module with the same weights under the same names, where RiRLayers, on either side, count as what
-            their to_reference() gives.
-        inputs: what forward takes, a tensor or a tuple, of any dtype and shape. The floating ones get gradients.
+        candidate: a module with the same weights under the same names; RiRLayers, on either side, count as what their
+            to_reference() returns.
+        inputs: what forward takes, a tensor or a tuple, of any dtype and shape. Floating inputs get gradients.
         train: compare in training mode, where running statistics move, or in eval mode, where they must not.
 
-    Works on copies: modules, gradients, buffers, inputs, training flags and torch's random state are left as they were.
-    Each run starts from the same seed, its backward from the same random cotangent. Outputs may be any pytree of
-    tensors; integers and booleans in it must be equal, and so must what is not a tensor.
+    Works on copies: modules, gradients, buffers, inputs, training flags and torch's random state stay unchanged. Each
+    run starts from the same seed, its backward from the same random cotangent. Outputs may be any pytree of tensors;
+    integers, booleans and non-tensors in it must be equal.
 
     A name that only one side has fails the report, and so do unlike structures, shapes and dtypes. A missing gradient
-    counts as zeros: where the reference has none (a frozen or unused parameter), the candidate has none, or zeros.
+    counts as zeros: if the reference has none (a frozen or unused parameter), the candidate must have none, or zeros.
 
-    Returns a report that is true where every row passed; print it, or leave it to a notebook. How rows are judged, and
-    why so, stands at the top of `rir_kernels.equivalence.criterion`.
+    Returns a report that is true if every row passed; print it, or let a notebook display it. The docstring of
+    `rir_kernels.equivalence.criterion` explains how rows are judged, and why.
 
-    Raises TypeError where an argument or an output is of another type, RuntimeError where the modules are on different
-    devices, and what the modules themselves raise.
+    Raises TypeError if an argument or an output has another type, RuntimeError if the modules are on different devices,
+    and what the modules themselves raise.
     """
     inputs = _check(reference, candidate, inputs)
     with undisturbed():
@@ -70,7 +70,7 @@ def _check(reference, candidate, inputs):
 
 
 def _check_unmoved(row, before, after):
-    """In eval mode: a buffer that the reference leaves as it is, the candidate leaves as it is."""
+    """Checks that in eval mode the candidate leaves every buffer unchanged that the reference leaves unchanged."""
     key = (row.kind, row.name)
     if row.kind != "buffer" or not row.passed or key not in before[0]:
         return row
@@ -83,7 +83,7 @@ def _check_unmoved(row, before, after):
 
 
 def _explain(row, reference, candidate):
-    """A failed row whose tensor differed before the run says so: it is the commonest reason."""
+    """Adds a note to a failed row if its tensor already differed before the run, which is the commonest reason."""
     ours, theirs = (state.get((row.kind, row.name)) for state in (candidate, reference))
     if row.passed or ours is None or theirs is None or ours.shape != theirs.shape or torch.equal(ours, theirs.to(ours)):
         return row

@@ -1,26 +1,26 @@
-"""By what `compare` judges a tensor.
+"""The criterion by which `compare` judges a tensor.
 
 The golden is the reference itself in float64 on the same rounded inputs, and
 
     max|candidate - golden|  <=  2 * E  +  2 * eps(dtype) * max|golden|
 
 where E is the reference's own error in its dtype, the larger of two runs: the inputs as given, and in the other memory
-format. One run is not enough: torch adds up in another order and precision there, the two errors differ by up to 20
-times, and either is as right as the other.
+format. One run is not enough: in the other format torch sums in another order and precision, the two errors differ by
+up to 20 times, and both are equally right.
 
-**Kinks.** A gradient is not continuous. Where the input of a ReLU is within rounding of zero its mask falls either way,
-and every gradient behind it jumps: in fp32 by a thousand times the rounding. A deep network has a handful of such
-elements, and whether one falls otherwise in the reference's runs or in the candidate's is luck. So where a gradient
-misses its budget, E also takes in how far the *exact* gradients move when every weight and input moves by a few
-roundings: a result that is exact for data within rounding of the given ones is right. That lets flipped masks pass, and
-whatever else is ill-conditioned, and no more. Outputs and statistics are continuous and never need it.
+**Kinks.** A gradient is not continuous. If the input of a ReLU is within rounding of zero, its mask may fall either
+way, and every gradient that depends on it jumps: in fp32 by a thousand times the rounding. A deep network has a handful
+of such elements, and it is chance whether one falls differently in the reference's runs or in the candidate's. So if a
+gradient misses its budget, E also includes how far the *exact* gradients move when every weight and input moves by a
+few roundings: a result that is exact for data within rounding of the given data is right. This lets flipped masks and
+other ill-conditioned results pass, and no more. Outputs and statistics are continuous and never need it.
 
-**Blind rows.** In 16-bit types masks flip by the thousand, and in a deep network PyTorch's own gradients are wrong by a
-large part. Such rows pass and prove little; they say so. Smaller pieces, or float32, show more.
+**Blind rows.** In 16-bit types masks flip by the thousand, and in a deep network PyTorch's own gradients have large
+errors. Such rows pass but prove little, and say so. Smaller pieces, or float32, show more.
 
-**Gradients that are zero in exact arithmetic** (a bias before a batch norm in training) have no magnitude of their own.
-What is left is the rounding of sums that cancel, judged at the scale of the same module's other gradients. Likewise a
-running mean, at the scale of the running standard deviation.
+**Gradients that are zero in exact arithmetic** (a bias before a batch norm in training) have no magnitude. What remains
+is the rounding of sums that cancel, judged at the scale of the same module's other gradients. A running mean is judged
+in the same way, at the scale of the running standard deviation.
 """
 
 import dataclasses
@@ -32,18 +32,18 @@ from .report import EquivalenceRow
 
 KINDS = ("output", "input grad", "param grad", "buffer")
 GRADIENTS = ("input grad", "param grad")
-GOLDEN_EPS = 2**-44  # the golden's own rounding, collected through a deep network: counts beside float64 alone
+GOLDEN_EPS = 2**-44  # the golden's own rounding through a deep network: matters only for float64
 ZERO = 2**-36  # a golden gradient below this part of its siblings is zero in exact arithmetic
-ZERO_ROUNDINGS = 16  # what may be left of it, at its siblings' scale
+ZERO_ROUNDINGS = 16  # its allowed magnitude, at its siblings' scale
 BLIND = 0.1
 NOT_COMPARED = "; gradients were not compared"
 
 
 def judge_all(given, exact, result, moved=()) -> list[EquivalenceRow]:
-    """A row for every tensor of the reference's runs `given` and of the candidate's run `result`.
+    """Returns a row for every tensor of the reference's runs `given` and of the candidate's run `result`.
 
     A run has `tensors`, by (kind, name), and the outputs' `structure`. `exact` is the golden, `moved` are goldens on
-    data within rounding of the given ones, for gradients that fail without.
+    data within rounding of the given data, for gradients that fail otherwise.
     """
     expected, got = given[0].tensors, result.tensors
     unlike = {key: why for key in expected | got if (why := _unlike(key, expected, got))}
@@ -51,7 +51,7 @@ def judge_all(given, exact, result, moved=()) -> list[EquivalenceRow]:
         unlike["output", "structure"] = " ".join(f"expected {given[0].structure}, got {result.structure}".split())
     comparable = KINDS
     if any(kind == "output" for kind, _ in unlike):
-        comparable = ("output", "buffer")  # gradients of unlike outputs answer to unlike cotangents
+        comparable = ("output", "buffer")  # gradients of unlike outputs have unlike cotangents
         unlike = {key: why + NOT_COMPARED if key[0] == "output" else why for key, why in unlike.items()}
 
     magnitudes = {key: _magnitude(golden) for key, golden in exact.tensors.items() if is_floating(golden)}
@@ -79,7 +79,7 @@ def is_floating(x) -> bool:
 
 
 def _unlike(key, expected, got) -> str:
-    """Why the two cannot be compared, or an empty string."""
+    """Returns why the two cannot be compared, or an empty string."""
     if key not in got or key not in expected:
         return f"only in the {'reference' if key in expected else 'candidate'}"
     expected, got = expected[key], got[key]
@@ -95,7 +95,7 @@ def _not_judged(key: tuple[str, str], value, note):
 
 
 def _judge_equal(key: tuple[str, str], expected, got):
-    """Integers, booleans and what is not a tensor."""
+    """Judges integers, booleans and non-tensors, which must be equal."""
     if not isinstance(expected, torch.Tensor):
         equal, note = expected == got, f"expected {expected!r}, got {got!r}"
         return EquivalenceRow(
@@ -110,12 +110,12 @@ def _judge_equal(key: tuple[str, str], expected, got):
 
 
 def judge(key: tuple[str, str], got, golden, runs, scale, roundings=2, note="") -> EquivalenceRow:
-    """The row of one floating tensor; runs: the reference's own results, scale: what rounding is relative to."""
+    """Returns the row of one floating tensor; runs: the reference's results, scale: what rounding is relative to."""
     errors = _errors(got, golden)
     error = _largest(errors)
     reference_error = max(_largest(_errors(run, golden)) for run in runs)
     if not golden.any() and reference_error == 0.0:
-        scale = 0.0  # not zero by cancellation, but for want of a gradient
+        scale = 0.0  # zero not by cancellation, but because there is no gradient
     budget = 2 * reference_error + (roundings * torch.finfo(got.dtype).eps + GOLDEN_EPS) * scale
 
     passed = error <= budget
@@ -132,7 +132,7 @@ def judge(key: tuple[str, str], got, golden, runs, scale, roundings=2, note="") 
 
 
 def _scale(key, magnitudes):
-    """(the magnitude that rounding is relative to, roundings of it that are allowed, a note)"""
+    """Returns (the magnitude that rounding is relative to, the number of roundings allowed, a note)."""
     kind, name = key
     own = magnitudes[key]
     owner, _, leaf = name.rpartition(".")
@@ -147,7 +147,7 @@ def _scale(key, magnitudes):
 
 
 def _errors(value, golden):
-    """|value - golden|; zero where both are the same infinity or both NaN, infinite where only one is not finite."""
+    """Returns |value - golden|; 0 where both are the same infinity or both NaN, inf where only one is not finite."""
     value = value.double()
     same = (value == golden) | (value.isnan() & golden.isnan())
     return (value - golden).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)

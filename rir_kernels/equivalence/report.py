@@ -1,4 +1,4 @@
-"""What `compare` found, one row a tensor: as a text table, as HTML in a notebook, as plain data."""
+"""The result of `compare`, one row per tensor: as a text table, as HTML in a notebook, as plain data."""
 
 import dataclasses
 import html
@@ -15,10 +15,10 @@ _RIGHT = (5, 6, 7, 8, 9)  # columns of numbers
 
 @dataclasses.dataclass(frozen=True)
 class EquivalenceRow:
-    """One tensor of the candidate beside the fp64 golden; errors are absolute, None where nothing could be compared.
+    """Compares one tensor of the candidate with the fp64 golden; errors are absolute, None if it cannot be compared.
 
-    reference_error_max is the reference's own error in its dtype, budget what error_max was judged by. worst_channel:
-    where the largest error is, along dimension 1 of outputs and inputs and dimension 0 of parameters and buffers.
+    reference_error_max is the reference's own error in its dtype, budget the limit of error_max. worst_channel: where
+    the largest error is, along dimension 1 of outputs and inputs and dimension 0 of parameters and buffers.
     """
 
     kind: str  # "output", "input grad", "param grad" or "buffer"
@@ -35,18 +35,18 @@ class EquivalenceRow:
 
     @property
     def used(self) -> float:
-        """The part of the budget that the error takes; infinite where nothing could be compared."""
+        """Returns the share of the budget that the error uses; infinite if the tensor cannot be compared."""
         if not self.error_max:
             return math.inf if self.error_max is None and not self.passed else 0.0
         return self.error_max / self.budget if self.budget else math.inf
 
     @property
     def blind(self) -> bool:
-        """Whether rounding alone moves the tensor so far that having passed proves little."""
+        """Whether rounding moves the tensor so far that passing proves little."""
         return self.passed and "blind:" in self.note
 
     def cells(self) -> tuple[str, ...]:
-        """The row as the table's texts."""
+        """Returns the row's cells as text."""
         numbers = (self.error_max, self.error_rms, self.reference_error_max, self.budget)
         return (
             "ok" if self.passed else "FAIL",
@@ -62,7 +62,7 @@ class EquivalenceRow:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EquivalenceReport:
-    """Whether a candidate is the reference's function, row by row; true where every row passed.
+    """Whether a candidate is the reference's function, row by row; true if every row passed.
 
     print() shows all of a short report, and the summary and the worst rows of a long one; `table(full=True)` shows all.
     """
@@ -84,7 +84,7 @@ class EquivalenceReport:
         return f"<EquivalenceReport: {self.headline()}>"
 
     def headline(self) -> str:
-        """The verdict in one line."""
+        """Returns the verdict in one line."""
         passed, blind = sum(row.passed for row in self.rows), sum(row.blind for row in self.rows)
         return (
             f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} in {'train' if self.train else 'eval'} mode: "
@@ -93,7 +93,7 @@ class EquivalenceReport:
         )
 
     def table(self, full: bool = False) -> str:
-        """Aligned plain text; `full` for every row of a long report."""
+        """Returns aligned plain text; `full` includes every row of a long report."""
         if full or len(self.rows) <= SHORT:
             return "\n".join([self.headline(), "", *aligned([_HEADER, *(row.cells() for row in self.rows)], _RIGHT)])
         worst = self.worst()
@@ -108,11 +108,11 @@ class EquivalenceReport:
         ])  # fmt: skip
 
     def worst(self, count: int = WORST) -> list[EquivalenceRow]:
-        """The rows that take most of their budget, failed ones first."""
+        """Returns the rows that use most of their budget, failed ones first."""
         return sorted(self.rows, key=lambda row: (row.passed, -row.used))[:count]
 
     def to_dict(self) -> dict:
-        """Plain data for JSON, in which numbers that are not finite are None."""
+        """Returns plain data for JSON, with None for numbers that are not finite."""
         rows = [dataclasses.asdict(row) | {"shape": row.shape and list(row.shape)} for row in self.rows]
         rows = [{key: _finite(value) for key, value in row.items()} for row in rows]
         return {"passed": self.passed, "train": self.train, "rows": rows}

@@ -1,4 +1,4 @@
-"""One forward and backward of a module, and everything that it left."""
+"""Runs one forward and backward of a module, and collects the results."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from .criterion import is_floating
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one forward and backward left: tensors by (kind, name), and how the outputs were nested."""
+    """The results of one forward and backward: tensors by (kind, name), and how the outputs were nested."""
 
     tensors: dict
     structure: pytree.TreeSpec
@@ -23,18 +23,18 @@ class Run:
 
 
 def run(module: nn.Module, inputs: tuple, train: bool, *, gradients: bool = True) -> Run:
-    """`observe` of a copy in that mode."""
+    """Calls `observe` on a copy in that mode."""
     module = copy.deepcopy(module)
     module.train(train)
     return observe(module, inputs, gradients=gradients)
 
 
 def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
-    """Forward and backward of the module itself, from the same seed and the same cotangent at every call.
+    """Runs forward and backward of the module itself, with the same seed and the same cotangent at every call.
 
-    The parameters must have no gradients yet, and have none afterwards; buffers move as forward moves them. Without
-    `gradients` nothing is differentiated, and forward runs under no_grad. A compiled module is observed under the names
-    of the one it was made from.
+    The parameters must have no gradients before, and have none afterwards; forward updates buffers as usual. Without
+    `gradients` nothing is differentiated, and forward runs under no_grad. For a compiled module, names are those of the
+    original module.
     """
     leaves = [
         x.detach().clone().requires_grad_(gradients and x.is_floating_point()) if _is_tensor(x) else x for x in inputs
@@ -42,7 +42,7 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
     seed_all(0)
     states = random_states()
     with torch.set_grad_enabled(gradients):
-        # forward gets clones: a leaf cannot be changed in place, as a module may do that starts with ReLU(inplace=True)
+        # pass clones: a leaf cannot be changed in place, as a module that starts with ReLU(inplace=True) would
         outputs = module(*[x.clone() if _is_tensor(x) else x for x in leaves])
     is_random = not all(map(torch.equal, states, random_states()))
     nested, structure = pytree.tree_flatten_with_path(outputs)
@@ -66,9 +66,9 @@ def observe(module: nn.Module, inputs: tuple, *, gradients: bool = True) -> Run:
 
 
 def cotangent(output, seed):
-    """Odd multiples of 1/8, from -15/8 to 15/8: never zero, and the same numbers in every dtype.
+    """Returns odd multiples of 1/8, from -15/8 to 15/8: never zero, and the same numbers in every dtype.
 
-    In the output's memory format, as what follows a layer hands its gradient back.
+    It has the output's memory format, like the gradient that a following layer returns.
     """
     generator = torch.Generator().manual_seed(seed)
     values = ((torch.randint(16, output.shape, generator=generator) - 7.5) / 4).to(output)
@@ -77,7 +77,7 @@ def cotangent(output, seed):
 
 
 def named(module) -> dict:
-    """Parameters (as "param grad") and buffers by kind and name, packed layers taken apart; uses the module up."""
+    """Returns parameters (as "param grad") and buffers by (kind, name), packed layers unpacked; consumes the module."""
     for name, layer in list(module.named_modules(remove_duplicate=False)):
         if isinstance(layer, RiRLayer):
             if not name:
@@ -89,7 +89,7 @@ def named(module) -> dict:
 
 
 def _named_gradients(module):
-    """`named`, of a copy whose parameters are this module's gradients: to_reference() does the same to both."""
+    """Returns `named` of a copy whose parameters are this module's gradients: to_reference() transforms both alike."""
     gradients = [_gradient(parameter) for parameter in module.parameters()]
     module.zero_grad(set_to_none=True)
     shadow = copy.deepcopy(module)

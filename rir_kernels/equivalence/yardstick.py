@@ -1,4 +1,4 @@
-"""What candidates are measured with: the reference's own runs, and its golden in float64."""
+"""What candidates are compared with: the reference's own runs, and its golden in float64."""
 
 import contextlib
 import copy
@@ -17,16 +17,16 @@ from .runs import Run, run
 
 
 class Yardstick:
-    """The reference on one set of inputs, in one mode; judges any number of candidates. Works on copies.
+    """Runs the reference on one set of inputs, in one mode, and judges any number of candidates. Works on copies.
 
-    gradients: whether a backward is part of it; without, forward runs under no_grad, as inference does.
+    gradients: whether to run backward; if not, forward runs under no_grad, as inference does.
     """
 
     def __init__(self, reference: nn.Module, inputs: tuple, train: bool, *, gradients: bool = True):
         self._inputs, self._train, self._gradients = inputs, train, gradients
         self._reference = reference
         self.given = [run(reference, inputs, train, gradients=gradients)]
-        if not self.given[0].is_random:  # in the other format random numbers would fall on other elements
+        if not self.given[0].is_random:  # in the other format random numbers would hit other elements
             self.given += _run_in_other_format(reference, inputs, train, gradients)
         self._golden = _golden(reference)
         self._widened = tuple(x.double() if is_floating(x) else x for x in inputs)
@@ -34,14 +34,14 @@ class Yardstick:
         self._moved: list[Run] | None = None
 
     def judge(self, result: Run) -> list[EquivalenceRow]:
-        """A row for every tensor; `criterion` says how."""
+        """Returns a row for every tensor; `criterion` explains how."""
         rows = judge_all(self.given, self._exact, result)
         if any(row.kind in GRADIENTS and not row.passed and row.budget is not None for row in rows):
             rows = judge_all(self.given, self._exact, result, self._moved_runs())
         return rows
 
     def _moved_runs(self):
-        """The golden on data within rounding of the given ones."""
+        """Runs the golden on data within rounding of the given data."""
         if self._moved is None:
             amount = _amount(self._reference, self._inputs, self.given[0])
             self._moved = [
@@ -57,10 +57,10 @@ class Yardstick:
 
 
 def _run_in_other_format(module, inputs, train, gradients):
-    """The run with images and weights channels_last instead of contiguous, or the reverse; none where there are none.
+    """Runs with images and weights channels_last instead of contiguous, or the reverse; no run if there are none.
 
-    On a CPU without oneDNN: its gradient of a strided 1x1 writes past its workspace where channels_last images have few
-    channels (uxlfoundation/oneDNN#6035), and this is not the format that the caller chose.
+    On a CPU without oneDNN: its gradient of a strided 1x1 writes past its workspace if channels_last images have few
+    channels (uxlfoundation/oneDNN#6035), and the caller did not choose this format.
     """
     module = copy.deepcopy(module)
     images = [x for x in inputs if is_floating(x) and x.dim() == 4]
@@ -74,20 +74,20 @@ def _run_in_other_format(module, inputs, train, gradients):
     try:
         with _no_onednn():
             return [run(module, inputs, train, gradients=gradients)]
-    except RuntimeError:  # some modules take one format only: .view() after a convolution does
+    except RuntimeError:  # some modules accept only one format, for example with .view() after a convolution
         return []
 
 
 @contextlib.contextmanager
 def _no_onednn():
-    # and no NNPACK, which would take over for large batches and give contiguous images back
+    # and no NNPACK, which would take over for large batches and return contiguous images
     onednn = torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None)
     with onednn, torch.backends.nnpack.flags(enabled=False):
         yield
 
 
 def _golden(reference):
-    """A copy in float64. The kernels do not take that, so what asks for them by name gets "torch"."""
+    """Returns a copy in float64. The kernels don't support it, so modules that request them by name get "torch"."""
     golden = copy.deepcopy(reference).double()
     for module in golden.modules():
         if isinstance(module, (RiRLayer, ConvBNAct)):
@@ -98,10 +98,10 @@ def _golden(reference):
 
 
 def _amount(reference, inputs, given):
-    """How far weights and inputs are moved, relatively, to see what gradients do within rounding.
+    """Returns the relative amount by which weights and inputs are moved, to see how gradients change within rounding.
 
-    Farther than one rounding: of the few elements whose mask may fall either way, none is to be missed. In 16 bits they
-    are many more, and as many roundings would leave nothing of the gradients.
+    It is more than one rounding, so as not to miss any of the few elements whose mask may fall either way. In 16 bits
+    there are many more of these, and the same number of roundings would leave nothing of the gradients.
     """
     tensors = [*reference.parameters(), *inputs, *given.tensors.values()]
     eps = max(torch.finfo(t.dtype).eps for t in tensors if is_floating(t))
@@ -110,7 +110,7 @@ def _amount(reference, inputs, given):
 
 @torch.no_grad()
 def _moved(golden, inputs, amount, seed):
-    """(golden, inputs), every parameter and input moved by about `amount` of itself, up or down by chance."""
+    """Returns (golden, inputs) with every parameter and input moved by about +-`amount` of itself, at random."""
     seed_all(seed)
     golden = copy.deepcopy(golden)
 

@@ -1,4 +1,4 @@
-"""Fused forwards for the blocks of an existing model, and back: the modules stay, only how forward runs changes."""
+"""Fuses the blocks of an existing model, reversibly: the modules stay, only their forward changes."""
 
 from .fold import fold_bn_
 from .fuse import fuse_, unfuse_

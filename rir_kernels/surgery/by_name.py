@@ -1,7 +1,8 @@
-"""What a function may read or ask by ways that lead past globals and past the module's own attributes.
+"""What a function may read other than globals and the module's own attributes.
 
-A class's attributes through super(), type(self) or self.__class__, attributes of what it imports, and what it asks for
-by hasattr or getattr. Which names are read of which of these is not followed: any name in the code counts for each.
+These are a class's attributes through super(), type(self) or self.__class__, attributes of what it imports, and names
+given to hasattr or getattr. This does not track which name is read from which object: any name in the code counts for
+each.
 """
 
 import dis
@@ -24,7 +25,7 @@ _METHODS = (types.FunctionType, classmethod, staticmethod, property, functools.c
 
 @functools.lru_cache(maxsize=4096)
 def asks_which(code: types.CodeType) -> bool:
-    """Whether it may ask of which class something is, or compares two things, neither of them a constant."""
+    """Whether the code may ask for an object's class, or compares two things, neither of them a constant."""
     if not _ASK_WHICH.isdisjoint(code.co_names):
         return True
     steps = [instruction.opname for instruction in dis.get_instructions(code)]
@@ -34,17 +35,17 @@ def asks_which(code: types.CodeType) -> bool:
 
 
 def any_name(code: types.CodeType, names: dict) -> str:
-    """A function called in the code that may read whatever there is; an empty string where there is none."""
-    if _ANY_NAME.isdisjoint(code.co_names):  # which are those of attributes too
+    """Returns the name of a function in the code that may read anything; an empty string if there is none."""
+    if _ANY_NAME.isdisjoint(code.co_names):  # co_names has attributes too
         return ""
     loaded = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     return next((name for name in loaded if name in _ANY_NAME and name not in names), "")
 
 
 def read_by_name(code: types.CodeType, names: dict, classes: Iterable[type]) -> Iterator[tuple[Any, str]]:
-    """(owner, attribute), also of attributes that are absent. names: the globals; classes: of the module.
+    """Yields (owner, attribute), including absent attributes. names: the globals; classes: of the module.
 
-    Methods and properties are left out: what they are is asked otherwise.
+    Omits methods and properties, which are checked elsewhere.
     """
     used = set(code.co_names)
     asked = {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()} if used & _ASK_NAMES else set()
@@ -62,7 +63,7 @@ def read_by_name(code: types.CodeType, names: dict, classes: Iterable[type]) -> 
 
 
 def _imported(code, names):
-    """The modules that are imported in it, and there already."""
+    """Yields the modules that the code imports and that are already loaded."""
     constants = []
     for instruction in dis.get_instructions(code):
         if instruction.opname == "LOAD_CONST":

@@ -1,4 +1,4 @@
-"""What the bytecode of a function says that it reads and asks, before it runs."""
+"""Reads from a function's bytecode, before it runs, what the function reads and asks."""
 
 import dis
 import functools
@@ -12,7 +12,7 @@ _CALLS = {"CALL", "PRECALL", "CALL_FUNCTION", "CALL_METHOD"}
 
 @functools.lru_cache(maxsize=4096)
 def reads(code):
-    """(where, names) of what is read: a name, and the attributes that are taken from it."""
+    """Returns (where, names) of what the code reads: a name, and the attributes taken from it."""
     found: list[tuple[str, tuple]] = []
     names: tuple = ()
     where = ""
@@ -33,6 +33,6 @@ def reads(code):
 
 
 def takes_nothing(frame):
-    """Whether the call that is being made has no arguments."""
+    """Whether the frame's current call has no arguments."""
     code = frame.f_code.co_code
     return dis.opname[code[frame.f_lasti]] in _CALLS and code[frame.f_lasti + 1] == 0

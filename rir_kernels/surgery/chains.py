@@ -1,7 +1,7 @@
-"""Conv, BN, (+), ReLU in the graph of a forward: which nodes make one fused operation.
+"""Finds chains of conv, BN, (+), ReLU in a forward's graph: the nodes that make up one fused operation.
 
-A chain is read outwards from its norm, back to the convolution and on to the ReLU. What lies inside is used by nobody
-else, so it may disappear; the fused operation takes the place of the last node.
+A chain is matched outwards from its norm, back to the convolution and on to the ReLU. Nothing else uses its inner
+nodes, so they can be removed; the fused operation replaces the last node.
 """
 
 import functools
@@ -24,7 +24,7 @@ from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
 from .reads import Path
 
-NORMS = (_NormBase, FoldedNorm)  # what looks like one
+NORMS = (_NormBase, FoldedNorm)  # what looks like a norm
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
 _ADD = {operator.add, operator.iadd, torch.add}
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply}
@@ -41,7 +41,7 @@ class Chain:
     post_norm: bool = True
     relu: fx.Node | None = None
     norm_has_relu: bool = False
-    nodes: list[fx.Node] = field(default_factory=list)  # all that it replaces, in the order of the graph
+    nodes: list[fx.Node] = field(default_factory=list)  # all nodes that it replaces, in graph order
 
     @property
     def pattern(self) -> str:
@@ -55,7 +55,7 @@ class Chain:
 
     @property
     def identities(self) -> list[fx.Node]:
-        """The nodes of nn.Identity."""
+        """Returns the nodes of nn.Identity."""
         called = [node for node in self.nodes if node.op == "call_module"]
         return [node for node in called if node not in (self.conv, self.norm, self.relu)]
 
@@ -65,12 +65,12 @@ class Chain:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Paths of the children that are bypassed."""
+        """Returns the paths of the children that are bypassed."""
         return tuple(dict.fromkeys(str(node.target) for node in self.nodes if node.op == "call_module"))
 
     @property
     def home(self) -> Path:
-        """The innermost module in whose forward all of it lies."""
+        """Returns the innermost module whose forward contains the whole chain."""
         scopes = [node.meta["scope"] for node in self.nodes]
         same = 0
         while all(scope[: same + 1] == scopes[0][: same + 1] and len(scope) > same for scope in scopes):
@@ -79,9 +79,9 @@ class Chain:
 
 
 def find_chains(module: nn.Module, graph: fx.Graph, check_conv=conv_obstacle) -> list[Chain | Refusal]:
-    """In the order of the graph; a Refusal where something looks like a chain and is none.
+    """Finds the chains in graph order; returns a Refusal for what looks like a chain but is not one.
 
-    check_conv: why a convolution cannot be part of one, or an empty string.
+    check_conv: returns why a convolution cannot be part of one, or an empty string.
     """
     return list(_Finder(module, graph, check_conv).found())
 
@@ -99,7 +99,7 @@ class _Finder:
 
     def found(self) -> Iterator[Chain | Refusal]:
         chains = []
-        # of two that are added, the one with more behind it takes the other for its residual
+        # if two chains are added, the later one takes the other as its residual
         norms = [node for node in reversed(self.nodes) if isinstance(self.child(node), NORMS)]
         for norm in sorted(norms, key=self.depth.__getitem__, reverse=True):
             chain = self.grow(norm)
@@ -124,7 +124,7 @@ class _Finder:
         return None if chain.pattern == "bn_act" and not (chain.relu or chain.norm_has_relu) else chain
 
     def back(self, node, residuals=0, scaled=False):
-        """(conv, residuals, scale, nodes) of what ends in `node`; residuals, scaled: what has been passed."""
+        """Returns (conv, residuals, scale, nodes) of what ends in `node`; residuals, scaled: what was passed so far."""
         if not isinstance(node, fx.Node) or len(node.users) != 1 or node in self.taken:
             return None
         if isinstance(self.child(node), _ConvNd):
@@ -169,7 +169,7 @@ class _Finder:
                 scale = factor[1]
             elif pair is not None and chain.conv is not None and not chain.residuals and before in pair:
                 other = pair[1] if pair[0] is before else pair[0]
-                # in place on something else: whoever else holds that would miss the sum
+                # in place on another tensor: its other users would miss the sum
                 if written_arguments(node) and pair[0] is not before:
                     return
                 chain.residuals, chain.scale, scale = [other], scale, 1.0
@@ -179,7 +179,7 @@ class _Finder:
                 return
 
     def obstacle(self, chain):
-        """Why it may not become one operation."""
+        """Returns why the chain may not become one operation."""
         norm, conv = self.child(chain.norm), chain.conv and self.child(chain.conv)
         if conv is not None and (reason := self.check_conv(conv)):
             return reason
@@ -200,7 +200,7 @@ class _Finder:
         return self.conflict(chain)
 
     def conflict(self, chain):
-        """Why its parts cannot all run at the place of the last one: what stands in between would notice."""
+        """Returns why its parts cannot all run where the last one is: nodes in between would see the difference."""
         memory, inside = self.memory, set(chain.nodes)
         first, last = (self.place[node] for node in (chain.nodes[0], chain.nodes[-1]))
         read, changed = set(), set()  # by the parts so far
@@ -235,7 +235,7 @@ class _Finder:
 
 
 def _operands(node, functions, methods):
-    """The two operands where node is one of these, without further options."""
+    """Returns the two operands if node is one of these, without further options."""
     known = (node.op == "call_function" and node.target in functions) or (
         node.op == "call_method" and node.target in methods
     )
@@ -244,12 +244,12 @@ def _operands(node, functions, methods):
 
 def _summands(node):
     pair = _operands(node, _ADD, ("add", "add_"))
-    # a sum with itself is twice that, and no sum with something else
+    # x + x has no separate residual
     return pair if pair is not None and all(isinstance(a, fx.Node) for a in pair) and pair[0] is not pair[1] else None
 
 
 def _factor(node):
-    """(which operand is the tensor, the number it is multiplied by)"""
+    """Returns (which operand is the tensor, the number it is multiplied by)."""
     pair = _operands(node, _MULTIPLY, ("mul", "mul_"))
     if pair is not None:
         for i in (0, 1):

@@ -61,9 +61,9 @@ def know(kind: type) -> None:
     if kind in _known:
         return
     methods = methods_of(kind, *(name for name in _BYPASSED if hasattr(kind, name)))
-    if kind.__module__.startswith("torch."):  # whose methods call none of these of their bases
+    if kind.__module__.startswith("torch."):  # torch's methods call none of these of their bases
         methods = tuple(method for method in methods if method[0] is kind)
-    # where it was patched before this look, nothing equals what should be there
+    # if it was already patched, store an object that equals nothing
     _known[kind] = tuple((base, name, m if _is_from(base, m) else object(), code) for base, name, m, code in methods)
 
 

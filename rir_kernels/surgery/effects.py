@@ -1,8 +1,8 @@
-"""What the nodes of a graph read and write, so that one operation is moved past another only where nobody can tell.
+"""Finds what the nodes of a graph read and write, so that operations are reordered only if this has no effect.
 
-Memory is named by what made it: the node that returned a fresh tensor, the storage of a parameter or buffer, or
-forward's arguments, all together since they may be views of one tensor. Where nothing is known of a function or a
-module, its result is taken for a view of all that went in, and all that went in for written to.
+Memory is identified by its origin: the node that returned a fresh tensor, the storage of a parameter or buffer, or
+forward's arguments, treated as one since they may be views of one tensor. The result of an unknown function or module
+counts as a view of all its inputs, and all its inputs as written to.
 """
 
 import functools
@@ -23,17 +23,17 @@ from .guards import bypass_obstacle
 from .registry import calls_in_turn
 
 _ARGUMENTS = "forward's arguments"
-# torch's modules whose result is no view of their input, unless they work in place
+# torch modules whose result is not a view of their input, unless they work in place
 _FRESH = {module.__name__ for module in (activation, batchnorm, conv, linear, pooling)}
 _FRESH_OPERATORS = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "matmul", "eq", "ne", "lt", "gt"}
 _IN_PLACE_OPERATORS = {"setitem", "delitem"} | {
     name for name in dir(operator) if name[0] == "i" and {name[1:], f"{name[1:]}_"} & set(dir(operator))
 }
-_HARMLESS = ("builtins", "collections", "math", "_operator")  # their functions write to nothing, `operator`'s by name
+_HARMLESS = ("builtins", "collections", "math", "_operator")  # their functions write to nothing; `operator`'s: by name
 
 
 class _Effect(NamedTuple):
-    """Of a call: does it write to what it was given, may its result be a view of that, what else does it write to?"""
+    """Effects of a call: whether it writes to its inputs, whether its result may be a view of them, other writes."""
 
     writes: bool
     views: bool
@@ -41,7 +41,7 @@ class _Effect(NamedTuple):
 
 
 class Memory:
-    """of: for each node of a graph of `module`'s forward, all memory that its value may lie in."""
+    """The memory of a graph's nodes. of: for each node of `module`'s forward, all memory its value may be in."""
 
     def __init__(self, module: nn.Module, nodes: Iterable[fx.Node]):
         self.module = module
@@ -53,18 +53,18 @@ class Memory:
             self.of[node] = self._result(node)
 
     def given(self, nodes: Iterable[fx.Node]) -> set:
-        """What the values of these nodes lie in."""
+        """Returns the memory of the values of these nodes."""
         return set().union(*(self.of[node] for node in nodes))
 
     def written(self, node: fx.Node) -> set:
-        """What the node may write to."""
+        """Returns the memory that the node may write to."""
         effect = self.effects.get(node)
         if effect is None:
             return self.given(written_arguments(node))
         return _storages(effect.tensors) | (self.given(node.all_input_nodes) if effect.writes else set())
 
     def used(self, node: fx.Node) -> set:
-        """What it may read or write to."""
+        """Returns the memory that the node may read or write."""
         child = self.module.get_submodule(str(node.target)) if node in self.effects else None
         return self.given(node.all_input_nodes) | (set() if child is None else tensors_of(child))
 
@@ -79,17 +79,17 @@ class Memory:
 
 
 def tensors_of(module: nn.Module) -> set:
-    """The memory of its parameters and buffers."""
+    """Returns the memory of the module's parameters and buffers."""
     return _storages(_tensors(module, "_parameters", "_buffers"))
 
 
 def statistics_of(norm: nn.Module) -> set:
-    """The memory of its buffers."""
+    """Returns the memory of the norm's buffers."""
     return _storages(_tensors(norm, "_buffers"))
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
-    """The arguments of a function or method that it may write to."""
+    """Returns the arguments that a function or method may write to."""
     if node.op not in ("call_function", "call_method"):
         return []
     if node.op == "call_function" and not (_is_operation(node.target) or _is_harmless(node.target)):
@@ -97,7 +97,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     written = [node.kwargs.get("out")]
     if not _is_operation(node.target) and _writes_first(node):
         written.append(node.args[0] if node.args else node.all_input_nodes)
-    if not inspect.isfunction(node.target):  # the arguments of functions in Python may be others
+    if not inspect.isfunction(node.target):  # Python functions may have other argument names
         for overload in _overloads(_operation(node)):
             written += _written_by_schema(overload._schema, node)
     return list(_nodes(written))
@@ -138,12 +138,12 @@ def _storages(tensors):
 def _storage(value: Any):
     try:
         return "storage", value.untyped_storage()._cdata
-    except Exception:  # tensors without a storage: not initialized yet, or of a class that has none
+    except Exception:  # tensors without a storage: uninitialized, or of a class without one
         return "object", id(value)
 
 
 def _is_harmless(function):
-    """Whether it is one of torch's or Python's, which say by their names and arguments what they write to."""
+    """Whether it is torch's or Python's function, whose name and arguments show what it writes to."""
     if not (inspect.isroutine(function) or inspect.isclass(function)):
         return False
     module = getattr(function, "__module__", None)
@@ -170,7 +170,7 @@ def _asks_for_in_place(node):
 def _positional(function):
     try:
         return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # those in C have no signature, and none of them an argument `inplace`
+    except (TypeError, ValueError):  # C functions have no signature, and no argument `inplace`
         return ()
 
 
@@ -182,7 +182,7 @@ def _written_by_schema(schema, node):
 
 
 def _views(node):
-    """Whether the result of a function or method may be a view of what went in."""
+    """Whether the result of a function or method may be a view of its inputs."""
     if written_arguments(node):
         return True
     if getattr(node.target, "__module__", None) == "_operator":
@@ -196,7 +196,7 @@ def _is_operation(target):
 
 
 def _operation(node):
-    """The operation with a schema that the node calls, None where none has its name."""
+    """Returns the operation with a schema that the node calls, or None if none has its name."""
     if _is_operation(node.target):
         return node.target
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -206,11 +206,11 @@ def _operation(node):
 
 @functools.cache
 def _may_return_views(operation):
-    # what is composed of other operations may return its input, whatever its schema says: dropout in evaluation
+    # composite operations may return their input, whatever their schema says: dropout in evaluation
     composed = torch._C.DispatchKey.CompositeImplicitAutograd
     functional = [
         overload
-        for overload in _overloads(operation)  # neither those of numbers and lists, of out=, nor of named dimensions
+        for overload in _overloads(operation)  # without those for numbers and lists, out= and named dimensions
         if torch._C._dispatch_has_kernel(overload.name())
         and not overload._schema.is_mutable
         and "Dimname" not in str(overload._schema)

@@ -1,8 +1,8 @@
-"""What is said where a fused unit runs its own forward: an entry for record_calls, and a warning, once.
+"""Reports when a fused unit falls back to its original forward: an entry for record_calls, and a one-time warning.
 
-Its owner knows of a hook, a parametrization, a sharded weight, a norm in another mode, or of what is given to this call
-(another shape, dtype or number of arguments, a DTensor). A class that was patched, a layer that was replaced or
-converted, an attribute or a global that changed may have cost the speed without anybody noticing: that is warned of.
+The user knows of a hook, a parametrization, a sharded weight, a norm in another mode, or of this call's arguments
+(another shape, dtype or number of arguments, a DTensor). A patched class, a replaced or converted layer, or a changed
+attribute or global may cost the speedup unnoticed, so these cause a warning.
 """
 
 import torch
@@ -20,9 +20,9 @@ _told: set[tuple[type, str]] = set()
 
 
 def note(module, inputs, reason, *, asked: bool) -> None:
-    """Says why `module`, None where that is not known, runs one by one: as a whole, or one operation of it.
+    """Reports why `module` (None if unknown), or one operation of it, runs unfused.
 
-    asked: whether it is the call that cannot be one operation, not the module.
+    asked: whether the call, not the module, prevents the fused operation.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""fold_bn_: for inference, norms become part of the convolutions in front of them."""
+"""fold_bn_: folds norms into the preceding convolutions, for inference."""
 
 from typing import NamedTuple
 
@@ -18,31 +18,31 @@ from .uses import Pair, Users
 
 
 def fold_bn_(model: nn.Module, *, dry_run: bool = False) -> nn.Module | FusionReport:
-    """Fold the batch norms of `model` into its convolutions, in place, for inference. Returns `model`.
+    """Folds the batch norms of `model` into its convolutions, in place, for inference. Returns `model`.
 
-    Where a convolution's output goes only to its norm (grouped and dilated convolutions too), the convolution gets the
-    norm's scale in its weight, and a bias; the norm's place is taken by a `FoldedNorm` that does nothing. Where an
-    identity joins before the norm (conv_add_bn_act, the layers of Resnet in Resnet) both are scaled per channel: the
-    norm becomes the affine map that it is, a FoldedNorm with weight and bias, applied in the kernel's epilogue. A norm
-    with no convolution in front (bn_act) stays. What `fuse_` would refuse to bypass (hooks, parametrizations,
-    subclasses) is left unchanged, and so is a chain of which the model makes another use: a second call of the
-    convolution, another norm that forward may choose, a parameter that is shared or read. Every forward in `model` is
-    traced for such uses; one that cannot be traced, and a hook, are judged by what they hold and the names in their
-    code. So pass the whole model: uses outside it, and methods that no forward calls, are not seen. An attribute that
-    forward decides by should not change afterwards: a flag that skips the norm has no effect on a folded one.
+    If a convolution's output goes only to its norm (grouped and dilated convolutions too), the convolution gets the
+    norm's scale in its weight, and a bias; a `FoldedNorm` that does nothing replaces the norm. If an identity is added
+    before the norm (conv_add_bn_act, the layers of Resnet in Resnet), the norm scales both per channel: it becomes an
+    affine map, a FoldedNorm with weight and bias, applied in the kernel's epilogue. A norm that follows no convolution
+    (bn_act) stays. fold_bn_ leaves unchanged what `fuse_` would refuse to bypass (hooks, parametrizations, subclasses),
+    and chains that the model also uses otherwise: a second call of the convolution, another norm that forward may
+    choose, a parameter that is shared or read. It traces every forward in `model` for such uses; an untraceable forward
+    and a hook are judged by what they hold and the names in their code. So pass the whole model: uses outside it, and
+    methods that no forward calls, are not seen. Attributes that forward's path depends on should not change afterwards:
+    a flag that skips the norm has no effect on a folded one.
 
-    The weight and bias of such a convolution are new Parameter objects: what refers to the old ones keeps their values.
-    Each chain is folded as a whole or not at all, also where an exception ends the call.
+    The weight and bias of such a convolution are new Parameter objects: references to the old ones keep their values.
+    Each chain is folded completely or not at all, even if an exception ends the call.
 
-    Works on a fused model and on one that is not, which may be fused afterwards. There is no way back: keep a copy
+    Works on fused and unfused models; the latter may be fused afterwards. Folding cannot be undone: keep a copy
     (`unfuse_` raises). The weights are rounded to their dtype: fold in fp32, and cast afterwards.
 
     Args:
-        dry_run: change nothing, and return a FusionReport: as `replaced` what would be folded (conv_add_bn_act: a norm
-            that becomes an affine map; conv_bn: all others, with the convolution), as `skipped` every norm that stays
+        dry_run: change nothing, and return a FusionReport: `replaced` lists what would be folded (conv_add_bn_act: a
+            norm that becomes an affine map; conv_bn: all others, with the convolution), `skipped` every norm that stays
             and why. After folding it lists those that stayed.
 
-    Raises, with nothing changed: ValueError for a model in training mode, TypeError for one that is no nn.Module.
+    Raises, with nothing changed, ValueError for a model in training mode and TypeError if it is not an nn.Module.
     """
     check_model(model)
     report = FusionReport(model, dry_run=True, verb="fold")
@@ -69,7 +69,7 @@ class _Fold(NamedTuple):
 
 
 def _folds(model, report):
-    """What is to be folded, each norm once; everything is written into the report."""
+    """Returns what is to be folded, each norm once, and fills in the report."""
     found: dict[nn.Module, tuple] = {}  # by norm
     untraced: dict[nn.Module, str] = {}
 
@@ -81,7 +81,7 @@ def _folds(model, report):
             untraced.setdefault(module, one.reason)
             for part in map(module.get_submodule, one.parts):
                 if isinstance(part, _NormBase):
-                    found.setdefault(part, (module, one))  # the forward around it may have seen a convolution
+                    found.setdefault(part, (module, one))  # an outer forward may already have found a convolution
         return ()
 
     walk(model, visit)
@@ -109,7 +109,7 @@ def _folds(model, report):
 
 
 def _why_not_found(norm, names, untraced):
-    """Why no chain was found for the norm: the innermost forward around it says so."""
+    """Returns why no chain was found for the norm, from the innermost forward around it."""
     name = names[norm]
     around = [module for module in untraced if name.startswith(f"{names[module]}." if names[module] else "")]
     if not around:
@@ -118,7 +118,7 @@ def _why_not_found(norm, names, untraced):
 
 
 def _obstacle(norm, conv):
-    """What folding needs of the two."""
+    """Returns why the norm cannot be folded into the convolution, or an empty string."""
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
     if conv is not None and any(type(p) not in (nn.Parameter, type(None)) for p in (conv.weight, conv.bias)):
@@ -127,7 +127,7 @@ def _obstacle(norm, conv):
 
 
 def _apply(fold):
-    """All is computed before the first change, and what changes are entries of dicts, so that none can fail."""
+    """Computes everything before the first change; the changes only set dict entries, so that none can fail."""
     norm, conv = fold.norm, fold.conv
     wide = torch.float64
     scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
@@ -143,7 +143,7 @@ def _apply(fold):
         weight, bias = conv.weight, conv.bias
         shift = shift if bias is None else shift + bias.to(wide) * scale
         folded_weight = weight.to(wide) * scale.view(-1, 1, 1, 1)
-        # other objects: whatever else refers to the old ones keeps their values
+        # new objects: other references to the old ones keep their values
         conv._parameters.update(
             weight=_parameter(folded_weight, weight), bias=_parameter(shift, weight if bias is None else bias)
         )

@@ -1,4 +1,4 @@
-"""What is left of a batch norm when its statistics are folded away."""
+"""The module that replaces a batch norm after folding."""
 
 import sys
 
@@ -10,10 +10,10 @@ sys.modules.setdefault("rir_kernels.folded_norm", sys.modules[__name__])  # its 
 
 
 class FoldedNorm(nn.Module):
-    """y = x * weight + bias per channel, then a ReLU if `relu`; where weight and bias are None, y = x.
+    """Computes y = x * weight + bias per channel, then a ReLU if `relu`; if weight and bias are None, y = x.
 
-    x (N, C, H, W). For a fused operation it is a batch norm in evaluation whose statistics are 0 and 1, to the last
-    bit: what bn_state reads is here. train() leaves it in evaluation.
+    x (N, C, H, W). To a fused operation it is, bit for bit, a batch norm in evaluation with statistics 0 and 1: it has
+    what bn_state reads. train() leaves it in evaluation.
     """
 
     training = False
@@ -22,7 +22,7 @@ class FoldedNorm(nn.Module):
     momentum = 0.0
     eps = 1e-30  # 1 + eps is 1
 
-    weight: torch.Tensor  # or None, and bias then as well
+    weight: torch.Tensor  # or None; then bias is None too
     bias: torch.Tensor
 
     def __init__(self, channels: int, weight=None, bias=None, *, relu: bool, like: torch.Tensor):

@@ -1,7 +1,7 @@
-"""Which children, parameters and buffers are the same, and of which class: what a graph takes for granted.
+"""What a graph takes for granted: which children, parameters and buffers are shared, and the children's classes.
 
-It has one name for what has several. And which of two things is which, or of what class a child is, forward may have
-asked, in a way that shows in its code only.
+A graph has one name for an object that has several. And forward may have compared objects by identity, or asked for a
+child's class, in a way that shows only in its code.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from .tracing import Trace
 
 @dataclass(frozen=True)
 class Granted:
-    """names: of things, and which of them was the first that was the same. kinds: of children, their classes."""
+    """names: of objects, each with the first name of the same object. kinds: the children's classes."""
 
     names: tuple[tuple[Path, int], ...]
     kinds: tuple[tuple[Path, type], ...]
 
     def obstacle(self, module: nn.Module) -> str:
-        """Why the graph does not stand for forward any more."""
+        """Returns why the graph no longer represents forward, or an empty string."""
         found: dict[int, int] = {}
         for i, (name, first) in enumerate(self.names):
             if found.setdefault(id(_at(module, name)), i) != first:
@@ -36,7 +36,10 @@ class Granted:
 
 
 def granted(module: nn.Module, trace: Trace, inlined: frozenset[str]) -> Granted:
-    """inlined: the children whose forward is a part of the graph. The names within others are for those to use."""
+    """Collects what the graph takes for granted. inlined: the children whose forward is part of the graph.
+
+    Names within other children don't count.
+    """
     aliases = _aliases(module, trace.graph, {"", *inlined})
     names = [path_of(name) for one, other in aliases if one != other for name in (one, other)]
     kinds = {}
@@ -50,7 +53,7 @@ def granted(module: nn.Module, trace: Trace, inlined: frozenset[str]) -> Granted
 
 
 def _aliases(module, graph, looked_into) -> Iterator[tuple[str, str]]:
-    """(the name in the graph, one that forward may go by)"""
+    """Yields (the name in the graph, a name that forward may use)."""
     known = {found: name for name, found in module.named_modules()}  # as torch.fx names them
     yield from ((known[found], name) for name, found in _named(module, known, looked_into))
     read = {id(_at(module, path_of(node.target))): node.target for node in graph.nodes if node.op == "get_attr"}
@@ -61,7 +64,7 @@ def _aliases(module, graph, looked_into) -> Iterator[tuple[str, str]]:
 
 
 def _named(module, known, looked_into, prefix="") -> Iterator[tuple[str, nn.Module]]:
-    """The children by all names that a forward which is looked into may use."""
+    """Yields the children by all names that an inlined forward may use."""
     for name, found in module._modules.items():
         if found is not None:
             yield prefix + name, found
@@ -70,7 +73,7 @@ def _named(module, known, looked_into, prefix="") -> Iterator[tuple[str, nn.Modu
 
 
 def _asked(module, reads) -> Iterator[Path]:
-    """What forward has looked at: children, parameters and buffers."""
+    """Yields what forward has read: children, parameters and buffers."""
     for path, name, _ in reads:
         owner = child(module, path)
         if owner is None:

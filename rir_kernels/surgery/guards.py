@@ -1,7 +1,7 @@
-"""May a submodule be bypassed, its forward left uncalled? Asked when fusing, and again at every call.
+"""Guards: whether a submodule may be bypassed, its forward not called. Checked when fusing, and again at every call.
 
-So every answer is cheap (the modules' own dicts are read, several times faster than nn.Module's getattr), reads no
-tensor's values, and is traceable by torch.compile: a reason, or an empty string.
+So every check is cheap (it reads the modules' dicts, several times faster than nn.Module's getattr), reads no tensor
+values, and is traceable by torch.compile. It returns a reason, or an empty string.
 """
 
 import numbers
@@ -19,14 +19,14 @@ from .folded_norm import FoldedNorm
 from .registry import activation_within
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-# bn_state reads from these what it reads from the other, and the group that shares the statistics
+# bn_state reads from these the same attributes, and the group that shares the statistics
 _AS_GOOD = {BatchNorm2d: (SyncBatchNorm2d, FoldedNorm)}
 for _kind in _AS_GOOD[BatchNorm2d]:
     know(_kind)
 
 
 def call_obstacle(*inputs) -> str:
-    """Why this call must take the original forward, whatever the modules: see the reasons."""
+    """Returns why this call must run the original forward regardless of the modules, or an empty string."""
     if _has_any_global_hook():
         return GLOBAL_HOOK
     for x in inputs:
@@ -36,14 +36,14 @@ def call_obstacle(*inputs) -> str:
 
 
 def bypass_obstacle(module, kind: type) -> str:
-    """Why `module` may not be bypassed as if it were an untouched `kind`, or what is as good as one."""
+    """Returns why `module` may not be bypassed like an untouched `kind` or an equivalent class."""
     if type(module) is not kind and type(module) not in _AS_GOOD.get(kind, ()):
         return _not_exactly(module, kind)
     return _touched(module)
 
 
 def conv_obstacle(conv) -> str:
-    """Why the convolution may not be bypassed, or is none that is fused."""
+    """Returns why the convolution may not be bypassed, or cannot be fused."""
     if reason := bypass_obstacle(conv, Conv2d):
         return reason
     if conv.groups != 1:
@@ -65,7 +65,7 @@ def conv_obstacle(conv) -> str:
 
 
 def norm_obstacle(norm) -> str:
-    """Why the norm may not be bypassed, nor the activation within, where its kind has one."""
+    """Returns why the norm, or the activation within if its kind has one, may not be bypassed."""
     if type(norm) is BatchNorm2d or (within := activation_within(norm)) is None:
         return bypass_obstacle(norm, BatchNorm2d) or _number_obstacle(norm)
     activation, nothing = within
@@ -82,12 +82,12 @@ def norm_obstacle(norm) -> str:
 
 
 def _number_obstacle(norm):
-    # torch takes tensors as well, and reads them
+    # torch also accepts tensors, and reads their values
     return "" if isinstance(norm.eps, float | int) else f"its eps is a {type(norm.eps).__name__}"
 
 
 def norm_has_relu(norm) -> bool:
-    """Whether the norm's own forward ends with a ReLU."""
+    """Whether the norm's forward ends with a ReLU."""
     if type(norm) is FoldedNorm:
         return norm.relu
     within = None if type(norm) is BatchNorm2d else activation_within(norm)
@@ -95,19 +95,19 @@ def norm_has_relu(norm) -> bool:
 
 
 def relu_obstacle(relu) -> str:
-    """Why the activation may not be bypassed."""
+    """Returns why the activation may not be bypassed."""
     return bypass_obstacle(relu, ReLU)
 
 
 def _touched(module) -> str:
-    """Why a module of a known kind may not be bypassed after all."""
+    """Returns why a module of a known kind may still not be bypassed."""
     if reason := patched(type(module)):
         return reason
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return HOOK
     attributes = module.__dict__
     if torch.compiler.is_compiling():
-        _ = module.forward, getattr(module, "_conv_forward", None)  # a look-up leaves a guard, the next line none
+        _ = module.forward, getattr(module, "_conv_forward", None)  # leaves a guard, which the next line doesn't
     if "forward" in attributes or "_conv_forward" in attributes:
         return "its forward was replaced on the instance"
     parameters = module._parameters.values()
@@ -120,7 +120,7 @@ def _touched(module) -> str:
 
 
 def tensor_of(module, name: str):
-    """module.name, a parameter or whatever else stands for one."""
+    """Returns module.name, a parameter or what replaces one."""
     parameters = module._parameters
     if name in parameters and name not in module.__dict__:
         return parameters[name]
@@ -128,8 +128,8 @@ def tensor_of(module, name: str):
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The zero padding in numbers; None where it is not in integers, or "same" has no such numbers: with a stride,
-    which torch refuses, and where it pads one side more than the other.
+    """Returns the zero padding as integers. None if it has other types, or if it is "same" with a stride, which torch
+    rejects, or with unequal sides.
     """
     if conv.padding == "valid":
         return 0, 0
@@ -143,7 +143,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 
 def pair(value) -> tuple[int, int] | None:
-    """An int or a pair in Python's integers (they may be numpy's), as torch's functions read it; None for others."""
+    """Converts an int or a pair (possibly numpy integers) to Python ints, as torch's functions do; None for others."""
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return value
     values = value if isinstance(value, tuple | list) else (value,)
@@ -153,7 +153,7 @@ def pair(value) -> tuple[int, int] | None:
 
 
 def _wraps_tensors(x) -> bool:
-    # DTensor, quantized weights, nested tensors: they have laws of their own for each operation
+    # DTensor, quantized weights, nested tensors: they define each operation themselves
     return type(x) not in _PLAIN and is_traceable_wrapper_subclass(x)
 
 

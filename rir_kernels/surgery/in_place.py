@@ -1,4 +1,4 @@
-"""x += y and the like as functions: fx writes statements, which rebind a name that later lines may read."""
+"""x += y and similar as functions: fx generates statements, which rebind a name that later lines may read."""
 
 import operator
 

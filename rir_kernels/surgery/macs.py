@@ -1,4 +1,4 @@
-"""Multiply-adds of a model's forward: which share of them fused convolutions have."""
+"""Counts the multiply-adds of a model's forward, and the share of fused convolutions."""
 
 import contextlib
 import copy
@@ -19,11 +19,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | None, ...]) -> float:
-    """Of all convolutions and matrix products in one forward, the part in fused convolutions; 0.0 where there is none.
+    """Returns the share of fused convolutions in all convolutions and matrix products of one forward; 0.0 if none.
 
-    Runs a copy of the model, without the hooks of its user. Raises what the model raises.
+    Runs a copy of the model without the user's hooks. Raises what the model raises.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
     twin = copy.deepcopy(model).eval()
     for module in twin.modules():
@@ -31,8 +31,8 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
             getattr(module, hooks).clear()
     for module in ledger.own:
         layer: Any = twin.get_submodule(ledger.names[module][0])
-        layer.impl = "reference"  # the operations of the others count as nothing
-    # a projection within a layer is not the layer's; torch.jit allows no hooks, and what it compiled is not fused
+        layer.impl = "reference"  # the other implementations' operations are not counted
+    # a projection within a layer counts separately; torch.jit allows no hooks, and what it compiled is not fused
     measured = {m for m in (*ledger.convolutions(), *ledger.own) if not isinstance(m, torch.jit.ScriptModule)}
     spent = {module: twin.get_submodule(ledger.names[module][0]) for module in measured}
     with _undisturbed(), FlopCounterMode(display=False) as counter:
@@ -44,7 +44,7 @@ def macs_share(model: nn.Module, ledger: Ledger, inputs: tuple[torch.Tensor | No
 
 
 def _watched(modules, counter):
-    """A count by module, of what each spends itself: its hooks keep fused modules from running around it."""
+    """Counts each module's own work; the hooks for it keep fused modules from bypassing it."""
     counts: Counter[nn.Module] = Counter()
     around: list[list[int]] = []
 
@@ -66,7 +66,7 @@ def _watched(modules, counter):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """No gradients, no warnings, and all random states are given back."""
+    """Disables gradients and warnings, and restores all random states on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     attention = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -75,7 +75,7 @@ def _undisturbed():
                 warnings.catch_warnings(),
                 undisturbed(),
                 torch.no_grad(),
-                sdpa_kernel(SDPBackend.MATH),  # attention as products that are counted
+                sdpa_kernel(SDPBackend.MATH),  # runs attention as products that are counted
             ):
                 stack.enter_context(context)
             torch.backends.mha.set_fastpath_enabled(False)

@@ -1,9 +1,8 @@
-"""What a forward reads that is no attribute of its module, and what must still hold of it at every call.
+"""What a forward reads outside its module, and what must still hold at every call.
 
-Globals, and attributes of what they name (`config.SWITCH`, `Net.count`), variables of closures, default arguments, and
-what torch answers when asked (is_tracing, is_grad_enabled). Which they are is read from the bytecode of the functions
-that ran, see `watch`; here is what is kept of each (`Outside`), which goes along when a fused module is copied or
-pickled.
+These are globals and their attributes (`config.SWITCH`, `Net.count`), closure variables, default arguments, and torch's
+answers (is_tracing, is_grad_enabled). `watch` finds them in the bytecode of the functions that ran; this module keeps a
+record of each (`Outside`), which is copied and pickled with a fused module.
 """
 
 import enum
@@ -21,13 +20,13 @@ import torch
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, enum.Enum)
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_BY_CONTENT = (*CONTAINERS, functools.partial)  # whose keywords may change
+_BY_CONTENT = (*CONTAINERS, functools.partial)  # a partial's keywords may change
 _MOST = 64  # items of a container that are compared at every call
 _CALLABLES = (
     type, types.ModuleType, types.FunctionType, types.WrapperDescriptorType, types.MethodDescriptorType,
     types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, np.ufunc,
 )  # fmt: skip
-_DRAW: tuple[Any, ...] = (random.random, np.random.rand)  # methods, which the stubs take for functions
+_DRAW: tuple[Any, ...] = (random.random, np.random.rand)  # methods, though the stubs declare functions
 _WATCHED = tuple(draw.__self__ for draw in _DRAW)  # the generators behind the functions of these modules
 
 
@@ -40,14 +39,14 @@ MISSING = _Missing.NOTHING
 
 
 class Unknown(Exception):
-    """A value that cannot be told again at the next call."""
+    """Raised for a value that cannot be compared at the next call."""
 
 
 class Outside:
-    """`steps` from `start` led to `found`, or to a function that returned it for `arguments`.
+    """A record that `steps` from `start` led to `found`, or to a function that returned it for `arguments`.
 
-    base, prefix: how `start` is found again in another process, from a module, a class or a function.
-    name: as a reader of the source knows it.
+    base, prefix: how to find `start` in another process, from a module, a class or a function.
+    name: its name in the source.
     """
 
     __slots__ = ("arguments", "base", "code", "content", "found", "name", "prefix", "start", "steps")
@@ -58,7 +57,7 @@ class Outside:
         value = walk(self.start, steps) if arguments is None else walk(self.start, steps)(*arguments)
         self.content = isinstance(value, _BY_CONTENT)
         self.found = found if found is not MISSING else told(value)
-        # which a tool that reloads sources replaces
+        # a tool that reloads sources replaces __code__
         self.code = None if self.content else getattr(self.found, "__code__", None)
         names = steps
         if steps[0] == "cell_contents":  # a variable of a closure
@@ -68,16 +67,16 @@ class Outside:
 
     @property
     def question(self) -> tuple:
-        """What was asked, whatever the answer."""
+        """Returns what was asked, independent of the answer."""
         return id(self.start), self.steps, self.arguments
 
     @property
     def parts(self) -> list:
-        """What was found, of a container its items and their types."""
+        """Returns what was found; for a container its items and their types."""
         return _flat(self.found) if self.content else [self.found]
 
     def holds(self) -> bool:
-        """Whether it still is what forward found: cheap, since it is asked at every call."""
+        """Whether it is still what forward found. Cheap, as every call asks it."""
         value = self.start
         for step in self.steps:
             value = _step(value, step)
@@ -105,10 +104,10 @@ class Outside:
         return hash(self._key())
 
     def __deepcopy__(self, memo):
-        return self  # of what it names there is only one
+        return self  # what it refers to exists only once
 
     def __reduce__(self):
-        # objects are looked up again: they need not have a name
+        # unpickling looks the objects up again, as they need not have a name
         found = MISSING if self.holds() else _Missing.CHANGED
         if isinstance(self.found, CONSTANTS) or (
             self.content and all(isinstance(item, CONSTANTS) for item in _flat(self.found))
@@ -126,13 +125,13 @@ def _again(base, *rest):
 
 
 def namespace(names: dict) -> types.ModuleType | dict:
-    """The globals of a function as a base: their module, if it is one that is imported."""
+    """Returns a function's globals as a base: their module, if it is imported."""
     module = sys.modules.get(names.get("__name__", ""))
     return module if module is not None and getattr(module, "__dict__", None) is names else names
 
 
 def walk(value, steps: Iterable):
-    """What is found there, MISSING where there is nothing."""
+    """Follows the steps from the value; returns MISSING if there is nothing."""
     for step in steps:
         value = _step(value, step)
     return value
@@ -147,7 +146,7 @@ def _step(value, step):
 
 
 def told(value):
-    """What to compare with at the next call. Unknown for what may have changed by then, or draws numbers."""
+    """Returns what the next call compares with. Raises Unknown if it may have changed by then, or draws numbers."""
     if isinstance(value, _BY_CONTENT):
         content = _content(value)
         if len(_flat(content)) > _MOST:
@@ -161,7 +160,7 @@ def told(value):
 
 
 def is_fixed(value) -> bool:
-    """A module, a class or a callable that keeps nothing: one that is the same object does the same."""
+    """Whether it is a module, a class or a stateless callable: the same object then does the same."""
     if isinstance(value, types.BuiltinFunctionType | types.MethodType):
         owner = value.__self__
         return owner is None or isinstance(owner, types.ModuleType | type) or any(owner is one for one in _WATCHED)
@@ -172,7 +171,7 @@ def is_fixed(value) -> bool:
 
 
 def _content(value):
-    """A container as nested tuples that can be compared and hashed; anything else as it is."""
+    """Converts a container to nested tuples that can be compared and hashed; returns anything else unchanged."""
     if isinstance(value, dict):
         return (dict, *((_content(key), _content(item)) for key, item in value.items()))
     if isinstance(value, list | tuple | deque):
@@ -191,13 +190,13 @@ def _flat(content):
 
 
 class Kept:
-    """Containers as they were, and back."""
+    """Saves the contents of containers, and restores them."""
 
     def __init__(self):
-        self.copies = {}  # by id: the container, and what was in it
+        self.copies = {}  # by id: the container and a copy of its contents
 
     def keep(self, value) -> None:
-        """This container and those within."""
+        """Saves this container and those within."""
         if not isinstance(value, CONTAINERS) or id(value) in self.copies:
             return
         items = list(value.items() if isinstance(value, dict) else value)
@@ -207,7 +206,7 @@ class Kept:
                 self.keep(one)
 
     def restore(self) -> bool:
-        """Whether any of them had been changed."""
+        """Restores all containers; returns whether any had changed."""
         changed = False
         for value, before in self.copies.values():
             now = list(value.items() if isinstance(value, dict) else value)
@@ -224,5 +223,5 @@ class Kept:
 
 
 def _same(a, b):
-    # the items of a dict are pairs made anew
+    # a dict's items() makes new pairs each time
     return a is b or (type(a) is tuple and type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])

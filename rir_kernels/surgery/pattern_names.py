@@ -1,6 +1,6 @@
-"""What the kinds of fused operations are called."""
+"""The names of the kinds of fused operations."""
 
-# by their old codes, which are accepted wherever a name is
+# by their old codes, which are accepted in place of names
 NAMES = {
     "P1": "conv_bn_act",
     "P2": "conv_bn",
@@ -14,7 +14,7 @@ PATTERNS = tuple(CODES)
 
 
 def pattern_name(name: str) -> str:
-    """The name, of a code too; ValueError for anything else."""
+    """Returns the pattern's name for a name or a code; raises ValueError for anything else."""
     if name in CODES:
         return name
     if name not in NAMES:

@@ -1,6 +1,6 @@
-"""The fused forward of one traced module, as source text, and what has to hold for it at every call.
+"""The fused forward of one traced module, as source text, and what must hold for it at every call.
 
-Text, so that a fused module can be pickled and its forward read: classes and functions in it are imported by name.
+It is text so that a fused module can be pickled and its forward read; it imports classes and functions by name.
 """
 
 import builtins
@@ -38,7 +38,7 @@ _OTHER_ARGUMENTS = "it was called with other arguments than its forward was trac
 
 
 class Operation(NamedTuple):
-    """One fused operation, and where its modules are; activation: "relu" for a function, None for nothing."""
+    """One fused operation and the paths of its modules; activation: "relu" for a function, None for none."""
 
     pattern: str
     conv: Path | None
@@ -46,7 +46,7 @@ class Operation(NamedTuple):
     activation: Path | str | None
 
     def obstacle(self, module: nn.Module) -> str:
-        """Why it would run one by one now, as the generated forward asks it; or an empty string."""
+        """Returns why it would run unfused now, by the generated forward's checks; or an empty string."""
         activation = self.activation
         acts = isinstance(activation, tuple)
         act = child(module, activation) if isinstance(activation, tuple) else activation
@@ -56,9 +56,10 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """inputs: names of forward's arguments. untouched: the children whose forward is not called, with their classes.
+    """A generated forward and its guards.
 
-    Convolutions, norms and ReLUs are not among them: `units` looks at those, and calls them where it must.
+    inputs: names of forward's arguments. untouched: the children whose forward is not called, with their classes;
+    without convolutions, norms and ReLUs, which `units` checks, and calls if needed.
     """
 
     source: str
@@ -70,7 +71,7 @@ class Program:
     operations: tuple[Operation, ...] = ()
 
     def obstacle(self, module: nn.Module) -> str:
-        """Why the original forward must be run."""
+        """Returns why the original forward must run, or an empty string."""
         for path, kind in self.untouched:
             if reason := bypass_obstacle(child(module, path), kind):
                 return f"{'.'.join(path)}: {reason}"
@@ -78,7 +79,7 @@ class Program:
         for read in self.reads:
             owner = child(module, read.path)
             if compiling:
-                # a look-up leaves a guard, one in the instance's dict none
+                # a look-up makes torch.compile add a guard, one in the instance's dict doesn't
                 _ = hasattr(owner, read.name) and getattr(owner, read.name, None)
             if owner is None or not holds(owner, read):
                 return f"{'.'.join((*read.path, read.name))} has changed"
@@ -88,20 +89,20 @@ class Program:
         return self.granted.obstacle(module)
 
     def states(self, module: nn.Module) -> list[tuple[str, str]]:
-        """As Fused._rir_operations."""
+        """Returns what Fused._rir_operations does."""
         reason = self.obstacle(module)
-        # a program pickled by version 0.1 has codes
+        # programs pickled by version 0.1 have codes
         return [(pattern_name(one.pattern), reason or one.obstacle(module)) for one in self.operations]
 
     def methods(self, original: type) -> tuple[Method, ...]:
-        """What the source stands for, as it is now: forwards that are not called, methods and properties that were."""
+        """Returns the current methods that the source replaces: forwards, and methods and properties they called."""
         kinds = {(): original} | {path: kind for path, kind in self.untouched}
         called = {(path, "forward") for path in kinds}
         called |= {(read.path, read.name) for read in self.reads if is_of_the_class(read) and read.path in kinds}
         return tuple(method for path, name in sorted(called) for method in methods_of(kinds[path], name))
 
     def forward(self, original: type[nn.Module]):
-        """The forward of a fused class."""
+        """Returns the forward of a fused class."""
         fused, inputs = _compiled(self.source).forward, self.inputs
 
         @functools.wraps(original.forward)
@@ -118,19 +119,19 @@ class Program:
         return forward
 
     def helpers(self) -> dict[str, Callable]:
-        """The methods of a fused class that its forward calls."""
+        """Returns the methods of a fused class that its forward calls."""
         return {name: f for name, f in vars(_compiled(self.source)).items() if name.startswith(_ONE_BY_ONE)}
 
 
 def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined: frozenset[str]) -> Program:
-    """The program for these chains of the trace; the trace itself is left as it is."""
+    """Writes the program for these chains of the trace, without changing the trace."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     root = graph.placeholder("self")
     graph.output(graph.graph_copy(trace.graph, copies))
     helpers = {f"{_ONE_BY_ONE}{i}": _one_by_one(chain) for i, chain in enumerate(chains)}
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-        # of the class, see swap.Recipe
+        # the class has it, see swap.Recipe
         impl = graph.call_function(getattr, (graph.call_function(getattr, (root, "_rir_fusion")), "impl"))
     for name, chain in zip(helpers, chains, strict=True):
         _replace(graph, chain, copies, root, {"impl": impl}, name)
@@ -151,7 +152,7 @@ def _operation(chain):
 
 
 def _one_by_one(chain):
-    """What forward did instead of the chain, by its own operations: in place where it was, for dtypes and errors."""
+    """Builds the chain from forward's original operations, in place where they were, for the same dtypes and errors."""
     graph = fx.Graph()
     graph.placeholder("self")
     copies = {chain.input: graph.placeholder("x")}
@@ -183,16 +184,16 @@ def _replace(graph, chain, copies, root, options, one_by_one):
     last.replace_all_uses_with(fused)
     for node in reversed(chain.nodes):
         graph.erase_node(copies[node])
-    copies[chain.nodes[-1]] = fused  # which may be what another chain takes in
+    copies[chain.nodes[-1]] = fused  # may be an input of another chain
 
 
 def _look_up(graph, module):
-    """Takes children, parameters and buffers by keys, since not every name of a child can be spelled in Python."""
+    """Looks up children, parameters and buffers by key, since some names of children are not valid in Python."""
     (root, *_) = graph.nodes
     children, dicts = {(): root}, {}
 
     def found(path):
-        """The node of the child at `path`, which is looked up once."""
+        """Returns the node of the child at `path`, which is looked up once."""
         if path not in children:
             owner = found(path[:-1])
             if owner not in dicts:
@@ -215,7 +216,7 @@ def _look_up(graph, module):
 
 
 def _source(graphs):
-    """The functions of these names, with the imports they need."""
+    """Returns the source of these functions, with the imports they need."""
     used: dict[str, object] = {}
     functions = []
     for function, graph in graphs.items():
@@ -243,7 +244,7 @@ def _import(name, value):
 
 @functools.cache
 def _compiled(source):
-    # a module, since torch.compile looks for a function's globals by the name in them
+    # a module, since torch.compile finds a function's globals by the __name__ in them
     name = f"{__name__}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     generated = sys.modules[name] = types.ModuleType(name)
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for tracebacks

@@ -1,4 +1,4 @@
-"""What code that cannot be traced may come to: the objects that it holds, and the names of attributes that it loads."""
+"""What untraceable code may reach: the objects that it holds, and the names of attributes that it loads."""
 
 import dis
 import functools
@@ -12,28 +12,28 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-_MOST = 10_000  # objects looked at for one module: a dataset that it holds is not searched
+_MOST = 10_000  # objects visited per module, so that a dataset that it holds is not searched
 _TABLES = ("_modules", "_parameters", "_buffers")
 _TRAVERSE = {"modules", "parameters", "buffers", "named_modules", "named_parameters", "named_buffers", "state_dict"}
 _TRAVERSE |= {"get_submodule", "get_parameter", "get_buffer"}
 _TYPES = {"isinstance", "issubclass", "type", "__class__"}
-_LOADS_METHODS = sys.version_info >= (3, 12)  # LOAD_ATTR does, by a flag; before it was LOAD_METHOD
+_LOADS_METHODS = sys.version_info >= (3, 12)  # LOAD_ATTR does, by a flag; earlier LOAD_METHOD
 _CHILDREN = {"_modules", "_parameters", "_buffers", "children", "named_children", "__dict__"}
 
 
 def held_by(module: nn.Module, known: Container[nn.Module]) -> list:
-    """Modules and tensors within its attributes, other than its children, parameters and buffers."""
+    """Returns modules and tensors within its attributes, other than its children, parameters and buffers."""
     return held_within((value for name, value in module.__dict__.items() if name not in _TABLES), known)
 
 
 def held_within(objects: Iterable, known: Container[nn.Module]) -> list:
-    """Modules and tensors that these objects are or refer to: through containers, functions, instances, and modules
-    that are not known.
+    """Returns modules and tensors that these objects are or refer to, through containers, functions, instances, and
+    modules that are not known.
     """
     found, queue, seen = [], list(objects), set[int]()
     while queue and len(seen) < _MOST:
         one = queue.pop()
-        # a weak proxy may be dead, and raises then whatever it is asked; code that uses one names what it loads from it
+        # a dead weak proxy raises on any access; code that uses a proxy names what it loads from it
         if type(one) in weakref.ProxyTypes or id(one) in seen:
             continue
         if isinstance(one, type | types.ModuleType | types.CodeType | str | int | float):
@@ -53,7 +53,7 @@ def held_within(objects: Iterable, known: Container[nn.Module]) -> list:
 
 
 class Load(NamedTuple):
-    """A name in code, and the module whose attribute it is; None where it is another's, or a global or a string."""
+    """A name in code, and the module whose attribute it is; None if it is another object's, a global or a string."""
 
     name: str
     owner: nn.Module | None
@@ -61,11 +61,11 @@ class Load(NamedTuple):
 
 
 def name_that_reaches(found: Iterable[Load | None], within, parts: set[nn.Module], names: set[str]) -> str:
-    """Which of the names found in code may lead to `parts`, or an empty string.
+    """Returns which of the names found in code may lead to `parts`, or an empty string.
 
-    within: whether another module has `parts` within. names: of the parts, and of what they own: they count where
-    nothing is known of the object that they are loaded from. Items count as loaded where a module that has a part for
-    an item is used otherwise than by a call.
+    within: whether another module contains `parts`. names: of the parts and of what they own; they count if the object
+    that they are loaded from is unknown. Items count as loaded if a module that has a part as an item is used in any
+    way other than a call.
     """
     for load in found:
         if load is None:
@@ -86,13 +86,13 @@ def name_that_reaches(found: Iterable[Load | None], within, parts: set[nn.Module
 
 
 def asks_types(found: Iterable[Load | None]) -> bool:
-    """Whether this code may ask of which class a module is."""
+    """Whether this code may ask for a module's class."""
     return any(load is not None and load.name in _TYPES for load in found)
 
 
 def loads(code: Callable | type[nn.Module], module: nn.Module) -> Iterator[Load | None]:
-    """What is loaded by name in a hook or the forward of a class, and in what these call; None: it is not in Python."""
-    known = module  # by the first argument
+    """Yields what a hook or a class's forward, and what they call, load by name; None for code not in Python."""
+    known = module  # the first argument
     if isinstance(code, type):
         code = cast(type[nn.Module], code).forward
     while isinstance(code, functools.partial):
@@ -114,14 +114,14 @@ def loads(code: Callable | type[nn.Module], module: nn.Module) -> Iterator[Load 
                 yield load
                 if known is not None and load.owner in (None, module):
                     methods = list(_methods(type(module), load.name))
-                    # of self it is the first; super() may find any
+                    # self finds the first; super() may find any
                     queue += [(f, module) for f in (methods[:1] if load.owner is module else methods)]
                 called = function.__globals__.get(load.name)
                 queue += [(called, None)] if _is_ours(called) else []
 
 
 def _loads(code, me, known):
-    """Attributes and globals, and strings that may name some."""
+    """Yields attributes and globals that the code loads, and strings that may name some."""
     owner = None
     for instruction in dis.get_instructions(code):
         value = instruction.argval
@@ -145,7 +145,7 @@ def _loads(code, me, known):
 
 
 def _methods(kind, name):
-    """The functions that a class and its bases outside torch have by this name."""
+    """Returns the functions of this name in a class and its bases outside torch."""
     for base in kind.__mro__:
         found = vars(base).get(name)
         found = getattr(found, "fget", None) or getattr(found, "__func__", None) or found

@@ -1,7 +1,7 @@
-"""Modules tell a tracer what is asked of them: for as long as a session lasts, their classes look names up in Python.
+"""Modules report attribute look-ups to a tracer: during a session, their classes look names up in Python.
 
-Only classes of modules that are traced are changed, each once in a session, and not nn.Module: a change of that costs
-the more the more subclasses of it there are in the process. Threads that trace nothing find what they always did.
+This changes only classes of traced modules, each once per session, and not nn.Module: the cost of changing that grows
+with the number of its subclasses in the process. Threads that trace nothing see no difference.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ _changed: set[type] = set()
 
 
 class Untraceable(BaseException):
-    """Why a forward has no graph that stands for it. No Exception, which forward may catch."""
+    """Raised when forward cannot be captured as one graph. Not an Exception, which forward may catch."""
 
 
 def refuse(reason: str):
-    """Raises it; the tracer of this thread remembers, since a bare `except` in forward catches even this."""
+    """Raises Untraceable; this thread's tracer remembers it, since a bare `except` in forward catches even this."""
     tracer = _tracers.get(threading.get_ident())
     if tracer is not None:
         tracer.refusals.append(reason)
@@ -32,9 +32,9 @@ def refuse(reason: str):
 
 @contextlib.contextmanager
 def session() -> Iterator[defaultdict[object, list]]:
-    """What is traced within has the classes changed once, and may keep here what it knows; sessions nest.
+    """Keeps classes changed for all traces within, and yields a cache for these; sessions nest.
 
-    Untraceable within a forward that is traced: whatever is done there to a model would stay.
+    Raises Untraceable within a traced forward: what a session does to a model there would persist.
     """
     global _sessions
     if threading.get_ident() in _tracers:
@@ -55,13 +55,13 @@ def session() -> Iterator[defaultdict[object, list]]:
 
 @contextlib.contextmanager
 def recording(tracer, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it tracer.look_up is asked for every attribute of these modules, by this thread. Only in a session."""
+    """Calls tracer.look_up for every attribute that this thread reads from these modules. Requires a session."""
     for kind in {type(module) for module in modules} - _changed:
         if kind.__getattribute__ not in (object.__getattribute__, _look_up):
             refuse(f"{kind.__name__} has a __getattribute__, by which attributes may be anything")
         with _lock:
             _changed.add(kind)
-            type.__setattr__(kind, "__getattribute__", _look_up)  # a metaclass is not asked
+            type.__setattr__(kind, "__getattribute__", _look_up)  # bypasses the metaclass
     _tracers[threading.get_ident()] = tracer
     try:
         yield
@@ -76,6 +76,6 @@ def _look_up(module, name, plain=object.__getattribute__):
 
 def _restore():
     for kind in _changed:
-        if vars(kind).get("__getattribute__") is _look_up:  # and not somebody else's by now
+        if vars(kind).get("__getattribute__") is _look_up:  # and nobody has replaced it since
             type.__delattr__(kind, "__getattribute__")
     _changed.clear()

@@ -1,4 +1,4 @@
-"""What is known of other people's classes. They are named, not imported: no instance is there without its library."""
+"""Registry of other libraries' classes, by name, not imported: an instance exists only if its library is imported."""
 
 import inspect
 
@@ -6,29 +6,29 @@ from torch import nn
 
 from .swap import is_fused
 
-# classes whose forward is looked into where a chain crosses its border
+# classes whose forward is inlined if a chain crosses its boundary
 _inlined: set[str | type] = set()
 # norms with an activation inside: the names of the children (activation, something that must be nn.Identity)
 _norm_acts: dict[str, tuple[str, str]] = {}
 
 
 def inline(*classes: str | type) -> None:
-    """Classes, or their full names."""
+    """Registers classes, or their full names, to be inlined."""
     _inlined.update(classes)
 
 
 def not_inlined(kind: type) -> None:
-    """Takes `inline` back."""
+    """Undoes `inline`."""
     _inlined.discard(kind)
 
 
 def norm_act(name: str, *, activation: str, nothing: str) -> None:
-    """A subclass of BatchNorm2d that calls these children after the norm."""
+    """Registers a subclass of BatchNorm2d that calls these children after the norm."""
     _norm_acts[name] = activation, nothing
 
 
 def is_inlined(module: nn.Module) -> bool:
-    """Whether its forward is looked into, as part of that of the module around it."""
+    """Whether its forward is inlined in that of the module around it."""
     kind = type(module)
     if is_fused(module):
         return False
@@ -36,7 +36,7 @@ def is_inlined(module: nn.Module) -> bool:
 
 
 def forward_of(kind: type):
-    """The class's forward as it stands there: on scripted classes, looking it up otherwise raises."""
+    """Returns the class's forward without getattr, which raises on scripted classes."""
     return inspect.getattr_static(kind, "forward")
 
 
@@ -51,7 +51,7 @@ def is_never_called(kind: type) -> bool:
 
 
 def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None] | None:
-    """The activation and what must be nothing, of a norm of such a kind; None for all others."""
+    """Returns a registered norm's activation and the child that must be nn.Identity; None for other norms."""
     names = _norm_acts.get(full_name(type(norm)))
     if names is None:
         return None
@@ -60,5 +60,5 @@ def activation_within(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | No
 
 
 def full_name(kind: type) -> str:
-    """As it is imported."""
+    """Returns the qualified name by which the class is imported."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,8 +1,8 @@
-"""One trace for many modules: blocks of one class whose forward comes to the same answers have the same graph.
+"""Reuses one trace for many modules: blocks of one class whose forward reads the same values have the same graph.
 
-What a forward does follows from its code, from how its module is built, and from what it reads. So a trace serves for
-another module of the class that has children of the same classes under the same names, with the same ones shared, and
-where all that was read is exactly the same: a 1 is no 1.0, and what is the same object for one has to be for the other.
+What a forward does depends on its code, its module's structure, and what it reads. So a trace also serves another
+module of the class that has children of the same classes under the same names, with the same sharing, and exactly the
+same values read: 1 differs from 1.0, and what is one object in the first module must be one in the other.
 """
 
 import functools
@@ -18,7 +18,7 @@ from .reads import Children, Found, Read, child, has
 
 _EXACT = (bool, int, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, torch.Size, dict, OrderedDict)
-# what they do is seen by what their code reads, or depends on nothing but the arguments
+# their behavior shows in what their code reads, or depends only on the arguments
 _KEEP_NOTHING = (
     *CONSTANTS, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.WrapperDescriptorType,
     types.MethodDescriptorType, types.ClassMethodDescriptorType,
@@ -26,7 +26,7 @@ _KEEP_NOTHING = (
 
 
 class _Same:
-    """Equal where it is of the same object."""
+    """Wraps an object; equal only to a wrapper of the same object."""
 
     def __init__(self, one):
         self.one = one
@@ -36,28 +36,28 @@ class _Same:
 
 
 def likeness(module: nn.Module) -> tuple:
-    """How a module is built: the class of all that is within, the names, and what is the same object."""
+    """Returns a module's structure: the classes of everything within, the names, and which objects are shared."""
     numbers, queue, kept = {id(module): 0}, [module], []
     found: list = []
-    for one in queue:  # which grows
+    for one in queue:  # the loop extends it
         found.append(type(one))
         for table in (one._modules, one._parameters, one._buffers):
             found.append(len(table))
             for name, value in table.items():
                 if id(value) not in numbers and isinstance(value, nn.Module):
                     queue.append(value)
-                kept.append(value)  # an id is of one object only as long as it is there
+                kept.append(value)  # ids are unique only while the objects are alive
                 found += (name, type(value), numbers.setdefault(id(value), len(numbers)))
     return tuple(found)
 
 
 def answers(module: nn.Module, reads: tuple[Read, ...]) -> list:
-    """What each read finds in the module, to be compared with what it finds in another one."""
+    """Returns what each read finds in the module, for comparison with another module."""
     return [_answer(child(module, read.path), read) for read in reads]
 
 
 def serves_others(trace, module: nn.Module) -> bool:
-    """Whether nothing that decided the graph may know which module it is: a cache, or a table of modules."""
+    """Whether the graph depends on nothing that may identify the module, such as a cache or a table of modules."""
     outside = all(map(_keeps_nothing, (part for one in trace.outside for part in one.parts)))
     return outside and all(_is_plain(child(module, read.path), read) for read in trace.reads)
 
@@ -67,7 +67,7 @@ def _answer(owner, read):
     if read.found is Found.ABSENT:
         return has(owner, name)
     if isinstance(read.found, Children | Found):
-        return name in owner.__dict__  # the rest is how it is built
+        return name in owner.__dict__  # the rest is part of the structure
     try:
         return _exactly(getattr(owner, name))
     except Exception as error:
@@ -80,7 +80,7 @@ def _exactly(value):
     if type(value) in _EXACT:
         return type(value), value
     if type(value) is float:
-        return float, repr(value)  # of 0.0 and -0.0, and of nan
+        return float, repr(value)  # distinguishes 0.0 from -0.0, and equates nan
     if isinstance(value, types.MethodType):
         return _Same(value.__self__), _Same(value.__func__)
     return _Same(value)

@@ -1,4 +1,4 @@
-"""fusion_status and fused_source: what runs fused now, and what runs in place of a module's forward."""
+"""fusion_status and fused_source: which operations run fused now, and the source that replaces a module's forward."""
 
 import inspect
 import textwrap
@@ -29,7 +29,7 @@ class OperationStatus:
 
 
 class FusionStatus(Table):
-    """The operations of a model, in the order of its modules and their forwards."""
+    """Lists the operations of a model, in the order of its modules and their forwards."""
 
     kind = OperationStatus
 
@@ -38,19 +38,19 @@ class FusionStatus(Table):
         self.title = title
 
     def headline(self) -> str:
-        """Counts, in one line."""
+        """Returns the counts in one line."""
         return f"{self.title}: {sum(one.fused for one in self)} of {len(self)} operations run fused"
 
 
 def fusion_status(model: nn.Module) -> FusionStatus:
-    """A list of all operations that `fuse_` has put into `model`: which of them would run fused now, and why not.
+    """Lists all operations that `fuse_` has put into `model`, whether each would run fused now, and if not, why.
 
-    Each has `.name .pattern .fused .reason`, see OperationStatus. The reasons come from what every call asks of the
-    modules: hooks, layers that were replaced or converted, classes that were patched, attributes and globals that
-    changed. What depends on the call's own tensors (their shapes, dtypes and number) is not among them: `record_calls`
-    lists it. A module that was put in place of a fused one is not listed. No forward runs, and nothing is changed.
+    Each has `.name .pattern .fused .reason`, see OperationStatus. The reasons come from the checks that every call
+    makes of the modules: hooks, replaced or converted layers, patched classes, changed attributes and globals. They
+    don't include what depends on the call's tensors (their shapes, dtypes and number), which `record_calls` lists. A
+    module that has replaced a fused one is not listed. No forward runs, and nothing is changed.
 
-    TypeError for a model that is no nn.Module.
+    Raises TypeError if the model is not an nn.Module.
     """
     check_model(model)
     operations = [
@@ -63,10 +63,10 @@ def fusion_status(model: nn.Module) -> FusionStatus:
 
 
 def fused_source(module: nn.Module) -> str:
-    """The Python source of what runs in place of the forward of `module`, which fuse_ has fused.
+    """Returns the Python source that runs instead of the forward of `module`, which fuse_ has fused.
 
-    TypeError for what is no nn.Module; ValueError for a module that is not fused; OSError where a forward that was
-    registered by hand has no source that can be read.
+    Raises TypeError if it is not an nn.Module, ValueError if it is not fused, and OSError if the source of a registered
+    forward cannot be read.
     """
     check_model(module)
     if not is_fused(module):
@@ -81,13 +81,13 @@ def fused_source(module: nn.Module) -> str:
 
 
 def _operations(module):
-    """(pattern, reason) of each, where the reasons of the whole module go first, as in a call."""
+    """Returns (pattern, reason) of each operation; reasons for the whole module take precedence, as in a call."""
     whole = _covered(module) or changed_class(module) or call_obstacle()
     return [(pattern, whole or reason) for pattern, reason in module._rir_operations()]
 
 
 def _covered(module):
-    """Why a call does not come to our forward, looked for behind wrappers that name what they wrap."""
+    """Returns why a call does not reach our forward, looking through wrappers that name what they wrap."""
     forward = module.forward
     while forward is not None:
         if getattr(forward, "__func__", forward) is type(module)._rir_forward:

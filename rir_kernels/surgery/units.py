@@ -1,9 +1,9 @@
-"""What a generated forward calls: one chain as a fused operation, from the modules that it bypasses.
+"""The functions that a generated forward calls: they run one chain as a fused operation that bypasses its modules.
 
-They are looked at in every call. Where one may not be bypassed, or the tensors do not fit the fused operation (a
-residual that is broadcast, or of another dtype, channels that are not the weight's), what forward did is done one by
-one: so results, dtypes and errors are those of the modules. The output's memory format is that of the convolution's
-output: channels_last where x or the weight is.
+Every call checks the modules. If one may not be bypassed, or the tensors do not fit the fused operation (a residual
+that is broadcast or has another dtype, channels that are not the weight's), the original operations run one by one, so
+results, dtypes and errors are those of the modules. The output has the memory format of the convolution's output:
+channels_last if x or the weight is.
 """
 
 import functools
@@ -20,11 +20,11 @@ _NO_IMAGE = "it was not given images, dense tensors of four dimensions"
 
 
 def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", acts=False, one_by_one=None):
-    """act(bn(scale * conv(x) + residuals)) or, post_norm, act(scale * bn(conv(x)) + residuals).
+    """Returns act(bn(scale * conv(x) + residuals)) or, post_norm, act(scale * bn(conv(x)) + residuals).
 
-    act: a module, "relu" or None; bn may bring a ReLU of its own. acts: whether there was a module, so that None is one
-    that is gone. one_by_one: called as one_by_one(x, *residuals) where it cannot be one operation; None calls the
-    modules as the formula has it.
+    act: a module, "relu" or None; bn may contain a ReLU. acts: whether there was a module, so that None means that it
+    is gone. one_by_one: called as one_by_one(x, *residuals) if it cannot be one operation; None calls the modules as
+    in the formula.
     """
     if one_by_one is None:
         one_by_one = functools.partial(_one_by_one, conv, bn, act, post_norm, scale)
@@ -48,7 +48,7 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
 
 
 def bn_act(x, bn, act, *, impl="auto", acts=False, one_by_one=None):
-    """act(bn(x)), where one of them is or has a ReLU; acts, one_by_one: as in `conv_bn_act`."""
+    """Returns act(bn(x)), where one of them is or has a ReLU; acts, one_by_one: as in `conv_bn_act`."""
     if one_by_one is None:
         one_by_one = functools.partial(_bn_act, bn, act)
     if not _is_image(x):
@@ -60,7 +60,7 @@ def bn_act(x, bn, act, *, impl="auto", acts=False, one_by_one=None):
 
 
 def obstacle(bn, act, *conv, acts=False) -> str:
-    """Why these modules, with or without a convolution in front, cannot be one operation now; or an empty string."""
+    """Returns why these modules, with or without a convolution first, cannot be one operation now, or ""."""
     for one in conv:
         if reason := conv_obstacle(one):
             return f"its convolution: {reason}"
@@ -92,12 +92,12 @@ def _bn_act(bn, act, x):
 
 
 def call(module, /, *args, **kwargs):
-    """A child that is not bypassed."""
+    """Calls a child that is not bypassed."""
     return module(*args, **kwargs)
 
 
 def attribute(module, name):
-    """A parameter or buffer."""
+    """Returns a parameter or buffer."""
     return getattr(module, name)
 
 
@@ -114,7 +114,7 @@ def _is_image(x):
 
 
 def _misfit(x, residuals, weight, spec):
-    """Why these tensors are not those of one operation, or an empty string."""
+    """Returns why these tensors do not fit one operation, or an empty string."""
     if weight is None:
         return "its convolution has no weight"
     if not all(map(_is_image, (x, *residuals))):

@@ -1,6 +1,6 @@
-"""Who in a model uses a convolution and its norm: what every forward calls and reads, as far as that can be known.
+"""Finds the uses of a convolution and its norm in a model: what every forward calls and reads, as far as known.
 
-A forward that can be traced shows it in its graph. One that cannot, and a hook, are judged by what they hold and by the
+A traceable forward shows them in its graph. An untraceable one, and a hook, are judged by what they hold and by the
 names in their code. What is not part of the model (a method that only its user calls) is not seen.
 """
 
@@ -21,16 +21,16 @@ from .recording import Untraceable
 from .tracer import options_of
 from .tracing import Trace, trace_modes
 
-_CHANGED = {"weight", "bias", "_parameters"}  # of a convolution that takes a norm in
+_CHANGED = {"weight", "bias", "_parameters"}  # of a convolution into which a norm is folded
 _CALL_THEIR_CHILDREN = ("torch.nn.", "rir_kernels.")  # and do nothing else with them: Sequential, RiRBlock
 _NAMES = _CHANGED | {"running_mean", "running_var", "num_batches_tracked"}
 
 
 class Pair(NamedTuple):
-    """A norm that is to be replaced, and the convolution whose parameters are to change, where there is one.
+    """A norm to be replaced, and the convolution whose parameters change, if there is one.
 
-    forwards: the modules in whose forwards the two are called, the outermost first. traces: of that one, which look
-    into the others; none where its class is known.
+    forwards: the modules in whose forwards the two are called, the outermost first. traces: of the outermost, with the
+    others inlined; none if its class is known.
     """
 
     norm: nn.Module
@@ -44,12 +44,12 @@ class Pair(NamedTuple):
 
     @property
     def tensors(self) -> list:
-        """Those that change."""
+        """Returns the tensors that change."""
         return [p for p in self.conv._parameters.values() if p is not None] if self.conv is not None else []
 
 
 class Seen(NamedTuple):
-    """What a forward does with the modules within reach: how often it calls each, and which attributes it reads."""
+    """What a forward does with the modules in its reach: how often it calls each, and which attributes it reads."""
 
     called: Counter[nn.Module]
     asked: dict[nn.Module | None, set[str]]
@@ -60,7 +60,7 @@ class Users:
 
     def __init__(self, model: nn.Module):
         self.names = {module: name for name, module in model.named_modules()}
-        self.places = defaultdict(list)  # the names of a child, parameter or buffer, one for each owner
+        self.places = defaultdict(list)  # the names of a child, parameter or buffer, one per owner
         for module, name in self.names.items():
             for table in (module._modules, module._parameters, module._buffers):
                 for attribute, value in table.items():
@@ -72,7 +72,7 @@ class Users:
         self.reached: dict[nn.Module, set[int]] = {}
 
     def other_use(self, pair: Pair) -> str:
-        """What would see that the pair is folded, other than the chain itself, or an empty string."""
+        """Returns what, other than the chain itself, would notice that the pair is folded; or an empty string."""
         for part in (pair.norm, pair.conv, *pair.tensors):
             if part is not None and len(self.places[id(part)]) > 1:
                 return f"it, or a parameter of it, has several names: {', '.join(self.places[id(part)])}"
@@ -88,7 +88,7 @@ class Users:
         return ""
 
     def use_by(self, pair, module):
-        """A use by the module's hooks, or by a forward that is not the pair's."""
+        """Returns a use by the module's hooks, or by a forward that is not the pair's."""
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if reason := self.use_of_code(pair, module, hook, held_within([hook], self.names)):
                 return f"a hook on {self.title(module)} {reason}"
@@ -109,7 +109,7 @@ class Users:
         return ""
 
     def use_in(self, pair, seen, module):
-        """A use in a forward that has been traced."""
+        """Returns a use in a traced forward."""
         own = module is pair.forwards[0]
         if pair.conv is not None:
             for part in (pair.conv, pair.norm) if own else pair.parts:
@@ -124,7 +124,7 @@ class Users:
         return ""
 
     def alternative(self, pair, seen):
-        """A convolution or norm that the forward may call in place of one of the pair: by an attribute, an argument."""
+        """Returns a conv or norm that forward may call instead of one of the pair, by an attribute or an argument."""
         for module in pair.forwards if pair.conv is not None else ():
             for found in _not_called(module, seen):
                 if any(isinstance(one, _NormBase | _ConvNd) for one in found.modules()):
@@ -132,7 +132,7 @@ class Users:
         return ""
 
     def use_of_code(self, pair, module, code, held):
-        """A use by code that is not traced."""
+        """Returns a use by code that is not traced."""
         targets = {id(one) for one in (*pair.parts, *pair.tensors)}
         if any(id(one) in targets for one in held):
             return "holds it, and may use it"
@@ -146,7 +146,7 @@ class Users:
         return self.loads[code, module]
 
     def norms_asked_for(self, module):
-        """Those whose class decides what the module's forward is."""
+        """Returns the norms whose class affects what the module's forward does."""
         if module not in self.asked_for:
             reached = self.reach(module)
             norms = [one for one in self.names if isinstance(one, _NormBase) and id(one) in reached]
@@ -155,7 +155,7 @@ class Users:
         return self.asked_for[module]
 
     def reach(self, module) -> set[int]:
-        """The modules, parameters and buffers that code of the module can come to by attributes."""
+        """Returns the modules, parameters and buffers that the module's code can reach by attributes."""
         if module not in self.reached:
             found, queue = set(), [module]
             while queue:
@@ -172,7 +172,7 @@ class Users:
 
 
 def _look(module) -> Seen | str:
-    """What its forward does, its children opaque, or why that is not known."""
+    """Returns what the module's forward does, with opaque children, or why that is unknown."""
     kind = class_of(module)
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
@@ -186,7 +186,7 @@ def _look(module) -> Seen | str:
 
 
 def _asks_for(norms, module) -> bool:
-    """Whether the forward is another one where the norms are FoldedNorms."""
+    """Whether the forward differs if the norms are FoldedNorms."""
     kinds, graphs = [type(norm) for norm in norms], []
     try:
         for now in (kinds, [FoldedNorm] * len(norms)):
@@ -206,14 +206,14 @@ def _seen(module, traces):
     asked = defaultdict(set)
     for trace in traces:
         calls = [node.target for node in trace.graph.nodes if node.op == "call_module"]
-        called |= Counter(map(module.get_submodule, calls))  # the most of any trace
+        called |= Counter(map(module.get_submodule, calls))  # the maximum over the traces
         for read in trace.reads:
             asked[child(module, read.path)].add(read.name)
     return Seen(called, asked)
 
 
 def _not_called(module, seen):
-    """The children that a forward leaves out, also those in a list of modules."""
+    """Yields the children that a forward does not call, including those in a list of modules."""
     for found in module._modules.values():
         if found is None or seen.called[found]:
             continue

@@ -1,7 +1,7 @@
-"""While a forward is traced: which functions run, what they read outside the module, and what they leave changed.
+"""Watches a forward during its trace: which functions run, what they read outside the module, and what they change.
 
-A profile function sees each function as it is entered, before a line of it runs: what its bytecode reads is looked up
-then, and containers are copied. When forward has returned, what it changed is put back, and the trace is refused.
+A profile function sees each function on entry, before a line of it runs: it looks up what the bytecode reads, and
+copies containers. After forward has returned, changes are restored, and the trace is refused.
 """
 
 import functools
@@ -23,29 +23,29 @@ _APART = ("_find_and_load", "__del__")
 _SETS_AN_ATTRIBUTE, CALLS_A_MODULE = nn.Module.__setattr__.__code__, nn.Module._wrapped_call_impl.__code__
 _RECORDS = ("torch.fx.", "torch.nn.modules.", f"{__package__}.")
 _ASKED = "torch.fx._symbolic_trace"  # whether torch.fx traces
-# what their attributes are is said by them, or asked by the recording of modules
+# their attributes are determined by them, or covered by the recording of modules
 _ENDS = (*CONSTANTS, *CONTAINERS, types.FunctionType, types.BuiltinFunctionType, nn.Module)
-# their functions read what is theirs; what they draw or hold shows where the model reads it
+# their functions read their own state; what they draw or hold shows up where the model reads it
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"torch", "numpy", __name__.partition(".")[0]}
 
 
 class Watch:
-    """A context. `refuse` is called with a reason, and raises."""
+    """A context manager. It calls `refuse` with a reason, which raises."""
 
     def __init__(self, modules, known, nodes, refuse, originals):
-        """modules: whose forward is looked into. nodes: how many the graph has so far.
+        """modules: those whose forward is traced. nodes: returns the number of nodes of the graph so far.
 
-        known: ids of all modules within. originals: of functions that stand in for others as long as forward runs.
+        known: ids of all modules within. originals: of functions that are replaced while forward runs.
         """
         self.modules, self.known, self.nodes, self.refuse, self.originals = modules, known, nodes, refuse, originals
-        self.asks_which = False  # of which class something is, or which of two things
+        self.asks_which = False  # whether code asks for a class, or compares identities
         self.outside: dict[tuple, Outside] = {}
         self.answers: dict[tuple, Outside] = {}
-        self.doubts: list[str] = []  # reasons to refuse, unless there is a better one
+        self.doubts: list[str] = []  # reasons to refuse if there is no better one
         self.kept, self.before = Kept(), {}
         self.entered, self.within, self.asking = set(), set(), []
-        self.apart = None  # the frame of an import or a finalizer, in which nothing is forward's
-        self.routes: dict[types.CodeType, list] = {}  # of functions: where they are found
+        self.apart = None  # the frame of an import or a finalizer, which is not part of forward
+        self.routes: dict[types.CodeType, list] = {}  # function's code: where to find the function
         children = (child for module in modules for child in (module, *module._modules.values()))
         kinds = dict.fromkeys(kind for child in children for kind in class_of(child).__mro__)
         self.classes = [kind for kind in kinds if not is_library(kind.__module__)]
@@ -57,14 +57,14 @@ class Watch:
         for module in self.modules:
             self.kept.keep(module.__dict__)
         self.collecting = gc.isenabled()
-        gc.disable()  # whose callbacks and finalizers are not forward's
+        gc.disable()  # its callbacks and finalizers are not part of forward
         self.previous = sys.getprofile()
         sys.setprofile(self._event)
 
     def __exit__(self, kind, error, traceback):
         sys.setprofile(None)
         if self.previous is not None:
-            # a profiler in C is no function
+            # a profiler in C is not a function
             enable = getattr(self.previous, "enable", None)
             enable() if enable else sys.setprofile(self.previous)
         if self.collecting:
@@ -114,14 +114,14 @@ class Watch:
 
     @staticmethod
     def _is_asked_by_a_model(frame):
-        """A function of torch, by something that is not."""
+        """Whether the frame is a function of torch, called by code outside torch."""
         name, caller = frame.f_globals.get("__name__", ""), frame.f_back
         if name.partition(".")[0] != "torch" or caller is None or _in_library(caller):
             return False
         return name == _ASKED or not f"{name}.".startswith(_RECORDS)
 
     def _answered(self, function, arguments):
-        """torch has told something, or made a tensor, that no input had a part in."""
+        """Records an answer of torch, or a tensor that it made, that depends on no input."""
         name, module = function.__name__, sys.modules.get(function.__module__)
         known = arguments is not None and all(isinstance(argument, CONSTANTS) for argument in arguments)
         if known and getattr(module, name, None) is function:
@@ -140,7 +140,7 @@ class Watch:
         self.entered.add(code)
         self.within.update(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
         base = namespace(frame.f_globals)
-        nested = code in self.within  # its closure is of a function that was entered
+        nested = code in self.within  # its closure belongs to a function that was entered
         route = self._found_again(frame, free) if (free and not nested) or code in self.routes else None
         self.asks_which |= asks_which(code)
         for kind, path in reads(code):
@@ -159,7 +159,7 @@ class Watch:
             self._read(owner, (), (name,), absent=True)
 
     def _found_again(self, frame, free):
-        """Where the function that is entered is found."""
+        """Returns where to find the function that is entered."""
         for base, path in self.routes.get(frame.f_code, ()):
             function = walk(base, path)
             cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
@@ -180,7 +180,7 @@ class Watch:
     def _read(self, base, prefix, path, start=None, absent=False):
         start = walk(base, prefix) if start is None else start
         value, used = start, 0
-        for step in path:  # as far as the names lead through what has no state but theirs
+        for step in path:  # as far as names lead through objects with no other state
             found = walk(value, (step,))
             if (found is MISSING and not absent) or (used and isinstance(value, _ENDS)):
                 break
@@ -204,9 +204,9 @@ class Watch:
         self.before.setdefault((id(start), path), (start, path, walk(start, path)))
 
     def _route(self, value, base, path):
-        """Functions within what is found there."""
+        """Registers the functions within a value that was found there."""
         if type(value) is staticmethod:
-            self._route(value.__func__, base, path)  # which is what the class gives for its name
+            self._route(value.__func__, base, path)  # what the class returns for its name
         elif type(value) in _WITH_A_FUNCTION:
             step = _WITH_A_FUNCTION[type(value)]
             self._route(getattr(value, step), base, (*path, step))
@@ -218,11 +218,11 @@ class Watch:
             for i, cell in enumerate(value.__closure__ or ()):
                 try:
                     self._route(cell.cell_contents, base, (*path, "__closure__", i, "cell_contents"))
-                except ValueError:  # an empty one
+                except ValueError:  # an empty cell
                     continue
 
     def attribute(self, value) -> None:
-        """What forward has read from a module."""
+        """Records a value that forward has read from a module."""
         self.kept.keep(value)
         self._route(value, value, ())
 
@@ -250,18 +250,18 @@ def is_library(name):
 
 @functools.lru_cache(maxsize=1024)
 def _records(name):
-    """Whether it is a module that makes the graph, the most frequent events: nothing there is asked by the model."""
+    """Whether the named module builds the graph (the most frequent events): the model reads nothing there."""
     return name is not None and name != _ASKED and f"{name}.".startswith(_RECORDS)
 
 
 def _in_library(frame):
     names = frame.f_globals
-    # without builtins: a namespace that the standard library has made for one function, such as a named tuple's
+    # without builtins: a namespace that the standard library made for one function, such as a named tuple's
     return is_library(names.get("__name__") or "") or not names.get("__builtins__", True)
 
 
 def _is_told_of_a_death(frame):
-    """Whether it is the callback of a weak reference, which Python calls wherever forward is at that moment."""
+    """Whether it is a weak reference's callback, which Python may call at any point of forward."""
     count = frame.f_code.co_argcount
     if count not in (1, 2):  # as a method, with self
         return False
@@ -270,7 +270,7 @@ def _is_told_of_a_death(frame):
 
 
 def _is_of_torch(function):
-    # those of torch's objects are about these objects
+    # methods of torch's objects concern only these objects
     owner = getattr(function, "__self__", None)
     home = getattr(function, "__module__", None) or ""
     return home.partition(".")[0] == "torch" and (owner is None or isinstance(owner, types.ModuleType))
