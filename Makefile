@@ -37,7 +37,7 @@ demo: $(READY) ## fuse a model, check it, time it; the report is written to out/
 train: $(READY) ## train a network: digits in half a minute; ARGS="--data DIR" for CIFAR
 	$(PY) -m models.train $(ARGS)
 
-bench: $(READY) ## the benchmark: every layer beside its peers; ARGS="layers --quick" for a first look
+bench: $(READY) ## the benchmark: every layer next to its peers; ARGS="layers --quick" for a first look
 	$(PY) -m bench $(ARGS)
 
 first: $(READY) ## on a GPU, its first minutes: compiled, exact, how fast; OUT=DIR MINUTES=8, ARGS=--dry without one

@@ -1,4 +1,4 @@
-"""How often a layer's training step passes over memory: eager PyTorch's operators beside our kernels, counted.
+"""How often a layer's training step passes over memory: eager PyTorch's operators and our kernels, counted.
 
 The unit is one activation tensor of the layer's output. An eager operator reads each input and writes each output
 once; a norm reads its input twice, since the statistics come first, and in backward both of its inputs; a convolution's

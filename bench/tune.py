@@ -1,7 +1,7 @@
 """Which tiles are fastest, of convolution and weight gradient: writes what `rir_kernels.triton.tiling.measured` reads.
 
 The analytic rule's best candidates take turns, in every use of the kernel that the shape has; each first passes the
-gate. All times are kept beside the rule's predictions, so that its constants can be corrected.
+gate. All times are kept with the rule's predictions, so that its constants can be corrected.
 """
 
 import contextlib

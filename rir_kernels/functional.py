@@ -62,9 +62,7 @@ def conv_bn_act(
     spec = build_spec(residual_at, branch_scale, stride, padding, dilation, groups, eps, activation)
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got NoneType: norm_act is the operation without a convolution")
-    residuals = () if residual is None else as_residuals(residual)
-    if residual_at is None and (residuals or spec.branch_scale != 1.0):
-        raise unplaced(residuals)
+    residuals = _placed(residual, residual_at, spec)
     call = Call(
         x, weight, bias, bn_weight, bn_bias, residuals, running_mean, running_var, None, spec, training,
         momentum,
@@ -115,11 +113,17 @@ def norm_act(
     missing statistics, ImportError and NotImplementedError if the requested implementation cannot run.
     """
     spec = build_spec(residual_at, branch_scale, 1, 0, 1, 1, eps, activation)
-    residuals = () if residual is None else as_residuals(residual)
-    if residual_at is None and (residuals or spec.branch_scale != 1.0):
-        raise unplaced(residuals)
+    residuals = _placed(residual, residual_at, spec)
     call = Call(
         x, None, None, bn_weight, bn_bias, residuals, running_mean, running_var, None, spec, training,
         momentum,
     )  # fmt: skip
     return apply(call, impl)
+
+
+def _placed(residual, residual_at, spec):
+    """Returns the residuals as a tuple; a residual or a branch_scale without residual_at is an error."""
+    residuals = () if residual is None else as_residuals(residual)
+    if residual_at is None and (residuals or spec.branch_scale != 1.0):
+        raise unplaced(residuals)
+    return residuals

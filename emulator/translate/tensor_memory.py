@@ -26,7 +26,7 @@ def with_early_waits(body: list[Instruction]) -> list[Instruction]:
             for place in reversed(early):
                 ordered.insert(place, i)
             loaded, early = set(), []
-        elif loaded & set(re.findall(r"%\w+", i.text)):
+        elif loaded and loaded & set(re.findall(r"%\w+", i.text)):
             loaded = set()
             early.append(len(ordered))
         if what == "ld":

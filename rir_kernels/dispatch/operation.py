@@ -67,18 +67,17 @@ def apply(
         x = to_format(aten.joined(call.x, residuals, call.spec), channels_last)
         spec = dataclasses.replace(call.spec, branch_scale=1.0)
         return apply(call.having(x=x, residuals=(), spec=spec), impl, process_group=process_group)
+    by = impl if launches or (impl == "reference" and process_group is None) else "torch"
     if calls.on():
-        by = impl if launches or (impl == "reference" and process_group is None) else "torch"
         calls.ran(call, asked=asked, meant=impl, impl=by)
 
     if process_group is not None:
         if launches:
             given, call = call, call.with_dense_vectors()
             signature = signature if call is given else None
-        by = impl if launches else "torch"
         return sync_statistics.run(process_group, call, by, by_kernels, channels_last, signature)
     if not launches:
-        runner = Composed("reference" if impl == "reference" else "torch", None if torch_format else channels_last)
+        runner = Composed(by, None if torch_format else channels_last)
     else:
         runner = None
         if impl == "triton" and signature is not None:

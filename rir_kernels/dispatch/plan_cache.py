@@ -29,14 +29,12 @@ def signature(call: Call, impl: str, torch_format: bool) -> tuple | None:
     may_launch = impl == "triton" or (impl == "auto" and isinstance(call.x, torch.Tensor) and on_gpu(call.x))
     if not may_launch or type(call.momentum) is not float:
         return None
-    inputs = call.inputs()
-    metadata = plans.metadata(inputs + call.buffers())
+    metadata = plans.metadata(call.inputs() + call.buffers())
     # torch increments a counter on any device, a kernel only one on its own device
     counter = call.num_batches_tracked
     if metadata is None or (counter is not None and counter.device != call.x.device):
         return None
-    saves = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
-    return (*metadata, call.spec, call.training, torch_format, saves, impl)
+    return (*metadata, call.spec, call.training, torch_format, call.needs_grad(), impl)
 
 
 def find(signature: tuple, process_group) -> runners.Planned | sync_statistics.KernelsOfRanks | None:

@@ -85,13 +85,13 @@ class _Kind:
     """
 
     def __init__(self, call: Call, impl: str, channels_last: bool, repeats: bool):
-        self.spec, self.impl, self.channels_last, self.repeats = call.spec, impl, channels_last, repeats
+        spec = call.spec
+        self.spec, self.impl, self.channels_last, self.repeats = spec, impl, channels_last, repeats
         self.in_place = False  # whether the kernels are known to read the tensors where they are
         *running, batches = call.buffers()
         # a kernel expects contiguous per-channel vectors, and counts on its own device only
         self.dense = all(buffer is None or buffer.is_contiguous() for buffer in running)
         self.counts = batches is not None and batches.device == call.x.device
-        spec = call.spec
         self.moments = plans.Repeated(halves.moments, (spec, impl), repeats)
         self.normalize = plans.Repeated(halves.normalize, spec, repeats)
         self._backward: dict[tuple | None, tuple[plans.Repeated, plans.Repeated]] = {}

@@ -52,7 +52,7 @@ CALLS = [
     ),
     Mutant(
         "plan: repeated for another rule of memory format", "rir_kernels/dispatch/plan_cache.py",
-        "torch_format, saves, impl)", "saves, impl)", FORMATS,
+        "torch_format, call.needs_grad(), impl)", "call.needs_grad(), impl)", FORMATS,
     ),
     Mutant(
         "plan: the op's repeated for other options", "rir_kernels/backends/plans.py",

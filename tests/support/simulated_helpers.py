@@ -1,4 +1,4 @@
-"""Programs of tests/support/simulated, each of which needs a process of its own."""
+"""Programs of tests/support/simulated, each of which needs its own process."""
 
 import json
 import os
