@@ -17,7 +17,7 @@ from bench.results import DTYPES, IMPLS, OURS
 from bench.roofline import Pass
 from bench.selection import Selection
 from models import RiR
-from rir_kernels.surgery.swap import Fused
+from rir_kernels.surgery.class_swap import Fused
 
 MODES = {False: ("eval",), True: ("step", "step_recompute")}
 

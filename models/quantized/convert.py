@@ -5,7 +5,7 @@ The rule of arXiv 2105.03536: all weights and activations at 4 bits, but the fir
 
 from torch import nn
 
-from rir_kernels.surgery.swap import is_fused
+from rir_kernels.surgery.class_swap import is_fused
 
 from .codes import check_bits
 from .layers import TWINS, become

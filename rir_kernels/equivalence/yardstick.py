@@ -10,7 +10,7 @@ from torch import nn
 from ..common.random_state import seed_all
 from ..dispatch.preference import use_impl
 from ..modules import ConvBNAct, RiRLayer
-from ..surgery.swap import is_covered, is_fused, swap_in
+from ..surgery.class_swap import is_covered, is_fused, swap_in
 from .criterion import GRADIENTS, is_floating, judge_all
 from .report import EquivalenceRow
 from .runs import Run, run

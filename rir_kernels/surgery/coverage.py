@@ -11,9 +11,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
+from .bypass import conv_obstacle, norm_obstacle, relu_obstacle
 from .classes import Conv2d
 from .folded_norm import FoldedNorm
-from .guards import conv_obstacle, norm_obstacle, relu_obstacle
 from .patterns import Refusal
 from .reads import child, path_of
 from .registry import is_inlined, is_never_called

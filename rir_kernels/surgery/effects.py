@@ -18,8 +18,8 @@ from torch.nn.modules import activation, batchnorm, conv, linear, pooling
 
 from ..common.fused_class import class_of
 from ..sync_batchnorm import SyncBatchNorm2d
+from .bypass import bypass_obstacle
 from .folded_norm import FoldedNorm
-from .guards import bypass_obstacle
 from .registry import calls_in_turn
 
 _ARGUMENTS = "forward's arguments"

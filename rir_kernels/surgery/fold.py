@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..common.fused_class import class_of
+from .bypass import norm_has_relu, norm_obstacle
 from .coverage import is_norm
 from .folded_norm import FoldedNorm
 from .fuse import check_model, walk
-from .guards import norm_has_relu, norm_obstacle
 from .patterns import Refusal
 from .recording import session
 from .report import FusionReport, Replaced, Skipped

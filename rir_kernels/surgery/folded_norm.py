@@ -1,12 +1,8 @@
 """The module that replaces a batch norm after folding."""
 
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-sys.modules.setdefault("rir_kernels.folded_norm", sys.modules[__name__])  # its name in models pickled by version 0.1
 
 
 class FoldedNorm(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 from ..common.fused_class import class_of
 from ..common.inputs import as_inputs
 from ..dispatch.preference import check_impl
+from .class_swap import Recipe, changed_class, fused_class, is_covered, is_fused, swap_back, swap_in
 from .classes import subclass_obstacle
 from .coverage import Ledger
 from .folded_norm import FoldedNorm
@@ -17,7 +18,6 @@ from .pattern_names import PATTERNS, pattern_name
 from .patterns import Match, Refusal, families
 from .recording import Untraceable, session
 from .report import FusionReport, Replaced, Skipped
-from .swap import Recipe, changed_class, fused_class, is_covered, is_fused, swap_back, swap_in
 from .tracer import first_line
 
 

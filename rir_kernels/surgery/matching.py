@@ -17,10 +17,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from .bypass import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .classes import Identity
 from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .folded_norm import FoldedNorm
-from .guards import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
 from .patterns.base import Refusal
 from .reads import Path
 

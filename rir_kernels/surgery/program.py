@@ -21,12 +21,12 @@ from torch import fx, nn
 from torch.fx.graph import _custom_builtins
 from torch.fx.node import _get_qualified_name
 
-from . import in_place, units
-from .chains import Chain
+from . import in_place, runtime
+from .bypass import bypass_obstacle, call_obstacle
 from .classes import Method, methods_of
 from .fallback import note
 from .granted import Granted, granted
-from .guards import bypass_obstacle, call_obstacle
+from .matching import Chain
 from .outside import Outside
 from .pattern_names import pattern_name
 from .reads import Path, Read, child, holds, is_of_the_class, path_of
@@ -51,7 +51,7 @@ class Operation(NamedTuple):
         acts = isinstance(activation, tuple)
         act = child(module, activation) if isinstance(activation, tuple) else activation
         convs = () if self.conv is None else (child(module, self.conv),)
-        return units.obstacle(child(module, self.norm), act, *convs, acts=acts)
+        return runtime.obstacle(child(module, self.norm), act, *convs, acts=acts)
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ def _replace(graph, chain, copies, root, options, one_by_one):
             act = graph.get_attr(chain.relu.target)
             options |= {"acts": True}
         if chain.conv is None:
-            fused = graph.call_function(units.bn_act, (x, norm, act), options)
+            fused = graph.call_function(runtime.bn_act, (x, norm, act), options)
         else:
             conv = graph.get_attr(chain.conv.target)
             residuals = [copies[residual] for residual in chain.residuals]
             options |= {} if chain.post_norm else {"post_norm": False}
             options |= {} if chain.scale == 1.0 else {"scale": chain.scale}
-            fused = graph.call_function(units.conv_bn_act, (x, conv, norm, act, *residuals), options)
+            fused = graph.call_function(runtime.conv_bn_act, (x, conv, norm, act, *residuals), options)
     last.replace_all_uses_with(fused)
     for node in reversed(chain.nodes):
         graph.erase_node(copies[node])
@@ -206,11 +206,11 @@ def _look_up(graph, module):
         path = path_of(node.target)
         with graph.inserting_before(node):
             if node.op == "call_module":
-                value = graph.call_function(units.call, (found(path), *node.args), dict(node.kwargs))
+                value = graph.call_function(runtime.call, (found(path), *node.args), dict(node.kwargs))
             elif child(module, path) is not None:
                 value = found(path)
             else:
-                value = graph.call_function(units.attribute, (found(path[:-1]), path[-1]))
+                value = graph.call_function(runtime.attribute, (found(path[:-1]), path[-1]))
         node.replace_all_uses_with(value)
         graph.erase_node(node)
 

@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-from .swap import is_fused
+from .class_swap import is_fused
 
 # classes whose forward is inlined if a chain crosses its boundary
 _inlined: set[str | type] = set()

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from ..common.spec import kept_spec
 from ..dispatch import bn_state
+from .bypass import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
 from .fallback import note
-from .guards import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
 
 _NO_IMAGE = "it was not given images, dense tensors of four dimensions"
 

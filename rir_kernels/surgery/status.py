@@ -8,9 +8,9 @@ from torch import nn
 
 from ..common.fused_class import class_of
 from ..common.tables import Table
+from .bypass import call_obstacle
+from .class_swap import changed_class, is_fused
 from .fuse import check_model
-from .guards import call_obstacle
-from .swap import changed_class, is_fused
 
 
 @dataclass(frozen=True)

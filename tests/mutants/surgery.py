@@ -43,10 +43,10 @@ EFFECTS = [
     ),
     _effect(
         "statistics read in between", "changed & memory.used(node)", "changed & memory.written(node)",
-        "read_statistics", "chains",
+        "read_statistics", "matching",
     ),
-    _effect("writes in between", "elif read & memory.written(node):", "elif False:", "two_views", "chains"),
-    _effect("statistics handed in", "if handed & changed", "if False", "statistics_as_residual", "chains"),
+    _effect("writes in between", "elif read & memory.written(node):", "elif False:", "two_views", "matching"),
+    _effect("statistics handed in", "if handed & changed", "if False", "statistics_as_residual", "matching"),
     _fault(
         "effects: arguments apart", "effects", "return frozenset([_ARGUMENTS])", "return frozenset([node])",
         "test_effects.py::test_two_arguments_may_be_one_tensor",
@@ -200,7 +200,7 @@ CLASSES = [
         "test_outside.py::test_changed_afterwards[ByPartial]",
     ),
     _fault(
-        "classes: of the unit", "swap", "        if reason := replaced(methods):", "        if False:",
+        "classes: of the unit", "class_swap", "        if reason := replaced(methods):", "        if False:",
         "test_patched_classes.py::test_methods_replaced_on_a_class[unit]",
     ),
     _fault(
@@ -208,7 +208,7 @@ CLASSES = [
         "test_patched_classes.py::test_property_replaced_on_a_class",
     ),
     _fault(
-        "classes: pickled after a change", "swap", "if replaced(self.methods) else None", "if False else None",
+        "classes: pickled after a change", "class_swap", "if replaced(self.methods) else None", "if False else None",
         "test_patched_classes.py::test_a_copy_that_is_pickled_while_a_method_is_replaced",
     ),
     _fault(
@@ -225,11 +225,12 @@ CLASSES = [
         "test_patched_classes.py::test_registries_of_subclasses_see_nothing[ByMeta]",
     ),
     _fault(
-        "classes: __init_subclass__ is told", "swap", 'if "_rir_fusion" not in vars(cls):', "if True:",
+        "classes: __init_subclass__ is told", "class_swap", 'if "_rir_fusion" not in vars(cls):', "if True:",
         "test_patched_classes.py::test_registries_of_subclasses_see_nothing[BySubclass]",
     ),
     _fault(
-        "classes: copies made by the fused one", "swap", "recipe.original if part is type(self) else part", "part",
+        "classes: copies made by the fused one", "class_swap",
+        "recipe.original if part is type(self) else part", "part",
         "test_patched_classes.py::test_classes_that_say_how_they_are_copied[pickle-Reduced]",
     ),
 ]  # fmt: skip
@@ -240,7 +241,7 @@ CALLS = [
         "test_one_by_one.py::test_sums_of_what_does_not_fit[added_in_place]",
     ),
     _fault(
-        "one by one: dtypes of residuals", "units", "all(r.dtype == x.dtype for r in residuals)", "True",
+        "one by one: dtypes of residuals", "runtime", "all(r.dtype == x.dtype for r in residuals)", "True",
         "test_status.py::test_calls_that_cannot_be_one_operation[another dtype]",
     ),
     Mutant(
@@ -248,19 +249,19 @@ CALLS = [
         "if otherwise is None:", "if True:", (f"{TRUTH}/test_one_by_one.py::test_inputs_that_are_refused[True-plain]",),
     ),
     _fault(
-        "one by one: numbers that torch reads", "guards", "if isinstance(norm.eps, float | int) else", "if True else",
+        "one by one: numbers that torch reads", "bypass", "if isinstance(norm.eps, float | int) else", "if True else",
         "test_one_by_one.py::test_numbers_that_are_not_pythons[eps, tensor]",
     ),
     _fault(
-        "one by one: tensors before parameters", "guards", "if name in parameters and name not in module.__dict__:",
+        "one by one: tensors before parameters", "bypass", "if name in parameters and name not in module.__dict__:",
         "if name in parameters:", "test_one_by_one.py::test_weights_that_are_no_parameters[shadowed-False]",
     ),
     _fault(
-        "one by one: padding with a stride", "guards", "if dilation is None or pair(conv.stride) != (1, 1):",
+        "one by one: padding with a stride", "bypass", "if dilation is None or pair(conv.stride) != (1, 1):",
         "if dilation is None:", "test_one_by_one.py::test_modules_that_do_not_fit_each_other",
     ),
     _fault(
-        "calls: hooks on all modules", "guards", "if _has_any_global_hook():", "if False:",
+        "calls: hooks on all modules", "bypass", "if _has_any_global_hook():", "if False:",
         "test_one_by_one.py::test_a_hook_on_all_modules",
     ),
     _fault(
@@ -357,7 +358,7 @@ SEEN = [
         "if False:", "test_status.py::test_what_is_outside_of_the_module",
     ),
     _fault(
-        "one by one: a ReLU that is gone", "units", 'if (acts if act is None else act != "relu") and',
+        "one by one: a ReLU that is gone", "runtime", 'if (acts if act is None else act != "relu") and',
         'if act not in (None, "relu") and', "test_one_by_one.py::test_a_child_that_is_gone",
     ),
 ]  # fmt: skip
@@ -389,7 +390,7 @@ FOLD = [
         "queue += [(f, module) for f in (methods[:1] if load.owner is module else methods)]", "pass", "Untraced",
     ),
     _use(
-        "optional arguments", "patterns/traced",
+        "optional arguments", "patterns/fx_traced",
         "folds = [one if one in also else _with_other_arguments(one) for one in folds]", "pass", "RawByArgument",
     ),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fold_bn_, fuse_
-from rir_kernels.surgery.patterns import traced
+from rir_kernels.surgery.patterns import fx_traced
 from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
 
 X = randn(2, 4, 6, 6)
@@ -156,14 +156,14 @@ def test_scripted_model():
 def test_a_fault_of_ours_skips_its_block_only(monkeypatch, place):
     model = nn.Sequential(good(), good())
 
-    right = getattr(traced.FAMILY, place)
+    right = getattr(fx_traced.FAMILY, place)
 
     def faulty(module, *args):
         if module is model[0]:
             raise KeyError("a node")
         return right(module, *args)
 
-    monkeypatch.setattr(traced, "FAMILY", dataclasses.replace(traced.FAMILY, **{place: faulty}))
+    monkeypatch.setattr(fx_traced, "FAMILY", dataclasses.replace(fx_traced.FAMILY, **{place: faulty}))
     report = fuse_(model)
     assert [item.name for item in report.replaced] == ["1"]
     reason = "it cannot be fused: KeyError: 'a node'"

@@ -13,7 +13,7 @@ from torch import nn
 
 from rir_kernels import reference
 from rir_kernels.surgery import fuse_
-from rir_kernels.surgery.guards import pair
+from rir_kernels.surgery.bypass import pair
 from tests.support.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
 
 X = randn(2, 4, 6, 6)

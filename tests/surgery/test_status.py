@@ -301,7 +301,7 @@ def test_units_that_are_known_as_a_whole(name):
     assert {(call.name, call.fused) for call in calls} == {("", not reason)}
     assert not reason or {call.reason for call in calls} == {reason}
     source = rir.fused_source(model)
-    assert source.startswith("def forward(self, x") and ("bn_state" in source or "four_convs" in source)
+    assert source.startswith("def forward(self, x") and ("bn_state" in source or "packed_convs" in source)
 
 
 def test_pytorchcvs_unit():

@@ -11,9 +11,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 import rir_kernels.surgery.fuse
 from rir_kernels import reference
 from rir_kernels.surgery import FusionReport, fuse_, unfuse_
+from rir_kernels.surgery.class_swap import Fused
 from rir_kernels.surgery.patterns import Family, Match, Refusal, families
 from rir_kernels.surgery.patterns.base import exactly
-from rir_kernels.surgery.swap import Fused
 from tests.support.surgery_helpers import (
     OPERATIONS,
     Net,

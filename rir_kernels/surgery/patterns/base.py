@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..swap import Fused
+from ..class_swap import Fused
 
 
 class Match(NamedTuple):

@@ -2,13 +2,13 @@
 
 from torch import fx
 
-from ..chains import NORMS, Chain, find_chains
+from ..bypass import bypass_obstacle
+from ..class_swap import Fused
 from ..classes import Conv2d
-from ..guards import bypass_obstacle
+from ..matching import NORMS, Chain, find_chains
 from ..program import write_program
 from ..recording import Untraceable, session
 from ..registry import calls_in_turn, forward_of, is_inlined, is_never_called
-from ..swap import Fused
 from ..tracer import options_of
 from ..tracing import Trace, sketch, trace, trace_modes
 from .base import Family, Fold, Match, Refusal

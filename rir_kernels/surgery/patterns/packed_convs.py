@@ -14,9 +14,9 @@ from ...common.spec import kept_spec
 from ...common.streams import pack_weight
 from ...dispatch import bn_state
 from ...sync_batchnorm import SyncBatchNorm2d
+from ..bypass import bypass_obstacle
 from ..classes import BatchNorm2d, Conv2d
 from ..fallback import NORMS_DIFFER
-from ..guards import bypass_obstacle
 
 
 class Layer(NamedTuple):

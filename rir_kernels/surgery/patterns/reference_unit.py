@@ -5,10 +5,10 @@ from ...common.spec import spec_of_conv
 from ...dispatch import bn_state
 from ...dispatch.tensors import as_residuals
 from ...reference.functional import check_dtypes
+from ..bypass import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
+from ..class_swap import Fused
 from ..classes import Conv2d
 from ..fallback import note
-from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle, padding_of
-from ..swap import Fused
 from .base import Family, Fold, Match, Refusal, exactly
 
 

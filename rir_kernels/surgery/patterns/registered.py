@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import registry
+from ..bypass import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
 from ..classes import BatchNorm2d, Conv2d, Method, methods_of
 from ..fallback import note
-from ..guards import bypass_obstacle, call_obstacle, conv_obstacle, norm_obstacle
 from ..pattern_names import pattern_name
 from ..reads import Path, child, path_of
 from .base import Family, Match, Refusal, exactly
-from .traced import FusedForward
+from .fx_traced import FusedForward
 
 FAMILIES: dict[type, Family] = {}
 

@@ -4,12 +4,12 @@ from ... import reference
 from ...common.stream_views import join, split
 from ...common.streams import PACKED, as_streams, check_image
 from ...reference.functional import check_dtypes
+from ..bypass import call_obstacle
+from ..class_swap import Fused
 from ..fallback import note
-from ..guards import call_obstacle
-from ..swap import Fused
-from . import four_convs
+from . import packed_convs
 from .base import Family, Fold, Match, Refusal, exactly
-from .four_convs import Layer
+from .packed_convs import Layer
 
 _CONVS = ("conv_rr", "conv_rt", "conv_tr", "conv_tt")
 _NORMS = ("bn_r", "bn_t")
@@ -33,7 +33,7 @@ class FusedRiRLayer(Fused):
         if outer is not None:
             residuals.append(outer)
         identity = self.shortcut != "none" and self.projection is None
-        y = four_convs.run(
+        y = packed_convs.run(
             layer,
             x,
             residuals=tuple(residuals),
@@ -48,13 +48,13 @@ class FusedRiRLayer(Fused):
 
 
 def _obstacle(layer):
-    return four_convs.obstacle(layer) or four_convs.counts_obstacle(layer)
+    return packed_convs.obstacle(layer) or packed_convs.counts_obstacle(layer)
 
 
 def _find(module):
     layer = _layer(module)
     parts = tuple(name for name in (*_CONVS, *_NORMS) if name in module._modules)
-    reason = four_convs.obstacle(layer)
+    reason = packed_convs.obstacle(layer)
     return [Refusal(reason, parts) if reason else Match("conv_add_bn_act", parts)]
 
 
@@ -71,7 +71,7 @@ def _layer(module):
 
 
 def _folds(module):
-    if four_convs.obstacle(_layer(module)):
+    if packed_convs.obstacle(_layer(module)):
         return []
     return [Fold(name) for name in _NORMS if module._modules.get(name) is not None]
 

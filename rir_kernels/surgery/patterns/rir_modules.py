@@ -1,9 +1,9 @@
 """rir_kernels' own modules: they already run fused; only folding applies to them."""
 
 from ...modules import ConvBNAct, RiRLayer
+from ..bypass import bypass_obstacle, norm_obstacle
+from ..class_swap import Fused
 from ..classes import Conv2d
-from ..guards import bypass_obstacle, norm_obstacle
-from ..swap import Fused
 from .base import Family, Fold, Match, no_folds
 
 

@@ -12,13 +12,13 @@ import torch
 
 from ...common.stream_views import join, split
 from ...dispatch.tensors import FLOATS
+from ..bypass import bypass_obstacle, call_obstacle
+from ..class_swap import Fused
 from ..classes import Conv2d, ReLU, know
 from ..fallback import note
-from ..guards import bypass_obstacle, call_obstacle
-from ..swap import Fused
-from . import four_convs
+from . import packed_convs
 from .base import Family, Fold, Match, Refusal, exactly
-from .four_convs import Layer
+from .packed_convs import Layer
 
 _CONVS = ("res_pass_conv", "res_cross_conv", "trans_cross_conv", "trans_pass_conv")  # rr, rt, tr, tt
 _ACTIVATIONS = ("res_postactiv", "trans_postactiv")
@@ -31,13 +31,13 @@ class FusedRiRUnit(Fused):
         if not reason:
             layer = _layer(self)
             asked = _misfit(layer, x_res, x_trans)
-            reason = asked or four_convs.counts_obstacle(layer)
+            reason = asked or packed_convs.counts_obstacle(layer)
         if reason:
             note(self, (x_res, x_trans), reason, asked=bool(asked))
             return super().forward(x_res, x_trans)
 
         channels = layer.outputs[0]
-        y = four_convs.run(
+        y = packed_convs.run(
             layer,
             join(x_res, x_trans),
             residuals=(self.identity_conv(x_res),) if self.resize_identity else (),
@@ -47,7 +47,7 @@ class FusedRiRUnit(Fused):
         return split(y, channels)
 
     def _rir_operations(self):
-        return [("conv_add_bn_act", _obstacle(self) or four_convs.counts_obstacle(_layer(self)))]
+        return [("conv_add_bn_act", _obstacle(self) or packed_convs.counts_obstacle(_layer(self)))]
 
 
 def _find(unit):
@@ -73,7 +73,7 @@ def _obstacle(unit):
     if reason := bypass_obstacle(modules.get(_CONVS[0]), Conv2d):
         return f"{_CONVS[0]}: {reason}"
     layer = _layer(unit)
-    if reason := four_convs.obstacle(layer):
+    if reason := packed_convs.obstacle(layer):
         return reason
     if not unit.resize_identity:
         if layer.inputs != layer.outputs or layer.stride != (1, 1):
