@@ -6,7 +6,7 @@ import contextlib
 @contextlib.contextmanager
 def launches():
     """A list of {kernel, programs, tiles and warps}, filled while calls run as always; empty without Triton."""
-    chosen = ("BLOCK", "BOX", "FOLD", "GROUPS", "ROWS", "SKIPS", "WALK", "num_")
+    chosen = ("BLOCK", "BOX", "C_BLOCKS", "FOLD_2X2", "PIXEL_ORDER", "ROWS", "SKIP_PADDING", "num_")
     seen = []
     try:
         from rir_kernels.triton.launch.runtime import observed

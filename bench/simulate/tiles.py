@@ -1,16 +1,16 @@
 """Tiles as text: what `--explain` prints, and `--tile` takes."""
 
-from rir_kernels.triton.tiling.tile import ConvConfig
+from rir_kernels.triton.tiling.tile import FIELDS, ConvConfig
 
 _TILE = ("walk", "box", *(f"block_{side}" for side in ("c", "k", "co", "ci")), "num_warps", "num_stages")
-_UNUSUAL = ("groups", "rows", "skips", "fold")  # most tiles have 1, 1, 0 and 0 of them
 
 
 def described(options: dict) -> str:
     """A tile as `--tile` takes it, such as "box=4,1,32 block_c=128 block_k=32 num_warps=8 num_stages=4 rows=2"."""
-    options = {name.lower(): value for name, value in options.items()}
+    options = {FIELDS.get(name, name.lower()): value for name, value in options.items()}
     parts = {name: options[name] for name in _TILE if name in options}
-    parts |= {name: int(options[name]) for name in _UNUSUAL if options.get(name, 0) > (name in ("groups", "rows"))}
+    parts |= {name: options[name] for name in ("groups", "rows") if options.get(name, 1) > 1}
+    parts |= {name: 1 for name in ("skips", "fold") if options.get(name)}
     return " ".join(f"{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in parts.items())
 
 

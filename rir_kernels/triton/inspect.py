@@ -30,6 +30,7 @@ from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.barriers import unguarded_writes
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
 from rir_kernels.triton.tiling.gpus import ARCHITECTURES
+from rir_kernels.triton.tiling.tile import FIELDS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 GATED = ("bf16", "fp16", "tf32")
@@ -195,7 +196,7 @@ def inspect(shape: Shape, dtype: str, arch: str, save: str | None = None) -> lis
         # memory, which tensor cores do only for 16 bits
         exempt = dtype == "fp32" or (dtype == "tf32" and op == "weight gradient")
         multiplies = kernel.startswith("_conv") and not exempt
-        faults = _faults(found, multiplies, ARCHS[arch], constants["OVERLAP"])
+        faults = _faults(found, multiplies, ARCHS[arch], constants["USE_PDL"])
         rows.append(Row(shape.name, dtype, op, kernel, _describe(constants), **found, faults=faults))
     return rows
 
@@ -265,11 +266,13 @@ def main_loop(ttgir: str) -> str:
 
 def _describe(constants) -> str:
     """Formats the configuration briefly: tile, warps and stages."""
-    names = {"BOX": "", "WALK": "", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
+    names = {"BOX": "", "PIXEL_ORDER": "", "BLOCK_M": "m ", "BLOCK_C": "c ", "BLOCK_K": "k ",
              "BLOCK_CO": "co ", "BLOCK_CI": "ci ", "BLOCK_T": "t ", "BLOCK_S": "s ", "BLOCK": ""}  # fmt: skip
     parts = [f"{label}{constants[name]}".replace(" (", "(") for name, label in names.items() if name in constants]
-    parts += [f"{name.lower()} {constants[name]}" for name in ("GROUPS", "ROWS") if constants.get(name, 1) > 1]
-    parts += [name.lower() for name in ("SKIPS", "FOLD") if constants.get(name, False)]
+    for name in ("C_BLOCKS", "ROWS"):
+        if constants.get(name, 1) > 1:
+            parts.append(f"{FIELDS.get(name, name.lower())} {constants[name]}")
+    parts += [FIELDS[name] for name in ("SKIP_PADDING", "FOLD_2X2") if constants.get(name)]
     warps = constants.get("num_warps", 4)
     stages = f"/{constants['num_stages']}" if "num_stages" in constants else ""
     return " ".join([*parts, f"w{warps}{stages}"])

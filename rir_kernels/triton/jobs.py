@@ -8,6 +8,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.triton.launch.runtime import ALIGNMENT
+from rir_kernels.triton.plan.places import like
 
 _LARGEST = 2**31 - 1  # Triton's largest i32
 
@@ -61,8 +62,8 @@ def _reduced(arg, do_not_specialize):
         return _Tensor(arg.dtype, arg.data_ptr() % ALIGNMENT == 0)
     if isinstance(arg, TensorDescriptor):
         return _Descriptor(arg.base.dtype, tuple(arg.block_shape), arg.padding)
-    if isinstance(arg, tuple):  # replaces a descriptor, see `kernels.tma`
-        return tuple(_reduced(part, False) for part in arg)
+    if isinstance(arg, tuple):
+        return like(arg)([_reduced(part, False) for part in arg])  # Triton specializes integers within tuples
     if type(arg) is int:
         if arg > _LARGEST:
             return _LARGEST + (17 if do_not_specialize or arg % 16 == 0 else 18)
@@ -73,4 +74,4 @@ def _reduced(arg, do_not_specialize):
 def _restored(arg):
     if isinstance(arg, (_Tensor, _Descriptor)):
         return arg.restored()
-    return tuple(map(_restored, arg)) if isinstance(arg, tuple) else arg
+    return like(arg)(map(_restored, arg)) if isinstance(arg, tuple) else arg

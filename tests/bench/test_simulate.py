@@ -328,8 +328,8 @@ def test_no_other_command_takes_it_for_a_measurement(simulated, capsys):
 
 
 def test_a_tile_is_what_its_text_says():
-    options = {"BOX": (4, 1, 32), "BLOCK_C": 128, "BLOCK_K": 32, "GROUPS": 1, "ROWS": 2, "SKIPS": False, "FOLD": True}
-    text = described({**options, "num_warps": 8, "num_stages": 4, "KERNEL": (3, 3)})
+    options = {"BOX": (4, 1, 32), "BLOCK_C": 128, "BLOCK_K": 32, "C_BLOCKS": 1, "ROWS": 2, "SKIP_PADDING": False}
+    text = described({**options, "FOLD_2X2": (9, 3, 1), "num_warps": 8, "num_stages": 4, "KERNEL": (3, 3)})
     assert text == "box=4,1,32 block_c=128 block_k=32 num_warps=8 num_stages=4 rows=2 fold=1"
     assert tile_of(text) == ConvConfig((4, 1, 32), 128, 32, 8, 4, rows=2, fold=True)
 

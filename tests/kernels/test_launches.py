@@ -86,7 +86,7 @@ def test_products_and_sums_are_fused_unless_the_environment_says(monkeypatch, sa
     with runtime.intercepted(lambda kernel, programs, **options: seen.append(options)):
         runtime.launch(_pack_weight_kernel, 1, num_warps=4)
     (options,) = seen
-    assert options == {"num_warps": 4, "OVERLAP": options["OVERLAP"]} | option
+    assert options == {"num_warps": 4, "USE_PDL": options["USE_PDL"]} | option
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -118,5 +118,5 @@ def test_rounding_to_tf32(target):
     expected = [1.0, 1 + exact, 1 + exact, 1.0, -(1 + exact), 0.0, float("inf"), float("-inf"), float("inf")]
     weight, out = torch.tensor([*values, float("nan")]), torch.empty(10)
     weight[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # whose bits would carry into the sign
-    _pack_weight_kernel[(1,)](weight, out, 10, 1, 10, 10, 10, 1, 0, 0, KERNEL_W=1, TF32=True, BLOCK=16, OVERLAP=False)
+    _pack_weight_kernel[(1,)](weight, out, 10, 1, 10, 10, 10, 1, 0, 0, KERNEL_W=1, TF32=True, BLOCK=16, USE_PDL=False)
     assert out[:-1].tolist() == expected and out[-1].isnan()

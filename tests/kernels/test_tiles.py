@@ -75,7 +75,7 @@ def test_blocks_of_pixels_compute_the_same(target, shape):
     folds = []
 
     def start(kernel, programs, *args, **options):
-        folds.extend(value for name, value in options.items() if name == "FOLD")
+        folds.extend(value is not None for name, value in options.items() if name == "FOLD_2X2")
         kernel[(programs,)](*args, **options)
 
     with use_tile(_tile((2, 4, 8), block_c, fold=True)), runtime.intercepted(start):

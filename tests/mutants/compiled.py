@@ -7,8 +7,8 @@ TRITON, KERNELS, MACHINE = "rir_kernels/triton", "tests/kernels", "tests/machine
 NORM, POINTWISE, CONV, TAPS, BOXES = (
     f"{TRITON}/kernels/{name}.py" for name in ("batchnorm", "pointwise", "conv", "conv_loops", "tma")
 )
-COMPILED, PLAN, RUNTIME, WGRAD = (
-    f"{TRITON}/{name}.py" for name in ("plan/compiled", "plan/plan", "launch/runtime", "launch/wgrad")
+COMPILED, PLACES, PLAN, RUNTIME, WGRAD = (
+    f"{TRITON}/{name}.py" for name in ("plan/compiled", "plan/places", "plan/plan", "launch/runtime", "launch/wgrad")
 )
 
 
@@ -108,7 +108,7 @@ COMPILED_PATH = [
     # what the host hands to the driver
     Mutant(
         "compiled: views where their storage begins", COMPILED,
-        "address = addresses[buffer] + start", "address = addresses[buffer]", *SLICES_OF_A_PLAN,
+        "_scalars: addresses[where.buffer] + where.start", "_scalars: addresses[where.buffer]", *SLICES_OF_A_PLAN,
     ),
     Mutant(
         "compiled: inputs where their storage begins", PLAN,
@@ -116,8 +116,7 @@ COMPILED_PATH = [
     ),
     Mutant(
         "compiled: descriptors of what was recorded", COMPILED,
-        "address if descriptor is None else _moved(descriptor, address)",
-        "address if descriptor is None else descriptor",
+        "_moved(descriptor, addresses[where.buffer] + where.start)", "descriptor",
         *_seen("test_plan.py::test_repeats_for_other_tensors[{}]"),
     ),
     Mutant(
@@ -126,8 +125,8 @@ COMPILED_PATH = [
         *_seen("test_plan.py::test_repeats_for_other_tensors[{}]"),
     ),
     Mutant(
-        "compiled: the number that was recorded", COMPILED,
-        "args[position] = scalars[index]", "args[position] = float(args[position])", *CALL,
+        "compiled: the number that was recorded", PLACES,
+        "lambda _buffers, scalars: scalars[index]", "lambda _buffers, scalars: float(arg)", *CALL,
     ),
     Mutant(
         "compiled: the numbers of the first call", PLAN,
@@ -148,10 +147,10 @@ COMPILED_PATH = [
     # what is asynchronous
     Mutant(
         "compiled: statistics read before the launch ahead has ended", NORM,
-        "    pdl_wait(OVERLAP)\n    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
+        "    pdl_wait(USE_PDL)\n    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
         "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n",
         "    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)\n"
-        "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n    pdl_wait(OVERLAP)\n",
+        "    mean = load_channels(running_mean_ptr, channel, C, 0.0)\n    pdl_wait(USE_PDL)\n",
         *_machine(
             "launches.py::test_launches_that_may_overlap_wait_before_they_touch_memory",
             "test_bounds.py::test_a_norm_writes_nothing_beyond[cpu-float32]",
@@ -159,15 +158,15 @@ COMPILED_PATH = [
     ),
     Mutant(
         "compiled: z read back behind its store", CONV,
-        "acc = round_as(acc, x00_desc)\n                    store_tile(z_out, acc, n, h + row, w, c, pixel_offset,"
-        " channel, mask, C, BOX, BLOCK_C)",
-        "store_tile(z_out, acc, n, h + row, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)\n"
-        "                    acc = load_addend(z_out, n, h + row, w, c, BOX, BLOCK_C)",
+        "y = round_as(y, x_desc)\n"
+        "            _store(z_out, y, n, h + row, w, c, channel, N, H, W, C_OUT, BOX, BLOCK_C)",
+        "_store(z_out, y, n, h + row, w, c, channel, N, H, W, C_OUT, BOX, BLOCK_C)\n"
+        "            y = load_addend(z_out, n, h + row, w, c, BOX, BLOCK_C)",
         *_machine("late.py::test_inference_that_saves_z", SAVED_Z.format("cpu-float32")),
     ),
     Mutant(
         "compiled: dx read back behind its store", CONV,
-        "_upstream_sums(acc, z,", "_upstream_sums(load_addend(out, n, h + row, w, c, BOX, BLOCK_C), z,",
+        "= _upstream_sums(dy, z,", "= _upstream_sums(load_addend(out, n, h + row, w, c, BOX, BLOCK_C), z,",
         *_machine(
             "late.py::test_gradient_beside_the_sums_of_the_layer_upstream",
             "test_upstream.py::test_integers_bit_for_bit[cpu-float32-one box-1x1]",

@@ -61,14 +61,14 @@ CONVOLUTION = [
     ),
     Mutant(
         "conv: groups of channels share one weight", TAPS,
-        "weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)\n        sums",
-        "weight = _load_weight(w_desc, tap, c, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)\n        sums",
+        "weight = _load_weight(w_desc, tap, c + block * BLOCK_C, k,",
+        "weight = _load_weight(w_desc, tap, c, k,",
         _tiles("many channels-three groups"),
     ),
     Mutant(
         "conv: sums in 16 bits", TAPS,
-        "tl.dot(weight, x, accs[group], input_precision=PRECISION),)",
-        "tl.dot(weight, x, accs[group], input_precision=PRECISION).to(tl.float16).to(tl.float32),)",
+        "tl.dot(weight, x, accs[block], input_precision=PRECISION),)",
+        "tl.dot(weight, x, accs[block], input_precision=PRECISION).to(tl.float16).to(tl.float32),)",
         _kernels("conv", "test_forward_and_both_gradients", "1x3"),
     ),
     Mutant(
@@ -122,17 +122,18 @@ CONVOLUTION = [
     ),
     Mutant(
         "conv: mask of the pixels dropped from the stores", CONV,
-        "mask = is_channel[:, None] & is_pixel[None, :]", "mask = is_channel[:, None] & (pixel_offset >= 0)[None, :]",
-        BOUNDS,
+        "mask = (channel < C_OUT)[:, None] & is_pixel[None, :]",
+        "mask = (channel < C_OUT)[:, None] & (offset >= 0)[None, :]", BOUNDS,
     ),
     Mutant(
         "conv: mask of the channels dropped from the stores", CONV,
-        "mask = is_channel[:, None] & is_pixel[None, :]", "mask = (channel >= 0)[:, None] & is_pixel[None, :]", BOUNDS,
+        "mask = (channel < C_OUT)[:, None] & is_pixel[None, :]", "mask = (channel >= 0)[:, None] & is_pixel[None, :]",
+        BOUNDS,
     ),
     Mutant(
         "conv: mask dropped from the statistics' stores", CONV,
-        "tl.store(tile_m2_ptr + offset + channel, m2, mask=is_channel)",
-        "tl.store(tile_m2_ptr + offset + channel, m2)", BOUNDS,
+        "tl.store(moments.m2 + offset + channel, m2, mask=channel < C_OUT)",
+        "tl.store(moments.m2 + offset + channel, m2)", BOUNDS,
     ),
     Mutant(
         "statistics: lanes beyond the image in the mean", CONV,
@@ -162,7 +163,7 @@ CONVOLUTION = [
     ),
     Mutant(
         "conv: bias dropped", CONV,
-        "acc += load_channels(bias_ptr, channel, C, 0.0)[:, None]", "acc += 0.0", EPILOGUE,
+        "acc += load_channels(bias_ptr, channel, C_OUT, 0.0)[:, None]", "acc += 0.0", EPILOGUE,
     ),
     Mutant(
         "conv: branch_scale on the residual too", CONV,
@@ -177,11 +178,11 @@ CONVOLUTION = [
     ),
     Mutant(
         "inference: eps dropped", CONV,
-        "load_channels(var_ptr, channel, C, 1.0) + eps)", "load_channels(var_ptr, channel, C, 1.0))", INFERENCE,
+        "norm.var, channel, C_OUT, 1.0) + norm.eps)", "norm.var, channel, C_OUT, 1.0))", INFERENCE,
     ),
     Mutant(
         "inference: y of the z that is not rounded", CONV,
-        "acc = round_as(acc, x00_desc)\n                    store_tile", "store_tile", INFERENCE,
+        "y = round_as(y, x_desc)\n            _store", "_store", INFERENCE,
     ),
     # the data gradient at strides of two
     Mutant(
@@ -189,10 +190,7 @@ CONVOLUTION = [
     ),
     Mutant(
         "dgrad: two planes swapped", DGRAD,
-        "add_plane(\n                accs, dz_desc, w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, "
-        "PLANES[index][0], PLANES[index][1],",
-        "add_plane(\n                accs, dz_desc, w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, "
-        "PLANES[index][1], PLANES[index][0],",
+        "PLANES[index][0], PLANES[index][1], -1", "PLANES[index][1], PLANES[index][0], -1",
         _planes("even"),
     ),
     Mutant(

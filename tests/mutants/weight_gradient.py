@@ -60,12 +60,14 @@ WEIGHT_GRADIENT = [
     ),
     Mutant(
         "wgrad: a slot dropped where positions share programs", WGRAD,
-        "(stop - 1) // SHARE - begin // SHARE + 1, VECTOR", "tl.maximum((stop - begin) // SHARE, 1), VECTOR",
+        "(stop - 1) // TILES_PER_PROGRAM - begin // TILES_PER_PROGRAM + 1, VECTOR",
+        "tl.maximum((stop - begin) // TILES_PER_PROGRAM, 1), VECTOR",
         _split("images, 32 channels-four", "row, four rows-four"),
     ),
     Mutant(
         "wgrad: a slot added that nobody wrote", WGRAD,
-        "(stop - 1) // SHARE - begin // SHARE + 1, VECTOR", "stop // SHARE - begin // SHARE + 1, VECTOR",
+        "(stop - 1) // TILES_PER_PROGRAM - begin // TILES_PER_PROGRAM + 1, VECTOR",
+        "stop // TILES_PER_PROGRAM - begin // TILES_PER_PROGRAM + 1, VECTOR",
         _split("images-all"),
     ),
     Mutant(

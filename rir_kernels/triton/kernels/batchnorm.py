@@ -38,10 +38,10 @@ def _bn_stats_fwd_kernel(
     C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Computes mean, M2 and count of z for each tile of steps * BLOCK_M rows."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     # prologue: which tile of rows, which channels
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -88,10 +88,10 @@ def _bn_finalize_fwd_kernel(
     COUNT_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Merges the tiles' moments in tile order, then updates the running statistics with the batch's."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = channel < C
     count = 0.0
@@ -152,10 +152,10 @@ def _bn_running_fwd_kernel(
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Converts the running statistics to the fp32 mean and invstd that backward reads."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean = load_channels(running_mean_ptr, channel, C, 0.0)
     var = load_channels(running_var_ptr, channel, C, 1.0)
@@ -200,10 +200,10 @@ def _bn_apply_fwd_kernel(
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Computes y = act(u)."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     # prologue: which tile
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -255,10 +255,10 @@ def _bn_reduce_bwd_kernel(
     RELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Computes partial sums of dy' and dy' * xhat, one pair for each split of steps * BLOCK_M rows."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     # prologue: which split, which channels
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
@@ -294,10 +294,10 @@ def _bn_sum_bwd_kernel(
     STRIDE: tl.constexpr,  # between the two sums, and from there to the next split
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Adds the splits' sums in a fixed order, so that runs are bit-identical."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     which = pid // BLOCKS_C  # 0: s1, 1: s2
@@ -338,10 +338,10 @@ def _bn_apply_bwd_kernel(
     BATCH_STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """Computes dz, and the gradient of a residual added after the norm."""
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     # prologue: which tile
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)

@@ -16,15 +16,15 @@ from rir_kernels.triton.kernels.tma import load_box, load_matrix
 
 @triton.jit
 def add_plane(
-    accs,  # GROUPS accumulators [BLOCK_C, P], which share the loads of pixels
-    x_desc,  # [N, H_plane, W_plane, K], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
-    w_desc,  # [taps, C, K], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, K, C], box [1, BLOCK_K, BLOCK_C]
+    accs,  # C_BLOCKS accumulators [BLOCK_C, P], which share the loads of pixels
+    x_desc,  # [N, H_plane, W_plane, C_IN], box [BOX_N, BOX_H, BOX_W, BLOCK_K]
+    w_desc,  # [taps, C_OUT, C_IN], box [1, BLOCK_C, BLOCK_K]; WEIGHT_T: [taps, C_IN, C_OUT], box [1, BLOCK_K, BLOCK_C]
     n,
     h,
     w,
     c,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     PAD: tl.constexpr,
@@ -44,7 +44,7 @@ def add_plane(
     TAPS_W: tl.constexpr = (KERNEL[1] - FIRST_W + STRIDE[1] - 1) // STRIDE[1]
     OFFSET_H: tl.constexpr = (FIRST_H - PAD[0] - PLANE_H) // STRIDE[0]
     OFFSET_W: tl.constexpr = (FIRST_W - PAD[1] - PLANE_W) // STRIDE[1]
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     if TAPS_H * TAPS_W > 0:
         # constexpr trip count: with a run-time one ptxas serialises the wgmma (warning C7515)
         for step in tl.range(TAPS_H * TAPS_W * K_BLOCKS):
@@ -54,29 +54,29 @@ def add_plane(
             tap = (FIRST_H + STRIDE[0] * i) * KERNEL[1] + FIRST_W + STRIDE[1] * j
             accs = _add_tap(
                 accs, x_desc, w_desc, n, h + SIGN * (OFFSET_H + i), w + SIGN * (OFFSET_W + j), c, k, tap,
-                C, K, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                C_OUT, C_IN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
             )  # fmt: skip
     return accs
 
 
 @triton.jit
 def add_rows(
-    accs,  # GROUPS * ROWS accumulators [BLOCK_C, P]
-    x_desc,  # [N, H, W, K], box [BOX_N, 1, BOX_W, BLOCK_K]
+    accs,  # C_BLOCKS * ROWS accumulators [BLOCK_C, P]
+    x_desc,  # [N, H, W, C_IN], box [BOX_N, 1, BOX_W, BLOCK_K]
     w_desc,  # as in add_plane
     n,
     h,
     w,
     c,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     KERNEL: tl.constexpr,
     PAD: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,
+    C_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,22 +87,22 @@ def add_rows(
     """
     TAPS: tl.constexpr = KERNEL[0]
     ABOVE: tl.constexpr = PAD[0] if SIGN == 1 else TAPS - 1 - PAD[0]  # rows of the input above the first output row
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     for step in tl.range(KERNEL[1] * K_BLOCKS):
         k = step % K_BLOCKS * BLOCK_K
         j = step // K_BLOCKS
         rows = ()
         for row in tl.static_range(ROWS + TAPS - 1):
-            x = load_box(x_desc, n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k, BOX, BLOCK_K, True, K)
+            x = load_box(x_desc, n, h + row - ABOVE, w + SIGN * (j - PAD[1]), k, BOX, BLOCK_K, True, C_IN)
             rows += (x,)  # [BLOCK_K, P]
         sums = ()
-        for group in tl.static_range(GROUPS):
+        for block in tl.static_range(C_BLOCKS):
             weights = ()
             for i in tl.static_range(TAPS):  # weights: [BLOCK_C, BLOCK_K] each
                 tap = i * KERNEL[1] + j
-                weights += (_load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K),)
+                weights += (_load_weight(w_desc, tap, c + block * BLOCK_C, k, C_OUT, C_IN, WEIGHT_T, BLOCK_C, BLOCK_K),)
             for row in tl.static_range(ROWS):
-                acc = accs[group * ROWS + row]
+                acc = accs[block * ROWS + row]
                 for i in tl.static_range(TAPS):
                     x = rows[row + i if SIGN == 1 else row + TAPS - 1 - i]
                     acc = tl.dot(weights[i], x, acc, input_precision=PRECISION)
@@ -157,8 +157,8 @@ def add_inside(
     c,
     H,
     W,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
@@ -175,17 +175,17 @@ def add_inside(
     # consecutive loops, not one for each case: Triton doesn't reuse shared memory between mutually exclusive loops
     accs = _add_taps(
         accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 0, 4,
-        C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+        C_OUT, C_IN, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
     )  # fmt: skip
     if taps >= 6:
         accs = _add_taps(
             accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 4, 6,
-            C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C_OUT, C_IN, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     if taps == 9:
         accs = _add_taps(
             accs, x_desc, w_desc, n, h, w, c, first_i, first_j, columns, 6, 9,
-            C, K, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C_OUT, C_IN, SIGN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     return accs
 
@@ -204,8 +204,8 @@ def _add_taps(
     columns,  # 2 or 3
     FIRST: tl.constexpr,  # first tap; the trip count is constexpr, as in add_plane
     LAST: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
@@ -214,7 +214,7 @@ def _add_taps(
     PRECISION: tl.constexpr,
 ):
     """Adds to accs taps FIRST to LAST of a rectangle of taps that starts at (first_i, first_j) of a 3x3."""
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     for step in tl.range((LAST - FIRST) * K_BLOCKS):
         k = step % K_BLOCKS * BLOCK_K
         t = FIRST + step // K_BLOCKS
@@ -223,21 +223,21 @@ def _add_taps(
         j = first_j + t - row * columns
         accs = _add_tap(
             accs, x_desc, w_desc, n, h + SIGN * (i - 1), w + SIGN * (j - 1), c, k, i * 3 + j,
-            C, K, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+            C_OUT, C_IN, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
         )  # fmt: skip
     return accs
 
 
 @triton.jit
 def sum_folded(
-    planes,  # the parity planes [N, H / 2, W / 2, K] of the input, box [BOX_N, BOX_H / 2, BOX_W / 2, BLOCK_K]
+    planes,  # the parity planes [N, H / 2, W / 2, C_IN] of the input, box [BOX_N, BOX_H / 2, BOX_W / 2, BLOCK_K]
     w_ptr,
     n,
     h,
     w,
     c,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     SIGN: tl.constexpr,
     WEIGHT_STRIDES: tl.constexpr,  # of tap, output channel, input channel
     BOX: tl.constexpr,
@@ -250,7 +250,7 @@ def sum_folded(
     With h counting blocks, tap a of the four reads input row 2 * h - 1 + a = 2 * (h + d) + p. For output row 2 * h + q
     it is tap a - q of the three (data gradient: 2 - a + q), or none: 9 of 16 weights are nonzero.
     """
-    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    K_BLOCKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     BLOCKS: tl.constexpr = BOX[0] * BOX[1] * BOX[2] // 4
     BLOCK_BOX: tl.constexpr = (BOX[0], BOX[1] // 2, BOX[2] // 2)
     row = tl.arange(0, 4 * BLOCK_C)  # rows of the product: (row and column of the pixel in its block, channel)
@@ -266,16 +266,16 @@ def sum_folded(
             d_h = step // (2 * K_BLOCKS) - plane // 2
             d_w = step // K_BLOCKS % 2 - plane % 2
             # [BLOCK_K, BLOCKS]
-            x = load_box(planes[plane], n, h // 2 + d_h, w // 2 + d_w, k, BLOCK_BOX, BLOCK_K, True, K)
+            x = load_box(planes[plane], n, h // 2 + d_h, w // 2 + d_w, k, BLOCK_BOX, BLOCK_K, True, C_IN)
             i = 2 * d_h + plane // 2 + 1 - q_h
             j = 2 * d_w + plane % 2 + 1 - q_w
-            is_tap = (i >= 0) & (i < 3) & (j >= 0) & (j < 3) & (channel < C)
+            is_tap = (i >= 0) & (i < 3) & (j >= 0) & (j < 3) & (channel < C_OUT)
             tap = i * 3 + j if SIGN == 1 else 8 - i * 3 - j
             offset = tap * WEIGHT_STRIDES[0] + channel * WEIGHT_STRIDES[1]
             # [4 * BLOCK_C, BLOCK_K] by pointers: a reshaped box of several taps would reach the product via registers
             weight = tl.load(
                 w_ptr + offset[:, None] + input_channel[None, :] * WEIGHT_STRIDES[2],
-                mask=is_tap[:, None] & (input_channel < K)[None, :],
+                mask=is_tap[:, None] & (input_channel < C_IN)[None, :],
                 other=0.0,
             )
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
@@ -295,8 +295,8 @@ def _add_tap(
     c,
     k,
     tap,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -304,11 +304,11 @@ def _add_tap(
     PRECISION: tl.constexpr,
 ):
     """Adds to accs one tap of BLOCK_K channels, read from the box at (n, h, w)."""
-    x = load_box(x_desc, n, h, w, k, BOX, BLOCK_K, True, K)  # [BLOCK_K, P]
+    x = load_box(x_desc, n, h, w, k, BOX, BLOCK_K, True, C_IN)  # [BLOCK_K, P]
     sums = ()
-    for group in tl.static_range(len(accs)):
-        weight = _load_weight(w_desc, tap, c + group * BLOCK_C, k, C, K, WEIGHT_T, BLOCK_C, BLOCK_K)
-        sums += (tl.dot(weight, x, accs[group], input_precision=PRECISION),)
+    for block in tl.static_range(len(accs)):
+        weight = _load_weight(w_desc, tap, c + block * BLOCK_C, k, C_OUT, C_IN, WEIGHT_T, BLOCK_C, BLOCK_K)
+        sums += (tl.dot(weight, x, accs[block], input_precision=PRECISION),)
     return sums
 
 
@@ -318,14 +318,14 @@ def _load_weight(
     tap,
     c,
     k,
-    C: tl.constexpr,
-    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
     WEIGHT_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Loads [BLOCK_C, BLOCK_K] of one tap's weight."""
     if WEIGHT_T:
-        return load_matrix(w_desc, tap, k, c, BLOCK_K, BLOCK_C, True, K, C)
+        return load_matrix(w_desc, tap, k, c, BLOCK_K, BLOCK_C, True, C_IN, C_OUT)
     else:
-        return load_matrix(w_desc, tap, c, k, BLOCK_C, BLOCK_K, False, C, K)
+        return load_matrix(w_desc, tap, c, k, BLOCK_C, BLOCK_K, False, C_OUT, C_IN)

@@ -15,7 +15,7 @@ from rir_kernels.triton.kernels.pointwise import pdl_wait
 
 @triton.jit(do_not_specialize=["N", "H", "W", "TILES_H", "TILES_W", "stride_n", "stride_h", "stride_w", "scale"])
 def _conv_bwd_data_kernel(
-    dz_desc,  # [N, H / stride, W / stride, K]
+    dz_desc,  # [N, H / stride, W / stride, C_IN]
     w_desc,  # as in `conv_loops`
     addend_desc,  # added to plane (0, 0); or None
     out0,  # the planes of dx in the order of PLANES: descriptors or pointers; None if there are fewer
@@ -31,28 +31,29 @@ def _conv_bwd_data_kernel(
     stride_h,
     stride_w,
     scale,  # factor of the sum over the taps; None: 1
-    C: tl.constexpr,
-    K: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
+    CONV: tl.constexpr,  # (kernel, stride, padding), each (h, w)
     PLANES: tl.constexpr,  # (row, column) of each plane that has pixels
     WEIGHT_T: tl.constexpr,
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUPS: tl.constexpr,
+    C_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
+    KERNEL: tl.constexpr = CONV[0]
+    STRIDE: tl.constexpr = CONV[1]
+    PAD: tl.constexpr = CONV[2]
     # prologue: which plane, which tile
     P: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
-    TILES_C: tl.constexpr = (C + GROUPS * BLOCK_C - 1) // (GROUPS * BLOCK_C)
+    TILES_C: tl.constexpr = (C_OUT + C_BLOCKS * BLOCK_C - 1) // (C_BLOCKS * BLOCK_C)
     programs = tl.num_programs(0) // len(PLANES)
     plane = tl.program_id(0) // programs
     pid = tl.program_id(0) % programs
-    first_c = pid % TILES_C * (GROUPS * BLOCK_C)
+    first_c = pid % TILES_C * (C_BLOCKS * BLOCK_C)
     tile = pid // TILES_C
     w = tile % TILES_W * BOX[2]
     h = tile // TILES_W % TILES_H * BOX[1]
@@ -68,30 +69,30 @@ def _conv_bwd_data_kernel(
             plane_h = PLANES[index][0]
             plane_w = PLANES[index][1]
 
-    # main loop: GROUPS accumulators [BLOCK_C, P]
+    # main loop: C_BLOCKS accumulators [BLOCK_C, P]
     accs = ()
-    for _ in tl.static_range(GROUPS):
+    for _ in tl.static_range(C_BLOCKS):
         accs += (tl.zeros([BLOCK_C, P], dtype=tl.float32),)
     # consecutive ifs, all but one skipped: Triton doesn't reuse shared memory between mutually exclusive loops
     for index in tl.static_range(len(PLANES)):
         if plane == index:
             accs = add_plane(
-                accs, dz_desc, w_desc, n, h, w, first_c, C, K, KERNEL, STRIDE, PAD, PLANES[index][0], PLANES[index][1],
-                -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
+                accs, dz_desc, w_desc, n, h, w, first_c, C_OUT, C_IN, KERNEL, STRIDE, PAD,
+                PLANES[index][0], PLANES[index][1], -1, WEIGHT_T, BOX, BLOCK_C, BLOCK_K, PRECISION,
             )  # fmt: skip
 
     # epilogue: scale, addend, store
     plane_height = (H - plane_h + STRIDE[0] - 1) // STRIDE[0]
     plane_width = (W - plane_w + STRIDE[1] - 1) // STRIDE[1]
     is_pixel, pixel_offset = pixels(n, h, w, N, plane_height, plane_width, stride_n, stride_h, stride_w, BOX)
-    for group in tl.static_range(GROUPS):
-        acc = accs[group]  # [BLOCK_C, P]
-        c = first_c + group * BLOCK_C
+    for block in tl.static_range(C_BLOCKS):
+        acc = accs[block]  # [BLOCK_C, P]
+        c = first_c + block * BLOCK_C
         channel = c + tl.arange(0, BLOCK_C)
         if scale is not None:
             acc *= scale
         if addend_desc is not None:
             if plane_h + plane_w == 0:
                 acc += load_addend(addend_desc, n, h, w, c, BOX, BLOCK_C)
-        mask = (channel < C)[:, None] & is_pixel[None, :]
-        store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, C, BOX, BLOCK_C)
+        mask = (channel < C_OUT)[:, None] & is_pixel[None, :]
+        store_tile(out, acc, n, h, w, c, pixel_offset, channel, mask, C_OUT, BOX, BLOCK_C)

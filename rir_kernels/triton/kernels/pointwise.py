@@ -12,13 +12,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def pdl_wait(OVERLAP: tl.constexpr):
+def pdl_wait(USE_PDL: tl.constexpr):
     """Waits for the previous launch; every kernel calls it first.
 
-    With OVERLAP (programmatic dependent launch) the previous launch may still be running, and must have finished before
+    With USE_PDL (programmatic dependent launch) the previous launch may still be running, and must have finished before
     this kernel touches memory. The next launch may start as soon as all programs of this one have called this.
     """
-    if OVERLAP:
+    if USE_PDL:
         gdc_wait()
         gdc_launch_dependents()
 

@@ -21,9 +21,9 @@ def _pack_weight_kernel(
     KERNEL_W: tl.constexpr,
     TF32: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    pdl_wait(OVERLAP)
+    pdl_wait(USE_PDL)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = index % pitch
     row = index // pitch % rows

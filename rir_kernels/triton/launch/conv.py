@@ -11,7 +11,7 @@ import torch
 
 from rir_kernels.common.memory_format import empty_channels_last
 from rir_kernels.common.spec import ConvBNActSpec
-from rir_kernels.triton.kernels.conv import _conv_fwd_kernel
+from rir_kernels.triton.kernels.conv import Moments, Norm, UpstreamNorm, _conv_fwd_kernel
 from rir_kernels.triton.kernels.dgrad import _conv_bwd_data_kernel
 from rir_kernels.triton.launch.batchnorm import TileMoments, Upstream
 from rir_kernels.triton.launch.packing import pack_weight
@@ -31,6 +31,8 @@ from rir_kernels.triton.launch.tile_fallback import with_tile_fallback
 from rir_kernels.triton.tiling.conv_cost import Problem, cdiv, stage_bytes
 from rir_kernels.triton.tiling.conv_tiles import conv_config, holds_upstream, is_forced, tiles_for
 
+NO_NORM = Norm()
+
 
 def conv_train(x, weight, *, bias, residuals, spec) -> tuple[torch.Tensor, TileMoments]:
     """Returns z = conv (with its epilogue under "pre_norm") and the per-tile statistics of z."""
@@ -44,7 +46,9 @@ def conv_infer(x, weight, *, bias, residuals, spec, mean, var, gamma, beta, save
     """Returns (y, z or None) of the whole layer with given statistics, in one kernel; `mean`, `var` (C_out,)."""
     y = empty_channels_last(spec.output_shape(x, weight), x)
     z = torch.empty_like(y) if save_z else None
-    _forward(x, weight, y, residuals, spec, bias=bias, z_out=z, norm=(mean, var, gamma, beta)).run()
+    _forward(
+        x, weight, y, residuals, spec, bias=bias, z_out=z, norm=Norm(mean, var, gamma, beta, float(spec.eps))
+    ).run()
     return y, z
 
 
@@ -69,8 +73,8 @@ def conv_data_grad(
         "weight_t": weight_t,
         "addends": [dz[:, : spec.shortcut_channels]] if spec.shortcut_channels else [],
         "spec": spec,
-        "c": shape[1],
-        "k": weight.shape[0],
+        "c_out": shape[1],
+        "c_in": weight.shape[0],
         "kernel": tuple(weight.shape[2:]),
     }
     if spec.stride != (1, 1):
@@ -92,9 +96,9 @@ def _forward(x, weight, out, residuals, spec, **epilogue) -> "ConvLaunch":
         for plane_h in range(spec.stride[0]):
             for plane_w in range(spec.stride[1]):
                 planes[2 * plane_h + plane_w] = x[:, :, plane_h :: spec.stride[0], plane_w :: spec.stride[1]]
-    c, k, *kernel = weight.shape
+    c_out, c_in, *kernel = weight.shape
     packed = pack_weight(weight, transposed=False)
-    return ConvLaunch(out, planes, packed, False, addends, spec, c, k, tuple(kernel), **epilogue)
+    return ConvLaunch(out, planes, packed, False, addends, spec, c_out, c_in, tuple(kernel), **epilogue)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class _Launch:
     """A convolution from `planes` to `out`, independent of its tile.
 
     planes: the input, or at stride 2 its parity planes; None for an absent one. weight: packed; read transposed if
-    weight_t. c, k: channels of the output and the input. kernel: its height and width.
+    weight_t. c_out, c_in: channels. kernel: its height and width.
     """
 
     out: torch.Tensor
@@ -111,8 +115,8 @@ class _Launch:
     weight_t: bool
     addends: list[torch.Tensor]
     spec: ConvBNActSpec
-    c: int
-    k: int
+    c_out: int
+    c_in: int
     kernel: tuple[int, int]
 
     def _run(self, jit_function, kind, problem):
@@ -134,10 +138,10 @@ class _Launch:
     def _constants(self, config):
         """Returns the constexpr arguments that both kernels share."""
         return {
-            "C": self.c, "K": self.k, "KERNEL": self.kernel, "STRIDE": self.spec.stride, "PAD": self.spec.padding,
-            "WEIGHT_T": self.weight_t, "BOX": config.box, "BLOCK_C": config.block_c, "GROUPS": config.groups,
-            "BLOCK_K": config.block_k, "PRECISION": dot_precision(self.out),
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
+            "C_OUT": self.c_out, "C_IN": self.c_in, "WEIGHT_T": self.weight_t,
+            "CONV": (self.kernel, self.spec.stride, self.spec.padding), "BOX": config.box,
+            "BLOCK_C": config.block_c, "C_BLOCKS": config.groups, "BLOCK_K": config.block_k,
+            "PRECISION": dot_precision(self.out), "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
 
     def _described_weight(self, config):
@@ -150,12 +154,12 @@ class _Launch:
 class ConvLaunch(_Launch):
     """Launches the forward pass, or the data gradient at stride 1, with an epilogue; see `kernels.conv`.
 
-    norm: mean, var, gamma, beta at inference. z_out: output for z, in addition to y. statistics: of z, per tile.
+    norm: at inference. z_out: output for z, in addition to y. statistics: of z, per tile.
     """
 
     z_out: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    norm: tuple[torch.Tensor | None, ...] = (None, None, None, None)
+    norm: Norm = NO_NORM
     statistics: bool = False
     gradient: bool = False
     upstream: Upstream | None = None
@@ -164,8 +168,8 @@ class ConvLaunch(_Launch):
         """Returns what the epilogue computes per tile: the statistics of z, or the sums of the layer upstream."""
         n, _, h, w = self.out.shape
         padding = self._padding() if self.spec.stride == (1, 1) else None
-        problem = Problem(n, h, w, self.c, self.k, self.kernel, self.out.element_size(), padding)
-        is_inference = self.norm[0] is not None
+        problem = Problem(n, h, w, self.c_out, self.c_in, self.kernel, self.out.element_size(), padding)
+        is_inference = self.norm.mean is not None
         kind = self.gradient, self.statistics, is_inference, self.z_out is not None, self.upstream is not None
         return self._run(_conv_fwd_kernel, kind, problem)
 
@@ -174,15 +178,15 @@ class ConvLaunch(_Launch):
         n, _, h, w = out.shape
         tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
         tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
-        moments = TileMoments.empty(tiles, self.c, out.device) if self.statistics else None
-        upstream, relu, sums = self._upstream_arguments(config, tiles)
+        moments = TileMoments.empty(tiles, self.c_out, out.device) if self.statistics else None
+        upstream, relu = self._upstream(config, tiles)
         addends = [_described(addend, config.box, config.block_c) for addend in self.addends]
-        weight = self.weight.mT if self.weight_t else self.weight  # FOLD reads it by its strides
+        weight = self.weight.mT if self.weight_t else self.weight  # FOLD_2X2 reads it by its strides
         scale = spec.conv_scale if self.gradient else spec.branch_scale
         with device_guard(out):
             launch(
                 _conv_fwd_kernel,
-                tiles * cdiv(self.c, config.groups * config.block_c),
+                tiles * cdiv(self.c_out, config.groups * config.block_c),
                 *self._described_planes(config),
                 weight if config.fold else self._described_weight(config),
                 *addends,
@@ -190,28 +194,24 @@ class ConvLaunch(_Launch):
                 self._stored(out, config),
                 self._stored(self.z_out, config),
                 self.bias,
-                *self.norm,
-                *([None] * 3 if moments is None else [moments.mean, moments.m2, moments.count]),
+                self.norm,
+                Moments() if moments is None else Moments(moments.mean, moments.m2, moments.count),
                 *upstream,
-                sums,
                 n,
                 h,
                 w,
                 tiles_h,
                 tiles_w,
-                *[out.stride(d) for d in (0, 2, 3)],
                 float(scale) if addends or scale != 1 else None,
-                float(spec.eps),
                 SIGN=-1 if self.gradient else 1,
                 POST_NORM=spec.post_norm and not self.gradient,
                 RELU=relu,
                 ROWS=config.rows,
-                SKIPS=config.skips,
-                FOLD=config.fold,
-                WEIGHT_STRIDES=weight.stride() if config.fold else None,
+                SKIP_PADDING=config.skips,
+                FOLD_2X2=weight.stride() if config.fold else None,
                 **self._constants(config),
             )
-        return moments if self.statistics else sums
+        return moments if self.statistics else upstream[1].sums
 
     def _described_planes(self, config):
         box, planes = config.box, self.planes
@@ -227,17 +227,18 @@ class ConvLaunch(_Launch):
 
     def _stored(self, tensor, config):
         """Returns the kernel's output argument: a descriptor if the GPU has them and the rows are aligned."""
-        by_descriptor = gpu_of(self.out).has_descriptors and has_aligned_rows(self.c, self.out.element_size())
+        by_descriptor = gpu_of(self.out).has_descriptors and has_aligned_rows(self.c_out, self.out.element_size())
         return _described(tensor, config.box, config.block_c) if by_descriptor else tensor
 
-    def _upstream_arguments(self, config, tiles):
-        """Returns (arguments for the layer upstream, the kernel's RELU flag, the buffer of its sums or None)."""
+    def _upstream(self, config, tiles):
+        """Returns ((z's descriptor, the norm upstream and the buffer of its sums), the kernel's RELU flag)."""
         upstream, out = self.upstream, self.out
         if upstream is None or not holds_upstream(config, out.element_size(), gpu_of(out)):
-            return [None] * 5, self.spec.relu, None
+            return (None, UpstreamNorm()), self.spec.relu
         z = _described(upstream.z, config.box, config.block_c)
-        sums = torch.empty((tiles, 2, self.c), dtype=torch.float32, device=out.device)
-        return [z, upstream.mean, upstream.invstd, upstream.gamma, upstream.beta], upstream.relu, sums
+        sums = torch.empty((tiles, 2, self.c_out), dtype=torch.float32, device=out.device)
+        norm = UpstreamNorm(upstream.mean, upstream.invstd, upstream.gamma, upstream.beta, sums)
+        return (z, norm), upstream.relu
 
     def _padding(self) -> tuple[int, int]:
         """Returns the launched convolution's padding: the data gradient's is kernel - 1 - padding."""
@@ -254,7 +255,7 @@ class StridedGradientLaunch(_Launch):
     def run(self) -> None:
         parities, planes = self._parities()
         n, _, h, w = planes[0, 0].shape
-        problem = Problem(n, h, w, self.c, self.k, self.kernel, self.out.element_size(), planes=len(parities))
+        problem = Problem(n, h, w, self.c_out, self.c_in, self.kernel, self.out.element_size(), planes=len(parities))
         self._run(_conv_bwd_data_kernel, bool(self.addends), problem)
 
     def _parities(self):
@@ -271,9 +272,9 @@ class StridedGradientLaunch(_Launch):
         parities, planes = self._parities()
         n, _, h, w = planes[0, 0].shape
         tiles_h, tiles_w = cdiv(h, config.box[1]), cdiv(w, config.box[2])
-        tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(self.c, config.groups * config.block_c)
+        tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w * cdiv(self.c_out, config.groups * config.block_c)
         outs = [planes[parity] for parity in parities]
-        if gpu_of(self.out).has_descriptors and has_aligned_rows(self.c, self.out.element_size()):
+        if gpu_of(self.out).has_descriptors and has_aligned_rows(self.c_out, self.out.element_size()):
             outs = [describe_pixels(plane, config.box, config.block_c) for plane in outs]
         with device_guard(self.out):
             launch(

@@ -33,7 +33,7 @@ observers: list[Callable] = []  # process-wide, see `observed`
 def launch(kernel, programs: int, *args, **options) -> None:
     """Launches `programs` programs of `kernel` on a one-dimensional grid, whose limit is 2^31 - 1."""
     overlap = overlaps()
-    options["OVERLAP"] = overlap
+    options["USE_PDL"] = overlap
     if overlap:
         options["launch_pdl"] = True
     if "TRITON_DEFAULT_FP_FUSION" not in os.environ:

@@ -9,12 +9,11 @@ import functools
 import threading
 import types
 
-import torch
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.triton.launch.runtime import ALIGNMENT
-from rir_kernels.triton.plan.places import Slot, Unplannable
+from rir_kernels.triton.plan.places import Slot, Unplannable, binder
 
 
 class CompiledLaunch:
@@ -30,28 +29,28 @@ class CompiledLaunch:
         # all of the kernel's parameters in order, including constexpr ones
         parameters = dict(zip(kernel.arg_names, args, strict=False)) | options
         self._arguments = [parameters[name] for name in kernel.arg_names]
-        self._placed, self._slots = [], []
-        for position, arg in enumerate(self._arguments):
-            if (tensor := tensor_of(arg)) is not None:
-                where = place(tensor)
-                if where.start % ALIGNMENT:  # the kernel is compiled for addresses that are multiples of 16
-                    raise Unplannable("a view that is not aligned")
-                descriptor = None if arg is tensor else arg
-                self._placed.append((position, where.buffer, where.start, descriptor))
-            elif isinstance(arg, Slot):
-                self._slots.append((position, int(arg)))
+        bound = [binder(arg, functools.partial(_address, place)) for arg in self._arguments]
+        self._bound = [(position, bind) for position, bind in enumerate(bound) if bind]
 
     def at(self, addresses: list[int], scalars: tuple[float, ...], stream: int) -> functools.partial:
         """Binds the launch; `addresses` are those of the plan's buffers."""
         args = self._arguments.copy()
-        for position, buffer, start, descriptor in self._placed:
-            address = addresses[buffer] + start
-            args[position] = address if descriptor is None else _moved(descriptor, address)
-        for position, index in self._slots:
-            args[position] = scalars[index]
+        for position, bind in self._bound:
+            args[position] = bind(addresses, scalars)
         if self._c_launch is None:
             return functools.partial(self._start, *args, stream=stream)
         return functools.partial(self._c_launch, *self._collect(*args, stream=stream))
+
+
+def _address(place, arg):
+    """Returns a function that makes the address, or the descriptor, of a tensor from the buffers' addresses."""
+    descriptor = arg if isinstance(arg, TensorDescriptor) else None
+    where = place(arg if descriptor is None else descriptor.base)
+    if where.start % ALIGNMENT:  # the kernel is compiled for addresses that are multiples of 16
+        raise Unplannable("a view that is not aligned")
+    if descriptor is None:
+        return lambda addresses, _scalars: addresses[where.buffer] + where.start
+    return lambda addresses, _scalars: _moved(descriptor, addresses[where.buffer] + where.start)
 
 
 def compile_for(kernel, args, options):
@@ -60,15 +59,6 @@ def compile_for(kernel, args, options):
     compiled = kernel.warmup(*plain, grid=(1,), **options)
     compiled._init_handles()
     return compiled
-
-
-def tensor_of(arg) -> torch.Tensor | None:
-    """Returns the tensor that an argument is, or that a descriptor or the tuple that replaces one describes."""
-    if isinstance(arg, TensorDescriptor):
-        return arg.base
-    if isinstance(arg, tuple):
-        arg = arg[0]
-    return arg if isinstance(arg, torch.Tensor) else None
 
 
 class _Address:
@@ -82,8 +72,6 @@ class _Address:
 
 
 def _moved(descriptor, address):
-    if isinstance(descriptor, tuple):
-        return address, *descriptor[1:]
     descriptor = copy.copy(descriptor)  # skips the constructor's checks, which have passed
     descriptor.base = _Address(address)
     return descriptor

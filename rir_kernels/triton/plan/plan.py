@@ -20,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rir_kernels.common.switches import interpreting
 from rir_kernels.triton.launch.runtime import device_guard, foreseeing, intercepted, observers, report
-from rir_kernels.triton.plan.compiled import CompiledLaunch, compile_for, tensor_of
-from rir_kernels.triton.plan.places import Place, Slot, Unplannable
+from rir_kernels.triton.plan.compiled import CompiledLaunch, compile_for
+from rir_kernels.triton.plan.places import Place, Unplannable, binder
 
 _ALLOCATIONS = frozenset({"aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
 _IN_PLACE = frozenset({"aten::copy_", "aten::zero_"})
@@ -184,25 +184,18 @@ class _InterpretedLaunch:
 
     def __init__(self, place, kernel, programs, args, options):
         self._start = functools.partial(kernel[(programs,)], **options)
-        self._arguments = [self._argument(place, arg) for arg in args]
-
-    @staticmethod
-    def _argument(place, arg):
-        """Returns a function that makes the argument from (buffers, scalars)."""
-        if isinstance(arg, torch.Tensor):
-            where = place(arg)
-            return lambda buffers, scalars: where.view(buffers)
-        if isinstance(arg, tuple) and tensor_of(arg) is not None:
-            where = place(arg[0])
-            return lambda buffers, scalars: (where.view(buffers), *arg[1:])
-        if isinstance(arg, TensorDescriptor):
-            where = place(arg.base)
-            return lambda buffers, scalars: TensorDescriptor(
-                where.view(buffers), arg.shape, arg.strides, arg.block_shape, arg.padding
-            )
-        if isinstance(arg, Slot):
-            return lambda buffers, scalars: scalars[int(arg)]
-        return lambda buffers, scalars: arg
+        self._arguments = [(binder(arg, functools.partial(_view, place)), arg) for arg in args]
 
     def __call__(self, buffers, scalars):
-        self._start(*[argument(buffers, scalars) for argument in self._arguments])
+        self._start(*[bind(buffers, scalars) if bind else arg for bind, arg in self._arguments])
+
+
+def _view(place, arg):
+    """Returns a function that makes a tensor, or its descriptor, from the buffers."""
+    if isinstance(arg, torch.Tensor):
+        where = place(arg)
+        return lambda buffers, _scalars: where.view(buffers)
+    where = place(arg.base)
+    return lambda buffers, _scalars: TensorDescriptor(
+        where.view(buffers), arg.shape, arg.strides, arg.block_shape, arg.padding
+    )

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+# the kernels' arguments that hold a tile's field under another name
+FIELDS = {"C_BLOCKS": "groups", "SKIP_PADDING": "skips", "FOLD_2X2": "fold", "PIXEL_ORDER": "walk"}
+
 
 class ConvConfig(NamedTuple):
     """Tile of the forward and data-gradient kernel: `box` = (images, rows, columns) of output pixels.
