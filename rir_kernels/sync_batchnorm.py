@@ -37,7 +37,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input):
         if self.active_group() is None:
             return super().forward(input)
-        return bn_state.norm_act(self, input, spec=kept_spec(eps=self.eps, relu=False))
+        return bn_state.norm_act(self, input, spec=kept_spec(eps=self.eps, activation=None))
 
     def __deepcopy__(self, memo):
         memo[id(self.process_group)] = self.process_group  # a communicator: shared, never copied

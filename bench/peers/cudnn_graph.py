@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
+from rir_kernels.common.activations import RELU
 from rir_kernels.common.memory_format import dense_channels_last
 from rir_kernels.common.spec import spec_of_conv
 from rir_kernels.dispatch.tensors import as_residuals, autocast_dtype
@@ -129,7 +130,7 @@ def _infer(layer, x, weight, spec, residuals):
                 gains[residual.shape[1]] = gain * mask
             mask = gains[residual.shape[1]]
         addends.append((r, gain if mask is None else mask))
-    return cudnn_ops.conv(x, weight, spec, scale=scale, shift=shift, addends=addends, relu=spec.relu)
+    return cudnn_ops.conv(x, weight, spec, scale=scale, shift=shift, addends=addends, relu=spec.activation == RELU)
 
 
 class _Train(torch.autograd.Function):
@@ -145,9 +146,9 @@ class _Train(torch.autograd.Function):
             before += [_widened(r, channels) for r in residuals]
         z = cudnn_ops.conv(x, weight, spec, scale=_filled(spec.conv_scale, channels, gamma), addends=before)
         scaled = [p * spec.norm_scale if spec.norm_scale != 1.0 else p for p in (gamma, beta)]
-        fused = after is not None and spec.relu  # a sum without a ReLU is no pattern of cuDNN's
+        fused = after is not None and spec.activation == RELU  # a sum without a ReLU is no pattern of cuDNN's
         y, mean, invstd, mask = cudnn_ops.bn_train(
-            z, *scaled, bn.running_mean, bn.running_var, momentum=momentum, eps=bn.eps, relu=spec.relu,
+            z, *scaled, bn.running_mean, bn.running_var, momentum=momentum, eps=bn.eps, relu=spec.activation == RELU,
             residual=after if fused else None,
         )  # fmt: skip
         if after is not None and not fused:
@@ -163,11 +164,11 @@ class _Train(torch.autograd.Function):
         spec, dy, needed = ctx.spec, dense_channels_last(dy), ctx.needs_input_grad
         want = any(needed[7:]) and mask is not None
         dz, dgamma, dbeta, dresidual = cudnn_ops.bn_backward(
-            dy, z, gamma, beta, mean, invstd, mask, relu=spec.relu, want_residual=want
+            dy, z, gamma, beta, mean, invstd, mask, relu=spec.activation == RELU, want_residual=want
         )
         if not spec.post_norm:
             dresidual = dz
-        elif not spec.relu:
+        elif spec.activation is None:
             dresidual = dy
         dx = _data_grad(dz, x, weight, spec, _filled(spec.conv_scale, x.shape[1], gamma)) if needed[0] else None
         dw = cudnn_ops.wgrad(dz, x, spec, weight.shape) if needed[1] else None

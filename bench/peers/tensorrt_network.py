@@ -84,7 +84,7 @@ class Translation:
         for tensor, matrix, stride in shortcuts:
             matrix = matrix if spec.post_norm else matrix * gain[:, None]
             y = self.sum(y, self.shortcut(tensor, matrix, stride))
-        return self.relu(y) if spec.relu else y
+        return self.relu(y) if spec.activation else y
 
     def constant(self, tensor):
         return self.network.add_constant(tuple(tensor.shape), self.weights(tensor)).get_output(0)

@@ -16,7 +16,7 @@ import torch
 class Link:
     """What a layer's graph node exposes to the layers after it."""
 
-    # inputs of the sums, until backward has run: z, mean, invstd, weight and bias of the norm, whether a ReLU follows
+    # inputs of the sums, until backward has run: z, mean, invstd, weight, bias and activation of the norm
     norm: tuple | None
     consumers: int = 0  # fused layers that take the output as input
     _sums: tuple | None = None

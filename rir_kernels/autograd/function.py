@@ -23,14 +23,14 @@ _REFUSAL = (
 class Backward(NamedTuple):
     """The tensors that a layer's backward reads, in the order of the registered op's arguments.
 
-    mask: y, if the ReLU's mask is that of a sum after the norm; None if z determines it.
+    y: given if its sign gives the activation's derivative; None if z determines it.
     """
 
     dy: torch.Tensor
     x: torch.Tensor
     weight: torch.Tensor | None
     z: torch.Tensor
-    mask: torch.Tensor | None
+    y: torch.Tensor | None
     mean: torch.Tensor
     invstd: torch.Tensor
     bn_weight: torch.Tensor | None
@@ -51,8 +51,8 @@ class Kernels(Protocol):
     ) -> Sequence[torch.Tensor | None]:
         """Returns the gradients of x, weight, bias, bn_weight, bn_bias and of a residual that `needs` asks for.
 
-        sums: dbeta and dgamma, if known. upstream: z, mean, invstd, weight, bias and ReLU of the norm whose output x
-        is: its two sums may follow the six gradients, or two Nones.
+        sums: dbeta and dgamma, if known. upstream: z, mean, invstd, weight, bias and activation of the norm whose
+        output x is: its two sums may follow the six gradients, or two Nones.
         """
         ...
 
@@ -72,19 +72,18 @@ class ConvBNActFunction(torch.autograd.Function):
         y, z, mean, invstd, *statistics = kernels.forward(call)
         if weight is None:
             z, x = x.detach(), None
-        # z does not determine the ReLU's mask of a sum after the norm, nor if a factor <= 0 follows the norm
-        mask_from_z = not (spec.post_norm and (len(residuals) > 0 or spec.norm_scale <= 0))
-        if mask_from_z:
+        determined = call.derivative_from_z()
+        if determined:
             recomputation.remember(y, z, mean, invstd, call.bn_weight, call.bn_bias, spec)
-        mask = None if mask_from_z or not spec.relu else y
-        ctx.save_for_backward(x, weight, z, mask, mean, invstd, call.bn_weight, call.bn_bias, root)
+        sign = None if determined or spec.activation is None else y
+        ctx.save_for_backward(x, weight, z, sign, mean, invstd, call.bn_weight, call.bn_bias, root)
         ctx.kernels, ctx.spec, ctx.training = kernels, spec, call.training
         ctx.residual_channels = [residual.shape[1] for residual in residuals]
         ctx.ahead = ctx.link = None
         if kernels.chains:
             ctx.ahead = _links((inputs[0], *residuals))
-            chained = call.training and mask_from_z and spec.norm_scale == 1 and recomputation.saves_in_place(z)
-            ctx.link = Link((z, mean, invstd, call.bn_weight, call.bn_bias, spec.relu) if chained else None)
+            chained = call.training and determined and spec.norm_scale == 1 and recomputation.saves_in_place(z)
+            ctx.link = Link((z, mean, invstd, call.bn_weight, call.bn_bias, spec.activation) if chained else None)
         ctx.mark_non_differentiable(*statistics)
         return root, y, *statistics
 

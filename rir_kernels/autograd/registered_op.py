@@ -15,7 +15,9 @@ from ..common.memory_format import empty_channels_last
 from ..common.spec import ConvBNActSpec
 
 _TYPES: dict[Any, str] = {tuple[int, int]: "int[2]", int: "int", bool: "bool", float: "float"}
-_SPEC = ", ".join(f"{_TYPES[field.type]} {field.name}" for field in dataclasses.fields(ConvBNActSpec))
+*_FIELDS, _ = dataclasses.fields(ConvBNActSpec)  # the last one is the activation, a pair or None
+_SPEC = ", ".join(f"{_TYPES[field.type]} {field.name}" for field in _FIELDS)
+_SPEC += ", str? activation, float? activation_parameter"
 _library = torch.library.Library("rir_kernels", "DEF")
 _library.define(
     "conv_bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
@@ -30,12 +32,14 @@ _library.define(
 
 
 def flat(spec: ConvBNActSpec):
-    return tuple(getattr(spec, field.name) for field in dataclasses.fields(spec))
+    activation = (None, None) if spec.activation is None else spec.activation
+    return (*[getattr(spec, field.name) for field in _FIELDS], *activation)
 
 
 def _spec(values) -> ConvBNActSpec:
-    stride, padding, dilation, *rest = values
-    return ConvBNActSpec(tuple(stride), tuple(padding), tuple(dilation), *rest)
+    *values, name, parameter = values
+    fields = {field.name: value for field, value in zip(_FIELDS, _hashable(values), strict=True)}
+    return ConvBNActSpec(**fields, activation=None if name is None else (name, parameter))
 
 
 def _hashable(options):

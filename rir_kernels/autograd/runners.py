@@ -87,12 +87,12 @@ class Planned:
 
     def backward(self, tensors: Backward, needs, spec, training, sums=None, upstream=None):
         """Replays a plan too, or calls the registered op if no plan is possible."""
-        *norm, relu = upstream or (None,) * 6
+        *norm, activation = upstream or (None,) * 6
         every = (*tensors, *(sums or (None, None)), *norm)
         metadata = plans.metadata(every)
-        signature = None if metadata is None else (*metadata, *needs, relu)
+        signature = None if metadata is None else (*metadata, *needs, activation)
         if signature is not None and signature not in self._backward:
-            function = functools.partial(self._gradients, needs, upstream is not None, relu)
+            function = functools.partial(self._gradients, needs, upstream is not None, activation)
             self._backward[signature] = plans.record(function, every)
         plan = None if signature is None else self._backward[signature]
         if plan is None:
@@ -102,9 +102,9 @@ class Planned:
             dbeta, dgamma = sums
         return dx, dweight, dbias, dgamma, dbeta, *rest
 
-    def _gradients(self, needs, has_upstream, relu, *tensors):
+    def _gradients(self, needs, has_upstream, activation, *tensors):
         norm = importlib.import_module("rir_kernels.triton.launch.batchnorm")
-        sums, upstream = tensors[9:11], norm.Upstream(*tensors[11:], relu) if has_upstream else None
+        sums, upstream = tensors[9:11], norm.Upstream(*tensors[11:], activation) if has_upstream else None
         given = sums[0] is not None
         if given:
             needs = [*needs[:3], False, False, needs[5]]

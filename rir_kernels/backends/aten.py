@@ -6,6 +6,7 @@ It runs anywhere, in every float dtype, and is differentiable any number of time
 import torch
 import torch.nn.functional as F
 
+from ..common.activations import activate
 from ..common.streams import add_to_first_channels
 
 
@@ -39,7 +40,7 @@ def after_norm(y, residuals, spec) -> torch.Tensor:
         y = y * spec.norm_scale
     for residual in residuals if spec.post_norm else ():
         y = add_to_first_channels(y, residual)
-    return F.relu(y) if spec.relu else y
+    return activate(y, spec.activation)
 
 
 def joined(z, residuals, spec):

@@ -48,5 +48,5 @@ def _reference(x, weight, bn_weight, bn_bias, running_mean, running_var, *, bias
         residual=residuals, residual_at="post_norm" if spec.post_norm else "pre_norm",
         branch_scale=spec.branch_scale, stride=spec.stride, padding=spec.padding, dilation=spec.dilation,
         groups=spec.groups, training=training, momentum=momentum, eps=spec.eps,
-        activation="relu" if spec.relu else None,
+        activation=spec.activation,
     )  # fmt: skip

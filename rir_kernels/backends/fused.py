@@ -58,7 +58,7 @@ def backward(
 ):  # fmt: skip
     """Returns (dx, dweight, dbias, dgamma, dbeta, dresidual), None for those that `needs`, in that order, excludes.
 
-    y is given if the ReLU's mask is that of a sum after the norm. dresidual has all C_out channels. The gradients of
+    y is given if its sign gives the activation's derivative. dresidual has all C_out channels. The gradients of
     the per-channel parameters are fp32.
 
     upstream (`launch.batchnorm.Upstream`): the layer whose dy is this dx. It adds a seventh result: sum dy' and

@@ -9,11 +9,12 @@ import inspect
 import math
 from numbers import Integral, Real
 
+from .activations import normal_form
+
 SHORTCUTS = ("pad", "projection", "none")
 OUTER_SHORTCUTS = ("pre_norm", "post_act", "none")
 OUTER_STREAMS = ("residual", "both")
 RESIDUAL_AT = ("pre_norm", "post_norm")
-ACTIVATIONS = ("relu", None)
 
 
 def _is_int(value):
@@ -128,7 +129,7 @@ def check_conv_bn_act(
     check_positive_int("groups", groups)  # Conv2d checks that it divides the channels
     check_choice("residual_at", residual_at, RESIDUAL_AT)
     check_branch_scale(branch_scale)
-    check_choice("activation", activation, ACTIVATIONS)
+    normal_form(activation)
     check_eps(eps)
     check_momentum(momentum)
 

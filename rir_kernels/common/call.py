@@ -64,5 +64,9 @@ class Call(NamedTuple):
         bias, bn_weight, bn_bias = (None if vector is None else vector.contiguous() for vector in vectors)
         return self.having(bias=bias, bn_weight=bn_weight, bn_bias=bn_bias)
 
+    def derivative_from_z(self) -> bool:
+        """Whether z and the norm give the activation's derivative; a residual after the norm is not kept for it."""
+        return self.spec.determined_by_z and not (self.spec.post_norm and len(self.residuals) > 0)
+
     def needs_grad(self) -> bool:
         return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in self.inputs()])

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .activations import RELU, Activation, by_sign, normal_form
+
 
 @dataclass(frozen=True)
 class ConvBNActSpec:
@@ -23,7 +25,7 @@ class ConvBNActSpec:
     post_norm: bool = False
     branch_scale: float = 1.0
     eps: float = 1e-5
-    relu: bool = True
+    activation: Activation | None = RELU
 
     def output_shape(self, x: torch.Tensor, weight: torch.Tensor | None) -> tuple[int, int, int, int]:
         """(N, C_out, H', W') for x (N, C_in, H, W) and weight (C_out, C_in/groups, kh, kw) or None (x's shape)."""
@@ -54,6 +56,11 @@ class ConvBNActSpec:
         """The factor on the normed output."""
         return self.branch_scale if self.post_norm else 1.0
 
+    @property
+    def determined_by_z(self) -> bool:
+        """Whether z gives the derivative of the activation, if no residual follows the norm."""
+        return self.norm_scale == 1.0 or (self.norm_scale > 0 and by_sign(self.activation))
+
     def shortcut(self, x: torch.Tensor) -> torch.Tensor:
         """The part of x that is added before the norm, as a view."""
         if x.shape[1] != self.shortcut_channels:
@@ -81,5 +88,5 @@ def spec_of_conv(conv: torch.nn.Conv2d, residual_at, branch_scale, activation, e
         post_norm=residual_at == "post_norm",
         branch_scale=branch_scale,
         eps=eps,
-        relu=activation == "relu",
+        activation=normal_form(activation),
     )

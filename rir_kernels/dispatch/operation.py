@@ -8,6 +8,7 @@ import torch
 from ..autograd.runners import RegisteredOp
 from ..backends import aten
 from ..backends.composed import Composed
+from ..common.activations import activate, by_sign
 from ..common.call import Call
 from ..common.memory_format import conv_format, is_channels_last, to_format, warn_of_copies
 from ..distributed import sync_statistics
@@ -67,6 +68,11 @@ def apply(
         x = to_format(aten.joined(call.x, residuals, call.spec), channels_last)
         spec = dataclasses.replace(call.spec, branch_scale=1.0)
         return apply(call.having(x=x, residuals=(), spec=spec), impl, process_group=process_group)
+    if by_kernels and call.needs_grad() and not (by_sign(call.spec.activation) or call.derivative_from_z()):
+        # the derivative needs the sum after the norm: torch's own function of it keeps it
+        spec = dataclasses.replace(call.spec, activation=None)
+        y = apply(call.having(spec=spec), impl, process_group=process_group, torch_format=torch_format)
+        return activate(y, call.spec.activation)
     by = impl if launches or (impl == "reference" and process_group is None) else "torch"
     if calls.on():
         calls.ran(call, asked=asked, meant=impl, impl=by)

@@ -4,8 +4,8 @@ import functools
 
 import torch
 
+from ..common.activations import normal_form
 from ..common.arguments import (
-    ACTIVATIONS,
     RESIDUAL_AT,
     check_branch_scale,
     check_choice,
@@ -23,7 +23,7 @@ def checked_spec(residual_at, branch_scale, stride, padding, dilation, groups, e
     """
     if residual_at is not None:
         check_choice("residual_at", residual_at, RESIDUAL_AT)
-    check_choice("activation", activation, ACTIVATIONS)
+    activation = normal_form(activation)
     check_branch_scale(branch_scale)
     check_eps(eps)
     check_int_or_pair("stride", stride, 1)
@@ -38,7 +38,7 @@ def checked_spec(residual_at, branch_scale, stride, padding, dilation, groups, e
         post_norm=residual_at == "post_norm",
         branch_scale=float(branch_scale),
         eps=float(eps),
-        relu=activation == "relu",
+        activation=activation,
     )
 
 

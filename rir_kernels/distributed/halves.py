@@ -46,11 +46,11 @@ def sums(spec, _, dy, z, y, mean, invstd, gamma, beta):
 def gradients(options, _, dy, x, weight, z, y, mean, invstd, gamma, beta, rows, count, *norm):
     """Returns the gradients of `fused.backward` from the rows of all ranks; rows is None if no mean is needed.
 
-    options: spec, impl, needs, relu of the upstream layer. norm: that layer's z, mean, invstd, gamma and beta, or none.
+    options: spec, impl, needs, activation of the upstream layer. norm: that layer's z, mean, invstd, gamma and beta.
     """
-    spec, impl, needs, relu = options
+    spec, impl, needs, activation = options
     launchers = _norm()
-    upstream = launchers.Upstream(*norm, relu) if norm else None
+    upstream = launchers.Upstream(*norm, activation) if norm else None
     means = None if rows is None else launchers.bn_sum(launchers.Shared(mean.numel()).sums(rows), 1.0, count)
     # the norm's own gradients are the rank's sums, which are already known
     needs = (*needs[:3], False, False, needs[5])

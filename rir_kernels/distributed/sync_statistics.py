@@ -96,15 +96,15 @@ class _Kind:
         self.normalize = plans.Repeated(halves.normalize, spec, repeats)
         self._backward: dict[tuple | None, tuple[plans.Repeated, plans.Repeated]] = {}
 
-    def backward(self, tensors, needs, relu):
+    def backward(self, tensors, needs, activation):
         """Returns both halves, for tensors and needs like these."""
         metadata = plans.metadata(tensors) if self.repeats else None
-        key = None if metadata is None else (metadata, needs, relu)
+        key = None if metadata is None else (metadata, needs, activation)
         if key is None or key not in self._backward:
             repeats = key is not None
             self._backward[key] = (
                 plans.Repeated(halves.sums, self.spec, repeats),
-                plans.Repeated(halves.gradients, (self.spec, self.impl, needs, relu), repeats),
+                plans.Repeated(halves.gradients, (self.spec, self.impl, needs, activation), repeats),
             )
         return self._backward[key]
 
@@ -151,8 +151,8 @@ class KernelsOfRanks:
         return y, z, mean, invstd
 
     def backward(self, tensors: Backward, needs, spec, training, sums=None, upstream=None):
-        *norm, relu = upstream or (None,)
-        sum_up, gradients = self._kind.backward((*tensors, *norm), tuple(needs), relu)
+        *norm, activation = upstream or (None,)
+        sum_up, gradients = self._kind.backward((*tensors, *norm), tuple(needs), activation)
         need_x, need_weight, need_bias, need_gamma, need_beta, need_residual = needs
         # depends on what requires a gradient before the norm, as on a rank without images
         exchanges = need_x or need_weight or need_bias or (need_residual and not spec.post_norm)

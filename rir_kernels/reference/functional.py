@@ -10,7 +10,8 @@ The residual joins before or after the norm: two different functions in training
 import torch
 import torch.nn.functional as F
 
-from ..common.arguments import ACTIVATIONS, RESIDUAL_AT, check_choice, named_from, unplaced
+from ..common.activations import activate, normal_form
+from ..common.arguments import RESIDUAL_AT, check_choice, named_from, unplaced
 from ..common.streams import add_to_first_channels
 
 
@@ -57,7 +58,7 @@ def conv_bn_act(
         check_choice("residual_at", residual_at, RESIDUAL_AT)
     elif residuals or branch_scale != 1.0:
         raise unplaced(residuals)
-    check_choice("activation", activation, ACTIVATIONS)
+    activation = normal_form(activation)
 
     z = x
     if weight is not None:
@@ -82,7 +83,7 @@ def norm_act(z, norm, residual=None, residual_at="pre_norm", branch_scale=1.0, a
     y = norm(y)
     if residual_at == "post_norm":
         y = _join(branch_scale * y, residual)
-    return y if activation is None else torch.relu(y)
+    return activate(y, normal_form(activation))
 
 
 def check_dtypes(*tensors):

@@ -12,8 +12,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..common.activations import Activation
 from ..sync_batchnorm import SyncBatchNorm2d
-from .classes import BatchNorm2d, Conv2d, Identity, ReLU, know, patched
+from .activations import KINDS, activation_of
+from .classes import BatchNorm2d, Conv2d, Identity, know, patched
 from .fallback import GLOBAL_HOOK, HOOK, PARAMETRIZED, WRAPPED
 from .folded_norm import FoldedNorm
 from .registry import activation_within
@@ -69,14 +71,17 @@ def norm_obstacle(norm) -> str:
     if type(norm) is BatchNorm2d or (within := activation_within(norm)) is None:
         return bypass_obstacle(norm, BatchNorm2d) or _number_obstacle(norm)
     activation, nothing = within
-    if not isinstance(activation, ReLU | Identity):
-        return f"the activation within the norm is a {type(activation).__name__}: only ReLU is fused"
+    if not isinstance(activation, (*KINDS, Identity)):
+        return f"the activation within the norm is a {type(activation).__name__}, which is not fused"
     know(type(norm))
-    kind = ReLU if isinstance(activation, ReLU) else Identity
     return (
         _touched(norm)
         or _number_obstacle(norm)
-        or bypass_obstacle(activation, kind)
+        or (
+            bypass_obstacle(activation, Identity)
+            if isinstance(activation, Identity)
+            else activation_obstacle(activation)
+        )
         or bypass_obstacle(nothing, Identity)
     )
 
@@ -86,17 +91,20 @@ def _number_obstacle(norm):
     return "" if isinstance(norm.eps, float | int) else f"its eps is a {type(norm.eps).__name__}"
 
 
-def norm_has_relu(norm) -> bool:
-    """Whether the norm's forward ends with a ReLU."""
+def act_of_norm(norm) -> nn.Module | Activation | None:
+    """Returns the activation with which the norm's forward ends, which may have an obstacle; None without one."""
     if type(norm) is FoldedNorm:
-        return norm.relu
-    within = None if type(norm) is BatchNorm2d else activation_within(norm)
-    return within is not None and isinstance(within[0], ReLU)
+        return norm.activation
+    act, _ = (None, None) if type(norm) is BatchNorm2d else activation_within(norm) or (None, None)
+    return None if isinstance(act, Identity) else act
 
 
-def relu_obstacle(relu) -> str:
-    """Returns why the activation may not be bypassed."""
-    return bypass_obstacle(relu, ReLU)
+def activation_obstacle(module) -> str:
+    """Returns why the activation may not be bypassed, or cannot be fused."""
+    kind = next((kind for kind in KINDS if isinstance(module, kind)), KINDS[0])
+    if reason := bypass_obstacle(module, kind):
+        return reason
+    return "" if activation_of(module) is not None else f"{module} is not an activation that is fused"
 
 
 def _touched(module) -> str:

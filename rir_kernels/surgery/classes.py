@@ -22,13 +22,13 @@ Kind = TypeVar("Kind", bound=nn.Module)
 Method = tuple[type | types.ModuleType, str, object, types.CodeType | None]
 
 
-def _of_torch(kind: type[Kind]) -> type[Kind]:
+def of_torch(kind: type[Kind]) -> type[Kind]:
     """Returns the class that torch defined, even if its name has been rebound to a subclass."""
     return cast(type[Kind], next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")))
 
 
-Conv2d, BatchNorm2d = _of_torch(nn.Conv2d), _of_torch(nn.BatchNorm2d)
-ReLU, Identity = _of_torch(nn.ReLU), _of_torch(nn.Identity)
+Conv2d, BatchNorm2d = of_torch(nn.Conv2d), of_torch(nn.BatchNorm2d)
+ReLU, Identity = of_torch(nn.ReLU), of_torch(nn.Identity)
 _BYPASSED = ("forward", "_conv_forward", "_check_input_dim")  # the methods that torch's modules run, if they have them
 
 
@@ -56,8 +56,11 @@ def replaced(methods: tuple[Method, ...]) -> str:
 
 
 @not_traced
-def know(kind: type) -> None:
-    """Allows instances of `kind` to be bypassed, as long as the class is as its library defined it."""
+def know(kind: type, function: str | None = None) -> None:
+    """Allows instances of `kind` to be bypassed, as long as the class is as its library defined it.
+
+    function: the name in torch.nn.functional of what its forward calls, and tools that count operations replace.
+    """
     if kind in _known:
         return
     methods = methods_of(kind, *(name for name in _BYPASSED if hasattr(kind, name)))
@@ -65,6 +68,8 @@ def know(kind: type) -> None:
         methods = tuple(method for method in methods if method[0] is kind)
     # if it was already patched, store an object that equals nothing
     _known[kind] = tuple((base, name, m if _is_from(base, m) else object(), code) for base, name, m, code in methods)
+    if function is not None:
+        _known[kind] += (_method(F, function),)
 
 
 def patched(kind: type) -> str:
@@ -83,10 +88,9 @@ def _is_from(base, method):
 
 
 _known: dict[type, tuple[Method, ...]] = {}
-for _kind, _function in ((Conv2d, "conv2d"), (BatchNorm2d, "batch_norm"), (ReLU, "relu"), (Identity, None)):
-    know(_kind)
-    if _function is not None:  # its forward calls it, and tools that count operations replace it
-        _known[_kind] += (_method(F, _function),)
+know(Conv2d, "conv2d")
+know(BatchNorm2d, "batch_norm")
+know(Identity)
 
 
 def subclass_of(kind: type, mixin: type, namespace: dict) -> type:

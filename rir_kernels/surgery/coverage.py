@@ -11,7 +11,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..common.fused_class import class_of
 from ..common.tables import THE_MODEL
-from .bypass import conv_obstacle, norm_obstacle, relu_obstacle
+from .activations import KINDS
+from .bypass import activation_obstacle, conv_obstacle, norm_obstacle
 from .classes import Conv2d
 from .folded_norm import FoldedNorm
 from .patterns import Refusal
@@ -21,7 +22,7 @@ from .report import Coverage, Skipped
 from .tracer import first_line
 
 _NO_NORM = "no norm behind it that could be fused with it"
-_NO_CONVOLUTION = "no convolution in front of it, nor a ReLU behind it, that could be fused with it"
+_NO_CONVOLUTION = "no convolution in front of it, nor an activation behind it, that could be fused with it"
 _SCRIPTED = "it was compiled by torch.jit: fuse the model that it was made from"
 _PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 _OTHER_DIMENSIONS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.LazyBatchNorm1d, nn.LazyBatchNorm3d)
@@ -166,7 +167,7 @@ def _own_tensor(module, name):
 
 def _obstacle(module):
     """Returns the property of the module because of which no operation takes it."""
-    look = relu_obstacle if isinstance(module, nn.ReLU) else None
+    look = activation_obstacle if isinstance(module, KINDS) else None
     look = conv_obstacle if is_convolution(module) else norm_obstacle if is_norm(module) else look
     try:
         return look(module) if look is not None else ""

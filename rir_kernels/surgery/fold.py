@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..common.fused_class import class_of
-from .bypass import norm_has_relu, norm_obstacle
+from .activations import activation_of
+from .bypass import act_of_norm, norm_obstacle
 from .coverage import is_norm
 from .folded_norm import FoldedNorm
 from .fuse import check_model, walk
@@ -134,7 +135,7 @@ def _apply(fold):
     scale = scale if norm.weight is None else scale * norm.weight.to(wide)
     shift = -norm.running_mean.to(wide) * scale
     shift = shift if norm.bias is None else shift + norm.bias.to(wide)
-    options = {"relu": norm_has_relu(norm), "like": norm.running_mean}
+    options = {"activation": activation_of(act_of_norm(norm)), "like": norm.running_mean}
     if conv is None:
         like = norm.running_mean.dtype
         folded = FoldedNorm(len(scale), scale.to(like), shift.to(like), **options)

@@ -1,6 +1,6 @@
-"""Finds chains of conv, BN, (+), ReLU in a forward's graph: the nodes that make up one fused operation.
+"""Finds chains of conv, BN, (+), activation in a forward's graph: the nodes that make up one fused operation.
 
-A chain is matched outwards from its norm, back to the convolution and on to the ReLU. Nothing else uses its inner
+A chain is matched outwards from its norm, back to the convolution and on to the activation. Nothing else uses its inner
 nodes, so they can be removed; the fused operation replaces the last node.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .bypass import conv_obstacle, norm_has_relu, norm_obstacle, relu_obstacle
+from .activations import KINDS, activation_of_call
+from .bypass import act_of_norm, activation_obstacle, conv_obstacle, norm_obstacle
 from .classes import Identity
 from .effects import Memory, statistics_of, tensors_of, written_arguments
 from .folded_norm import FoldedNorm
@@ -25,22 +25,21 @@ from .patterns.base import Refusal
 from .reads import Path
 
 NORMS = (_NormBase, FoldedNorm)  # what looks like a norm
-_RELU = {F.relu, F.relu_, torch.relu, torch.relu_}
 _ADD = {operator.add, operator.iadd, torch.add}
 _MULTIPLY = {operator.mul, operator.imul, torch.mul, torch.multiply}
 
 
 @dataclass
 class Chain:
-    """y = relu(norm(scale * conv(x) + residuals)) or, post_norm, relu(scale * norm(conv(x)) + residuals)."""
+    """y = act(norm(scale * conv(x) + residuals)) or, post_norm, act(scale * norm(conv(x)) + residuals)."""
 
     norm: fx.Node
     conv: fx.Node | None = None
     scale: float = 1.0
     residuals: list[fx.Node] = field(default_factory=list)
     post_norm: bool = True
-    relu: fx.Node | None = None
-    norm_has_relu: bool = False
+    activation: fx.Node | None = None
+    norm_acts: bool = False  # its forward ends with the activation
     nodes: list[fx.Node] = field(default_factory=list)  # all nodes that it replaces, in graph order
 
     @property
@@ -51,13 +50,13 @@ class Chain:
             if not self.post_norm:
                 return "conv_add_bn_act"
             return "conv_bn_add_act" if self.scale == 1 else "conv_bn_scaled_add_act"
-        return "conv_bn_act" if self.relu or self.norm_has_relu else "conv_bn"
+        return "conv_bn_act" if self.activation or self.norm_acts else "conv_bn"
 
     @property
     def identities(self) -> list[fx.Node]:
         """Returns the nodes of nn.Identity."""
         called = [node for node in self.nodes if node.op == "call_module"]
-        return [node for node in called if node not in (self.conv, self.norm, self.relu)]
+        return [node for node in called if node not in (self.conv, self.norm, self.activation)]
 
     @property
     def input(self) -> fx.Node:
@@ -118,10 +117,10 @@ class _Finder:
             chain.conv, chain.residuals, chain.scale, before = back
             chain.nodes += before
             chain.post_norm = not chain.residuals
-        chain.norm_has_relu = norm_has_relu(self.child(norm))
-        if not chain.norm_has_relu:
+        chain.norm_acts = act_of_norm(self.child(norm)) is not None
+        if not chain.norm_acts:
             self.forth(chain)
-        return None if chain.pattern == "bn_act" and not (chain.relu or chain.norm_has_relu) else chain
+        return None if chain.pattern == "bn_act" and not (chain.activation or chain.norm_acts) else chain
 
     def back(self, node, residuals=0, scaled=False):
         """Returns (conv, residuals, scale, nodes) of what ends in `node`; residuals, scaled: what was passed so far."""
@@ -150,7 +149,7 @@ class _Finder:
         return None
 
     def forth(self, chain):
-        """Adds what follows the norm, up to the ReLU."""
+        """Adds what follows the norm, up to the activation."""
         node, passed, scale = chain.norm, [], 1.0
         while len(node.users) == 1:
             before, node = node, next(iter(node.users))
@@ -158,9 +157,9 @@ class _Finder:
                 return
             passed.append(node)
             pair = _summands(node)
-            if self.is_relu(node):
+            if self.is_activation(node):
                 if scale == 1.0:
-                    chain.relu = node
+                    chain.activation = node
                     chain.nodes += passed
                 return
             if self.is_identity(node):
@@ -186,9 +185,9 @@ class _Finder:
         if reason := norm_obstacle(norm):
             return reason
         if (
-            chain.relu is not None
-            and chain.relu.op == "call_module"
-            and (reason := relu_obstacle(self.child(chain.relu)))
+            chain.activation is not None
+            and chain.activation.op == "call_module"
+            and (reason := activation_obstacle(self.child(chain.activation)))
         ):
             return reason
         if self.called[id(norm)] > 1:
@@ -228,10 +227,10 @@ class _Finder:
     def is_identity(self, node):
         return type(self.child(node)) is Identity and len(node.args) == 1 and not node.kwargs
 
-    def is_relu(self, node):
+    def is_activation(self, node):
         if node.op == "call_module":
-            return isinstance(self.child(node), nn.ReLU)
-        return node.target in _RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+            return isinstance(self.child(node), KINDS)
+        return activation_of_call(node) is not None
 
 
 def _operands(node, functions, methods):

@@ -14,14 +14,16 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import _custom_builtins
 from torch.fx.node import _get_qualified_name
 
+from ..common.activations import Activation
 from . import in_place, runtime
+from .activations import activation_of_call
 from .bypass import bypass_obstacle, call_obstacle
 from .classes import Method, methods_of
 from .fallback import note
@@ -38,7 +40,7 @@ _OTHER_ARGUMENTS = "it was called with other arguments than its forward was trac
 
 
 class Operation(NamedTuple):
-    """One fused operation and the paths of its modules; activation: "relu" for a function, None for none."""
+    """One fused operation and the paths of its modules; activation: its name for a function, None for none."""
 
     pattern: str
     conv: Path | None
@@ -59,7 +61,7 @@ class Program:
     """A generated forward and its guards.
 
     inputs: names of forward's arguments. untouched: the children whose forward is not called, with their classes;
-    without convolutions, norms and ReLUs, which `units` checks, and calls if needed.
+    without convolutions, norms and activations, which `units` checks, and calls if needed.
     """
 
     source: str
@@ -147,8 +149,11 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
 
 
 def _operation(chain):
-    conv, norm, relu = (node and path_of(str(node.target)) for node in (chain.conv, chain.norm, chain.relu))
-    return Operation(chain.pattern, conv, norm, relu if relu is None or chain.relu.op == "call_module" else "relu")
+    conv, norm = (node and path_of(str(node.target)) for node in (chain.conv, chain.norm))
+    act = chain.activation
+    if act is not None:
+        act = path_of(str(act.target)) if act.op == "call_module" else cast(Activation, activation_of_call(act))[0]
+    return Operation(chain.pattern, conv, norm, act)
 
 
 def _one_by_one(chain):
@@ -169,10 +174,13 @@ def _replace(graph, chain, copies, root, options, one_by_one):
     with graph.inserting_before(last):
         x, norm = copies[chain.input], graph.get_attr(chain.norm.target)
         options = options | {"one_by_one": graph.call_function(getattr, (root, one_by_one))}
-        act = None if chain.relu is None else "relu"
-        if chain.relu is not None and chain.relu.op == "call_module":
-            act = graph.get_attr(chain.relu.target)
+        act = chain.activation
+        if act is not None and act.op == "call_module":
+            act = graph.get_attr(act.target)
             options |= {"acts": True}
+        elif act is not None:
+            name, parameter = cast(Activation, activation_of_call(act))
+            act = name if parameter is None else (name, parameter)
         if chain.conv is None:
             fused = graph.call_function(runtime.bn_act, (x, norm, act), options)
         else:

@@ -9,11 +9,12 @@ channels_last if x or the weight is.
 import functools
 
 import torch
-import torch.nn.functional as F
 
+from ..common.activations import activate
 from ..common.spec import kept_spec
 from ..dispatch import bn_state
-from .bypass import conv_obstacle, norm_has_relu, norm_obstacle, padding_of, pair, relu_obstacle, tensor_of
+from .activations import activation_of
+from .bypass import act_of_norm, activation_obstacle, conv_obstacle, norm_obstacle, padding_of, pair, tensor_of
 from .fallback import note
 
 _NO_IMAGE = "it was not given images, dense tensors of four dimensions"
@@ -22,16 +23,16 @@ _NO_IMAGE = "it was not given images, dense tensors of four dimensions"
 def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="auto", acts=False, one_by_one=None):
     """Returns act(bn(scale * conv(x) + residuals)) or, post_norm, act(scale * bn(conv(x)) + residuals).
 
-    act: a module, "relu" or None; bn may contain a ReLU. acts: whether there was a module, so that None means that it
-    is gone. one_by_one: called as one_by_one(x, *residuals) if it cannot be one operation; None calls the modules as
-    in the formula.
+    act: a module, an activation as in `functional`, or None; bn may end with one. acts: whether there was a module, so
+    that None means that it is gone. one_by_one: called as one_by_one(x, *residuals) if it cannot be one operation; None
+    calls the modules as in the formula.
     """
     if one_by_one is None:
         one_by_one = functools.partial(_one_by_one, conv, bn, act, post_norm, scale)
     if reason := obstacle(bn, act, conv, acts=acts):
         return _instead(one_by_one, x, residuals, reason, asked=False)
-    relu, weight = act is not None or norm_has_relu(bn), tensor_of(conv, "weight")
-    spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, relu, post_norm and len(residuals) > 0, scale)
+    activation, weight = _activation(bn, act), tensor_of(conv, "weight")
+    spec = _spec(pair(conv.stride), padding_of(conv), bn.eps, activation, post_norm and len(residuals) > 0, scale)
     if reason := _misfit(x, residuals, weight, spec):
         return _instead(one_by_one, x, residuals, reason)
     return bn_state.conv_bn_act(
@@ -48,15 +49,15 @@ def conv_bn_act(x, conv, bn, act, *residuals, post_norm=True, scale=1.0, impl="a
 
 
 def bn_act(x, bn, act, *, impl="auto", acts=False, one_by_one=None):
-    """Returns act(bn(x)), where one of them is or has a ReLU; acts, one_by_one: as in `conv_bn_act`."""
+    """Returns act(bn(x)), where one of them is or has an activation; acts, one_by_one: as in `conv_bn_act`."""
     if one_by_one is None:
         one_by_one = functools.partial(_bn_act, bn, act)
     if not _is_image(x):
         return _instead(one_by_one, x, (), _NO_IMAGE)
     if reason := obstacle(bn, act, acts=acts):
         return _instead(one_by_one, x, (), reason, asked=False)
-    otherwise, relu = functools.partial(_instead, one_by_one, x, ()), act is not None or norm_has_relu(bn)
-    return bn_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, relu), impl=impl, otherwise=otherwise)
+    otherwise, activation = functools.partial(_instead, one_by_one, x, ()), _activation(bn, act)
+    return bn_state.norm_act(bn, x, spec=_spec((1, 1), (0, 0), bn.eps, activation), impl=impl, otherwise=otherwise)
 
 
 def obstacle(bn, act, *conv, acts=False) -> str:
@@ -66,7 +67,7 @@ def obstacle(bn, act, *conv, acts=False) -> str:
             return f"its convolution: {reason}"
     if reason := norm_obstacle(bn):
         return f"its norm: {reason}"
-    if (acts if act is None else act != "relu") and (reason := relu_obstacle(act)):
+    if (acts if act is None else not isinstance(act, str | tuple)) and (reason := activation_obstacle(act)):
         return f"its activation: {reason}"
     return ""
 
@@ -102,11 +103,15 @@ def attribute(module, name):
 
 
 def _act(y, act):
-    return F.relu(y) if act == "relu" else y if act is None else act(y)
+    return activate(y, activation_of(act)) if act is None or isinstance(act, str | tuple) else act(y)
 
 
-def _spec(stride, padding, eps, relu, post_norm=False, scale=1.0):
-    return kept_spec(stride, padding, eps=eps, relu=relu, post_norm=post_norm, branch_scale=scale)
+def _activation(bn, act):
+    return activation_of(act_of_norm(bn) if act is None else act)
+
+
+def _spec(stride, padding, eps, activation, post_norm=False, scale=1.0):
+    return kept_spec(stride, padding, eps=eps, activation=activation, post_norm=post_norm, branch_scale=scale)
 
 
 def _is_image(x):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from rir_kernels.common.activations import RELU
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.barriers import unguarded_writes
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
@@ -137,7 +138,7 @@ def compile_ops(shape: Shape, dtype: torch.dtype, arch: str):
         conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec)
         launched("data gradient")
         inputs = torch.empty(shape.c_in, device="meta")
-        upstream = batchnorm.Upstream(x, inputs, inputs, inputs, inputs, relu=True)
+        upstream = batchnorm.Upstream(x, inputs, inputs, inputs, inputs, RELU)
         _, partial = conv.conv_data_grad(z, weight, shape=tuple(x.shape), spec=spec, upstream=upstream)
         if partial is None:  # no sums: this launched the same kernel as before
             del compiled[len(ops) :]

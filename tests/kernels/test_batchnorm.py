@@ -1,8 +1,11 @@
 """The normalization kernels against their formulas in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from rir_kernels.common.activations import activate
 from rir_kernels.common.spec import ConvBNActSpec
 
 from .targets import TARGETS, assert_close, ieee_fp32, rand, small_integers  # noqa: F401 (an autouse fixture)
@@ -112,12 +115,12 @@ def _layer_formula(z, mean, var, gamma, beta, residuals, spec):
     u = spec.norm_scale * (_channels(gamma) * xhat + _channels(beta))
     for residual in residuals:
         u = torch.cat([u[:, : residual.shape[1]] + residual, u[:, residual.shape[1] :]], 1)
-    return u.relu() if spec.relu else u
+    return activate(u, spec.activation)
 
 
 OPTIONS = {
     "relu": ConvBNActSpec(),
-    "no relu": ConvBNActSpec(relu=False),
+    "no relu": ConvBNActSpec(activation=None),
     "residuals after the norm": ConvBNActSpec(post_norm=True, branch_scale=0.7),
 }
 
@@ -143,9 +146,8 @@ def test_apply_and_backward(shape, target, spec, training):
     mean, var = (m if training else m.detach() for m in (leaves[0].mean((0, 2, 3)), leaves[0].var((0, 2, 3), False)))
     golden = _layer_formula(leaves[0], mean, var, leaves[1], leaves[2], leaves[3:], spec)
     # an element whose u is within rounding of zero may fall on either side of the ReLU: leave it out of the gradient
-    if spec.relu:
-        u = _layer_formula(leaves[0], mean, var, leaves[1], leaves[2], leaves[3:], spec.__class__(**{
-            **spec.__dict__, "relu": False}))  # fmt: skip
+    if spec.activation:
+        u = _layer_formula(leaves[0], mean, var, leaves[1], leaves[2], leaves[3:], replace(spec, activation=None))
         dy = dy * (u.abs() > 1e-2)
     dz, dgamma, dbeta, *dresiduals = torch.autograd.grad(golden, leaves, dy.double())
     assert_close(y, golden.detach(), dtype, terms=64, name="y")
@@ -170,7 +172,7 @@ def test_channel_slices_are_read_in_place_or_copied(target):
     """dy and residuals may be slices of wider tensors, expanded, or in the other memory format."""
     from rir_kernels.triton.launch import batchnorm
 
-    spec = ConvBNActSpec(post_norm=True, relu=False)
+    spec = ConvBNActSpec(post_norm=True, activation=None)
     z = small_integers((2, 8, 4, 4), target, seed=1)
     identity = batchnorm.Statistics(*(torch.full((8,), v, device=target[0]) for v in (0.0, 1.0, 1.0)))
     wide = small_integers((2, 24, 4, 4), target, seed=2)
@@ -213,7 +215,7 @@ def test_programs_of_several_steps(target, monkeypatch):
     assert_close(statistics.mean, mean, torch.float32, terms=45, name="mean")
     assert_close(statistics.var, var, torch.float32, terms=45, name="var")
 
-    dy, spec = rand((5, 8, 3, 3), target, seed=2), ConvBNActSpec(relu=False)
+    dy, spec = rand((5, 8, 3, 3), target, seed=2), ConvBNActSpec(activation=None)
     per_channel = {"mean": statistics.mean, "invstd": statistics.invstd, "gamma": None, "beta": None, "spec": spec}
     sums = batchnorm.bn_reduce(dy, z, None, **per_channel)
     xhat = (z.double() - _channels(mean)) * _channels(torch.rsqrt(var + 1e-5))

@@ -42,7 +42,7 @@ def test_rows_of_a_norm(target, spread):
     far = spread(residual, (12 * pitch, 1, 12 * pitch, pitch))
     z = small_integers((1, 8, 1, 12), target, seed=2)
     statistics = batchnorm.Statistics(*(torch.full((8,), value) for value in (0.0, 1.0, 1.0)))
-    spec = ConvBNActSpec(post_norm=True, relu=False)
+    spec = ConvBNActSpec(post_norm=True, activation=None)
     y = batchnorm.bn_apply(z, statistics, gamma=None, beta=None, residuals=[far], spec=spec)
     assert torch.equal(y, z + residual)
 

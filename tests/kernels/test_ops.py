@@ -15,7 +15,7 @@ impls = pytest.mark.parametrize("impl", ["triton", "hybrid"])
 SPECS = {
     "shortcut": (ConvBNActSpec(padding=(1, 1), shortcut_channels=4), ()),
     "stride 2, residual after the norm": (ConvBNActSpec(stride=(2, 2), padding=(1, 1), post_norm=True), (8,)),
-    "no norm parameters, no relu": (ConvBNActSpec(padding=(1, 1), relu=False), ()),
+    "no norm parameters, no relu": (ConvBNActSpec(padding=(1, 1), activation=None), ()),
 }
 specs = pytest.mark.parametrize("spec, residuals", SPECS.values(), ids=SPECS.keys())
 
@@ -24,7 +24,7 @@ def _forward_arguments(target, spec, residuals, training, impl, shape=(2, 8, 4, 
     stats = (target[0], torch.float32)
     x, weight = rand(shape, target, seed=1), rand((8, shape[1], 3, 3), target, seed=2)
     out = spec.output_shape(x, weight)
-    affine = [rand((8,), stats, seed=3), rand((8,), stats, seed=4)] if spec.relu else [None, None]
+    affine = [rand((8,), stats, seed=3), rand((8,), stats, seed=4)] if spec.activation else [None, None]
     running = [None, None] if training else [rand((8,), stats, seed=5), rand((8,), stats, seed=6).abs()]
     residuals = [rand((out[0], c, *out[2:]), target, seed=7) for c in residuals]
     return (x, weight, None, *affine, *running, residuals, *registered_op.flat(spec), training, True, impl)
@@ -40,7 +40,7 @@ def test_opcheck(spec, residuals, target, impl, training):
     torch.library.opcheck(torch.ops.rir_kernels.conv_bn_act.default, arguments)
     x, weight, _, gamma, beta, *_ = arguments
     y, z, mean, _, invstd = torch.ops.rir_kernels.conv_bn_act(*arguments)
-    mask = y if spec.relu and residuals else None
+    mask = y if spec.activation and residuals else None
     for needs in ([True] * 6, [False, True, False, True, False, False]):
         backward = (
             rand(tuple(y.shape), target, seed=8), x, weight, z, mask, mean, invstd, gamma, beta,

@@ -176,7 +176,7 @@ def test_two_layers_by_way_of_each_other(target, impl, training):
     )
     norm0, norm1 = _channels(z0, seed=7), _channels(z1, seed=12)
     options = {"training": training, "needs": (True, True, False, True, True, False), "impl": impl}
-    upstream = batchnorm.Upstream(z0, *norm0, relu=first.relu)
+    upstream = batchnorm.Upstream(z0, *norm0, activation=first.activation)
     y0 = batchnorm.bn_apply(
         z0, batchnorm.Statistics(norm0[0], None, norm0[1]), gamma=norm0[2], beta=norm0[3], residuals=(), spec=first
     )

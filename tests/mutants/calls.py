@@ -36,7 +36,7 @@ CALLS = [
     ),
     Mutant(
         "chain: sums offered where the norm is scaled", "rir_kernels/autograd/function.py",
-        "mask_from_z and spec.norm_scale == 1 and", "mask_from_z and", SCALED_CHAIN,
+        "determined and spec.norm_scale == 1 and", "determined and", SCALED_CHAIN,
     ),
     Mutant(
         "plan: repeated for other strides", "rir_kernels/backends/plans.py",

@@ -4,8 +4,8 @@ does otherwise than Python, of what the host hands to the driver, of what is asy
 from .mutant import Mutant
 
 TRITON, KERNELS, MACHINE = "rir_kernels/triton", "tests/kernels", "tests/machine"
-NORM, POINTWISE, CONV, TAPS, BOXES = (
-    f"{TRITON}/kernels/{name}.py" for name in ("batchnorm", "pointwise", "conv", "conv_loops", "tma")
+NORM, POINTWISE, ACTIVATIONS, CONV, TAPS, BOXES = (
+    f"{TRITON}/kernels/{name}.py" for name in ("batchnorm", "pointwise", "activations", "conv", "conv_loops", "tma")
 )
 COMPILED, PLACES, PLAN, RUNTIME, WGRAD = (
     f"{TRITON}/{name}.py" for name in ("plan/compiled", "plan/places", "plan/plan", "launch/runtime", "launch/wgrad")
@@ -46,8 +46,8 @@ COMPILED_PATH = [
         *_on_bf16("test_bounds.py::test_a_norm_writes_nothing_beyond[{}]"),
     ),
     Mutant(
-        "compiled: NaN lost in the hardware's maximum", POINTWISE,
-        "tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(v, 0.0)",
+        "compiled: NaN lost in the hardware's maximum", ACTIVATIONS,
+        "tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(u, 0.0)",
         *_on_bf16("test_norm_act.py::test_nan_stays_in_its_channel[train-{}]"),
     ),
     Mutant(

@@ -2,8 +2,9 @@
 
 from .mutant import Mutant
 
-NORM, POINTWISE, LAUNCH = (
-    f"rir_kernels/triton/{name}.py" for name in ("kernels/batchnorm", "kernels/pointwise", "launch/batchnorm")
+NORM, POINTWISE, ACTIVATIONS, LAUNCH = (
+    f"rir_kernels/triton/{name}.py"
+    for name in ("kernels/batchnorm", "kernels/pointwise", "kernels/activations", "launch/batchnorm")
 )
 TESTS = "tests/kernels/test_batchnorm.py"
 
@@ -149,24 +150,24 @@ NORMS = [
     ),
     # without its flag tl.maximum still propagates NaN in the interpreter, on a GPU it does not
     Mutant(
-        "relu: NaN swallowed", POINTWISE,
-        "tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(v > 0.0, v, 0.0)", NAN,
+        "relu: NaN swallowed", ACTIVATIONS,
+        "tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)", "tl.where(u > 0.0, u, 0.0)", NAN,
     ),
     # backward
     Mutant(
-        "relu's gradient passes at zero", POINTWISE, "tl.where(u <= 0, 0.0, dy)", "tl.where(u < 0, 0.0, dy)", AT_ZERO,
+        "relu's gradient passes at zero", ACTIVATIONS, "tl.where(u <= 0, 0.0, dy)", "tl.where(u < 0, 0.0, dy)", AT_ZERO,
     ),
     Mutant(
-        "relu's gradient swallowed at a NaN", POINTWISE,
+        "relu's gradient swallowed at a NaN", ACTIVATIONS,
         "tl.where(u <= 0, 0.0, dy)", "tl.where(u > 0, dy, 0.0)", AT_ZERO,
     ),
     Mutant(
-        "mask of a sum after the norm taken from z", NORM,
+        "sign of a sum after the norm taken from z", NORM,
         "u = _load_rows(y_ptr, row, channel, C, C, is_row)", "u = normalize(z, mean, invstd, gamma, beta)", RESIDUALS,
     ),
     Mutant(
-        "mask of a sum after the norm not saved", "rir_kernels/autograd/function.py",
-        "mask = None if mask_from_z or not spec.relu else y", "mask = None", LAYER,
+        "sign of a sum after the norm not saved", "rir_kernels/autograd/function.py",
+        "sign = None if determined or spec.activation is None else y", "sign = None", LAYER,
     ),
     Mutant(
         "reduce: a step's rows read twice, others not", NORM,

@@ -26,10 +26,10 @@ FORMS = {
     "groups, dilation": (
         ConvBNActSpec(padding=(2, 2), dilation=(2, 2), groups=2), 3, (), False, True, ("hybrid",),
     ),
-    "bias, no affine, no relu": (ConvBNActSpec(relu=False), 1, (), True, False, ("triton",)),
+    "bias, no affine, no relu": (ConvBNActSpec(activation=None), 1, (), True, False, ("triton",)),
     "norm alone": (ConvBNActSpec(), None, (), False, True, ("triton",)),
     "norm alone, no affine, no relu, scaled": (
-        ConvBNActSpec(relu=False, post_norm=True, branch_scale=0.5), None, (4,), False, False, ("triton",),
+        ConvBNActSpec(activation=None, post_norm=True, branch_scale=0.5), None, (4,), False, False, ("triton",),
     ),
 }  # fmt: skip
 CASES = [(name, impl, training) for name, form in FORMS.items() for impl in form[-1] for training in (True, False)]
@@ -54,7 +54,7 @@ def test_every_form(name, impl, training, device):
         return
     y, z, mean, _, invstd = forward(*tensors, residuals, *registered_op.flat(spec), training, True, impl)
     x, weight, _, gamma, beta, *_ = tensors
-    mask = y if spec.post_norm and residuals and spec.relu else None
+    mask = y if spec.post_norm and residuals and spec.activation else None
     needs = [True, weight is not None, bias, affine, affine, bool(residuals)]
     saved = (x, weight, x if weight is None else z, mask, mean, invstd, gamma, beta)
     torch.library.opcheck(backward, (torch.ones_like(y), *saved, *registered_op.flat(spec), training, needs, impl))

@@ -152,7 +152,7 @@ def test_half_precision():
 
 
 def test_statistics_of_zero_and_one_are_exact():
-    norm = FoldedNorm(4, relu=False, like=torch.zeros(1))
+    norm = FoldedNorm(4, activation=None, like=torch.zeros(1))
     conv = nn.Conv2d(4, 4, 1, bias=False)
     with torch.no_grad():
         found = rir.surgery.conv_bn_act(X.float(), conv, norm, None)

@@ -31,7 +31,7 @@ class FusedConvBNAct(Fused):
 
 
 def _pattern(unit):
-    return "conv_bn_act" if unit.activation == "relu" else "conv_bn"
+    return "conv_bn" if unit.activation is None else "conv_bn_act"
 
 
 def _obstacle(unit):

@@ -3,7 +3,8 @@
 All kernels see activations as rows [M, C], M = N*H*W pixels of a channels-last tensor. With n pixels per channel and
 
     xhat = (z - mean) * invstd,    u = branch_scale * (gamma * xhat + beta) + residual,    y = act(u)
-    dy'  = dy where u > 0          (u is recomputed from z; y is read if a residual was added after the norm)
+    dy'  = dy * act'(u)            (u is recomputed from z; if a residual was added after the norm, y is read: its sign
+                                   gives ReLU's derivative)
 
 the gradients are, with s1 = branch_scale * sum(dy') and s2 = branch_scale * sum(dy' * xhat),
 
@@ -16,13 +17,12 @@ following layer's data-gradient kernel computes dy, it can also compute both sum
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.kernels.activations import activate, activation_grad
 from rir_kernels.triton.kernels.pointwise import (
     load_channels,
     merge_moments,
     normalize,
     pdl_wait,
-    relu,
-    relu_grad,
     tile_moments,
 )
 
@@ -197,7 +197,7 @@ def _bn_apply_fwd_kernel(
     C: tl.constexpr,
     C_RES0: tl.constexpr,
     C_RES1: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,  # as in `activations`
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -217,24 +217,23 @@ def _bn_apply_fwd_kernel(
         y += _load_rows(residual0_ptr, row, channel, residual0_stride, C_RES0, is_row)
     if residual1_ptr is not None:
         y += _load_rows(residual1_ptr, row, channel, residual1_stride, C_RES1, is_row)
-    if RELU:
-        y = relu(y)
+    y = activate(y, ACT)
     mask = is_row & (channel < C)[None, :]
     tl.store(y_ptr + row[:, None] * C + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _masked_grad(
-    dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C: tl.constexpr, RELU: tl.constexpr
+def _pre_activation_grad(
+    dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C: tl.constexpr, ACT: tl.constexpr
 ):
     """Computes dy' [BLOCK_M, BLOCK_C] as defined in the module docstring."""
     dy = _load_rows(dy_ptr, row, channel, dy_stride, C, is_row)
-    if RELU:
+    if ACT is not None:
         if y_ptr is not None:
             u = _load_rows(y_ptr, row, channel, C, C, is_row)
         else:
             u = normalize(z, mean, invstd, gamma, beta)
-        dy = relu_grad(dy, u)
+        dy = activation_grad(dy, u, ACT)
     return dy
 
 
@@ -242,7 +241,7 @@ def _masked_grad(
 def _bn_reduce_bwd_kernel(
     dy_ptr,  # [M, C] rows dy_stride apart
     z_ptr,  # [M, C]
-    y_ptr,  # [M, C], gives the ReLU's mask; None: the mask is recomputed from z
+    y_ptr,  # [M, C], of the sign of u; None: u is recomputed from z
     mean_ptr,  # [C] fp32
     invstd_ptr,
     gamma_ptr,  # [C] or None
@@ -252,7 +251,7 @@ def _bn_reduce_bwd_kernel(
     steps,  # row blocks per program
     dy_stride,
     C: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,  # as in `activations`
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -272,7 +271,7 @@ def _bn_reduce_bwd_kernel(
         row = (split.to(tl.int64) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = (row < M)[:, None]
         z = _load_rows(z_ptr, row, channel, C, C, is_row)
-        dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
+        dy = _pre_activation_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, ACT)
         sum_dy += tl.sum(dy, 0)
         # rows past the end have dy = 0, but xhat = -mean * invstd may be infinite there
         sum_dy_xhat += tl.sum(tl.where(is_row, dy * ((z - mean) * invstd), 0.0), 0)
@@ -334,7 +333,7 @@ def _bn_apply_bwd_kernel(
     inv_count,  # 1 / n; 0 if forward used the running statistics: s1 and s2 drop out
     branch_scale,
     C: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,  # as in `activations`
     BATCH_STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -351,7 +350,7 @@ def _bn_apply_bwd_kernel(
     mask = is_row & (channel < C)[None, :]
     mean, invstd, gamma, beta = _load_norm(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, channel, C)
     z = _load_rows(z_ptr, row, channel, C, C, is_row)
-    dy = _masked_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, RELU)
+    dy = _pre_activation_grad(dy_ptr, y_ptr, row, channel, is_row, dy_stride, z, mean, invstd, gamma, beta, C, ACT)
     offset = row[:, None] * C + channel[None, :]  # [BLOCK_M, BLOCK_C], as z and dy
     if dres_ptr is not None:
         tl.store(dres_ptr + offset, dy.to(dres_ptr.dtype.element_ty), mask=mask)

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from rir_kernels.triton.kernels.activations import activate, activation_grad
 from rir_kernels.triton.kernels.conv_loops import add_inside, add_plane, add_rows, longest_first, sum_folded
-from rir_kernels.triton.kernels.pointwise import load_channels, normalize, pdl_wait, relu, relu_grad
+from rir_kernels.triton.kernels.pointwise import load_channels, normalize, pdl_wait
 from rir_kernels.triton.kernels.tma import load_box, round_as
 
 
@@ -139,14 +140,15 @@ def _moments(tiles, count, n, h, w, N, H, W, BOX: tl.constexpr, IS_ZERO_BEYOND: 
 
 
 @triton.jit
-def _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU: tl.constexpr):
+def _upstream_sums(dy, z, mean, invstd, gamma, beta, ACT: tl.constexpr):
     """Sums dy' and dy' * xhat over a tile [BLOCK_C, P], as `batchnorm` does; returns [BLOCK_C] each.
 
     dy is zero outside the image. The sum is multiplied by invstd, not its terms: xhat may be infinite outside the
     image, z - mean is not.
     """
-    if RELU:
-        dy = relu_grad(dy, normalize(z, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None]))
+    if ACT is not None:
+        u = normalize(z, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
+        dy = activation_grad(dy, u, ACT)
     return tl.sum(dy, 1), tl.sum(dy * (z - mean[:, None]), 1) * invstd
 
 
@@ -185,27 +187,26 @@ def _store_moments(
 def _store_activations(
     out, z_out, tiles, mean, invstd, gamma, beta, branch_scale, addend0_desc, addend1_desc, x_desc,
     n, h, w, c, channel, N, H, W,
-    C_OUT: tl.constexpr, POST_NORM: tl.constexpr, RELU: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr,
+    C_OUT: tl.constexpr, POST_NORM: tl.constexpr, ACT: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Inference: normalizes and activates z of vertically adjacent tiles [BLOCK_C, P]; stores y, and z for backward."""
     for row in tl.static_range(len(tiles)):
         y = tiles[row]
         if z_out is not None:
-            # backward recomputes the ReLU mask from the stored z, so compute y from the same rounded value
+            # backward recomputes the pre-activation from the stored z, so compute y from the same rounded value
             y = round_as(y, x_desc)
             _store(z_out, y, n, h + row, w, c, channel, N, H, W, C_OUT, BOX, BLOCK_C)
         y = normalize(y, mean[:, None], invstd[:, None], gamma[:, None], beta[:, None])
         if POST_NORM:
             y = _add_residuals(y, branch_scale, addend0_desc, addend1_desc, n, h + row, w, c, BOX, BLOCK_C)
-        if RELU:
-            y = relu(y)
+        y = activate(y, ACT)
         _store(out, y, n, h + row, w, c, channel, N, H, W, C_OUT, BOX, BLOCK_C)
 
 
 @triton.jit
 def _store_gradient_and_sums(
     out, tiles, upstream_desc, upstream, tile, x_desc, n, h, w, c, channel, N, H, W,
-    C_OUT: tl.constexpr, RELU: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr,
+    C_OUT: tl.constexpr, ACT: tl.constexpr, BOX: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Data gradient: stores dx, vertically adjacent tiles [BLOCK_C, P], and its sums for the norm upstream."""
     sum_dy = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -218,7 +219,7 @@ def _store_gradient_and_sums(
         invstd = load_channels(upstream.invstd, channel, C_OUT, 1.0)
         gamma = load_channels(upstream.gamma, channel, C_OUT, 1.0)
         beta = load_channels(upstream.beta, channel, C_OUT, 0.0)
-        row_dy, row_dy_xhat = _upstream_sums(dy, z, mean, invstd, gamma, beta, RELU)
+        row_dy, row_dy_xhat = _upstream_sums(dy, z, mean, invstd, gamma, beta, ACT)
         sum_dy += row_dy
         sum_dy_xhat += row_dy_xhat
     sums = upstream.sums + tile.to(tl.int64) * (2 * C_OUT) + channel
@@ -255,7 +256,7 @@ def _conv_fwd_kernel(
     SIGN: tl.constexpr,  # 1: forward; -1: the data gradient at stride 1
     WEIGHT_T: tl.constexpr,
     POST_NORM: tl.constexpr,
-    RELU: tl.constexpr,  # of y; in the data gradient, of the layer upstream
+    ACT: tl.constexpr,  # of y, as in `activations`; in the data gradient, of the layer upstream
     BOX: tl.constexpr,
     BLOCK_C: tl.constexpr,
     C_BLOCKS: tl.constexpr,  # blocks of BLOCK_C channels computed from one load of the pixels
@@ -348,12 +349,12 @@ def _conv_fwd_kernel(
         if norm.mean is not None:
             _store_activations(
                 out, z_out, tiles, mean, invstd, gamma, beta, branch_scale, addend0_desc, addend1_desc, x00_desc,
-                n, h, w, c, channel, N, H, W, C_OUT, POST_NORM, RELU, BOX, BLOCK_C,
+                n, h, w, c, channel, N, H, W, C_OUT, POST_NORM, ACT, BOX, BLOCK_C,
             )  # fmt: skip
         elif upstream.sums is not None:
             _store_gradient_and_sums(
                 out, tiles, upstream_desc, upstream, tile, x00_desc, n, h, w, c, channel, N, H, W,
-                C_OUT, RELU, BOX, BLOCK_C,
+                C_OUT, ACT, BOX, BLOCK_C,
             )  # fmt: skip
         else:
             for row in tl.static_range(ROWS):

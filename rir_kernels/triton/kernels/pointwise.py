@@ -3,7 +3,6 @@
     norm(z)  = (z - mean) * (invstd * gamma) + beta
 
 The mean is subtracted first: `scale * z + shift` with a folded shift cancels catastrophically where |mean| >> std.
-The backward kernels recompute the ReLU's mask with the very same expression from the very same z.
 """
 
 import triton
@@ -35,18 +34,6 @@ def load_channels(ptr, channels, C, default):
 @triton.jit
 def normalize(z, mean, invstd, gamma, beta):
     return (z - mean) * (invstd * gamma) + beta
-
-
-@triton.jit
-def relu(v):
-    # propagates NaN, as torch's relu does
-    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def relu_grad(dy, u):
-    """Returns dy where not (u <= 0), else 0. At a NaN in u the gradient passes, as in torch."""
-    return tl.where(u <= 0, 0.0, dy)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Launches the normalization kernels. Activations are (N, C, H, W) in dense channels_last, read as rows [N*H*W, C]."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 
+from rir_kernels.common.activations import RELU, Activation
 from rir_kernels.common.memory_format import empty_channels_last
 from rir_kernels.triton.kernels.batchnorm import (
     _bn_apply_bwd_kernel,
@@ -79,7 +80,7 @@ class Statistics:
 class Upstream:
     """The layer whose output is this layer's only input: y = act(norm(z)), with nothing added after the norm.
 
-    So the gradient of this layer's input is that layer's dy, and z gives its ReLU mask.
+    So the gradient of this layer's input is that layer's dy, and z gives its pre-activation.
     """
 
     z: torch.Tensor
@@ -87,7 +88,12 @@ class Upstream:
     invstd: torch.Tensor
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
-    relu: bool
+    activation: Activation | None = None
+    relu: InitVar[bool] = False  # the same as activation=RELU
+
+    def __post_init__(self, relu):
+        if relu:
+            object.__setattr__(self, "activation", RELU)
 
 
 def bn_stats(z) -> TileMoments:
@@ -170,7 +176,7 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=Non
             _bn_apply_fwd_kernel, cdiv(rows, config.block_m) * cdiv(c, config.block_c),
             z, *residuals, y, statistics.mean, statistics.invstd, gamma, beta,
             rows, stride0, stride1, float(spec.norm_scale),
-            C=c, C_RES0=c0, C_RES1=c1, RELU=spec.relu,
+            C=c, C_RES0=c0, C_RES1=c1, ACT=spec.activation,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return y
@@ -179,7 +185,8 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=Non
 def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (dbeta, dgamma), fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat.
 
-    dy has evenly spaced pixels (`evenly_spaced`). y gives the ReLU's mask; if it is None, z does.
+    dy has evenly spaced pixels (`evenly_spaced`). y has the sign of the
+    pre-activation; if y is None, z gives it.
     """
     return bn_sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale)
 
@@ -203,7 +210,7 @@ def _reduced(dy, z, y, mean, invstd, gamma, beta, spec):
         launch(
             _bn_reduce_bwd_kernel, splits * cdiv(c, config.block_c),
             dy, z, y, mean, invstd, gamma, beta, partial, rows, config.steps, _pitch(dy),
-            C=c, RELU=spec.relu, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
+            C=c, ACT=spec.activation, BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return partial
 
@@ -246,7 +253,7 @@ def bn_apply_grad(dy, z, y, sums, *, count, mean, invstd, gamma, beta, spec, nee
             dy, z, y, dz, dres, dbeta, dgamma, mean, invstd, gamma, beta,
             rows, _pitch(dy), 0.0 if count is None else 1.0 / count,
             float(spec.norm_scale),
-            C=c, RELU=spec.relu, BATCH_STATS=count is not None,
+            C=c, ACT=spec.activation, BATCH_STATS=count is not None,
             BLOCK_M=config.block_m, BLOCK_C=config.block_c, num_warps=config.num_warps,
         )  # fmt: skip
     return dz, dres

@@ -179,7 +179,7 @@ class ConvLaunch(_Launch):
         tiles_h, tiles_w = cdiv(h, config.box[1] * config.rows), cdiv(w, config.box[2])
         tiles = cdiv(n, config.box[0]) * tiles_h * tiles_w
         moments = TileMoments.empty(tiles, self.c_out, out.device) if self.statistics else None
-        upstream, relu = self._upstream(config, tiles)
+        upstream, activation = self._upstream(config, tiles)
         addends = [_described(addend, config.box, config.block_c) for addend in self.addends]
         weight = self.weight.mT if self.weight_t else self.weight  # FOLD_2X2 reads it by its strides
         scale = spec.conv_scale if self.gradient else spec.branch_scale
@@ -205,7 +205,7 @@ class ConvLaunch(_Launch):
                 float(scale) if addends or scale != 1 else None,
                 SIGN=-1 if self.gradient else 1,
                 POST_NORM=spec.post_norm and not self.gradient,
-                RELU=relu,
+                ACT=activation,
                 ROWS=config.rows,
                 SKIP_PADDING=config.skips,
                 FOLD_2X2=weight.stride() if config.fold else None,
@@ -231,14 +231,14 @@ class ConvLaunch(_Launch):
         return _described(tensor, config.box, config.block_c) if by_descriptor else tensor
 
     def _upstream(self, config, tiles):
-        """Returns ((z's descriptor, the norm upstream and the buffer of its sums), the kernel's RELU flag)."""
+        """Returns ((z's descriptor, the norm upstream and the buffer of its sums), its activation)."""
         upstream, out = self.upstream, self.out
         if upstream is None or not holds_upstream(config, out.element_size(), gpu_of(out)):
-            return (None, UpstreamNorm()), self.spec.relu
+            return (None, UpstreamNorm()), self.spec.activation
         z = _described(upstream.z, config.box, config.block_c)
         sums = torch.empty((tiles, 2, self.c_out), dtype=torch.float32, device=out.device)
         norm = UpstreamNorm(upstream.mean, upstream.invstd, upstream.gamma, upstream.beta, sums)
-        return (z, norm), upstream.relu
+        return (z, norm), upstream.activation
 
     def _padding(self) -> tuple[int, int]:
         """Returns the launched convolution's padding: the data gradient's is kernel - 1 - padding."""
