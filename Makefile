@@ -73,7 +73,7 @@ soak: $(READY) ## train, kill, resume, fuse, unfuse, save, load at random: ARGS=
 	$(PY) -m tests.soak $(ARGS)
 
 matrix: $(READY) ## a part of the tests under other versions of torch, Triton, Python and NumPy; ONLY=NAME,NAME; gigabytes
-	$(PY) -m bench.matrix $(if $(ONLY),--only $(ONLY)) $(ARGS)
+	$(PY) -m bench.tools.matrix $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 sanitize: $(READY) ## on a GPU: the kernels' tests under compute-sanitizer, logs into OUT
 	scripts/sanitize.sh $(PY) $(OUT)/sanitizer $(ARGS)

@@ -2,9 +2,9 @@
 
 import sys
 
-from .console import waiting
+from tooling.console import waiting
 
 if __name__ == "__main__":
     with waiting("PyTorch"):  # whose import takes seconds
-        from .cli import main
+        from bench.cli import main
     sys.exit(main(sys.argv[1:]))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .first import STEPS
-from .results import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
-from .selection import Selection, batch_of, known
-from .simulate.command import add_simulate
+from bench.cases.selection import Selection, batch_of, known
+from bench.first import STEPS
+from bench.schema import DTYPES, IMPLS, SUITES, ResultsError, load, load_all
+from bench.simulate.command import add_simulate
 
 ROOT = Path(__file__).resolve().parent
 STAND_IN = "on a stand-in for a GPU: what is measured means nothing"
@@ -124,18 +124,18 @@ def _measure(options, arguments):
     if options.overlap:
         os.environ["RIR_KERNELS_OVERLAP"] = "1"
     if options.dry:
-        from .stand_in import check_folder, stand_in
+        from bench.measure.stand_in import check_folder, stand_in
 
         check_folder(options.out)
         options.device, options.dry = "cuda", False
         with stand_in():
             return _measure(options, arguments)
-    from . import console
-    from .run import refused_ours, run_suite
+    from bench.measure.run import refused_ours, run_suite
+    from tooling import console
 
     if options.name and len(options.suites) > 1:
         raise ValueError("--name is for one suite: pass kernels, layers or models before it")
-    suites = {suite: importlib.import_module(f"bench.suites.{suite}") for suite in options.suites}
+    suites = {suite: importlib.import_module(f"bench.cases.{suite}") for suite in options.suites}
     selection = Selection(
         device_type=options.device,
         ops=known("--ops", options.ops, tuple(op for suite in suites.values() for op in suite.OPS)),
@@ -171,8 +171,8 @@ def _default_impls(options):
 
 
 def _first(options, arguments):
-    from .first import steps
-    from .stand_in import check_folder
+    from bench.first import steps
+    from bench.measure.stand_in import check_folder
 
     if options.dry:
         check_folder(options.out)
@@ -185,8 +185,8 @@ def _first(options, arguments):
 
 
 def _gpu(options, _arguments):
-    from .gpu import run_all
-    from .stand_in import check_folder
+    from bench.gpu import run_all
+    from bench.measure.stand_in import check_folder
 
     if options.dry:
         check_folder(options.out)
@@ -194,8 +194,9 @@ def _gpu(options, _arguments):
 
 
 def _tune(options, _arguments):
-    from . import console, timing
-    from .tune import tune
+    from bench.measure import timing
+    from bench.measure.tune import tune
+    from tooling import console
 
     if not torch.cuda.is_available():
         raise ValueError("tune: tiles are measured on a CUDA device, and there is none")
@@ -214,16 +215,16 @@ def _tune(options, _arguments):
 
 
 def _choose(options, _arguments):
-    from . import console
-    from .choose import choose
+    from bench.measure.choose import choose
+    from tooling import console
 
     console.say(f"wrote {choose(load_all(*options.paths))}")
     return 0
 
 
 def _report(options, _arguments):
-    from . import console
-    from .report import write
+    from bench.report import write
+    from tooling import console
 
     out = options.out or (options.paths[0] if options.paths[0].is_dir() else options.paths[0].parent)
     for path in write(load_all(*options.paths), out):
@@ -232,8 +233,8 @@ def _report(options, _arguments):
 
 
 def _compare(options, _arguments):
-    from . import console
-    from .compare import compare, parse_limit
+    from bench.report.compare import compare, parse_limit
+    from tooling import console
 
     limit = parse_limit(options.fail_if_slower)
     comparison = compare(load(options.before), load(options.after), limit)
@@ -242,8 +243,8 @@ def _compare(options, _arguments):
 
 
 def _check(_options, _arguments):
-    from . import console
-    from .check import check
+    from bench.report.check import check
+    from tooling import console
 
     found = check(ROOT / "results")
     for path, text, _ in found:
@@ -254,9 +255,9 @@ def _check(_options, _arguments):
 
 
 def _headline(_options, _arguments):
-    from . import console
-    from .headline import update
-    from .memory import document
+    from bench.memory import document
+    from bench.report.headline import update
+    from tooling import console
 
     readme = ROOT.parent / "README.md"
     console.say(f"{readme.name}: {'updated' if update(readme, ROOT / 'results') else 'up to date already'}")
@@ -266,9 +267,9 @@ def _headline(_options, _arguments):
 
 
 def _memory(options, arguments):
-    from . import console
-    from .memory.networks import NETWORKS
-    from .memory.run import run
+    from bench.memory.networks import NETWORKS
+    from bench.memory.run import run
+    from tooling import console
 
     names = known("--networks", options.networks, tuple(NETWORKS))
     path = run(names, batch_of(options.batch), options.out, command=arguments)
@@ -277,14 +278,14 @@ def _memory(options, arguments):
 
 
 def _traffic(_options, _arguments):
-    from . import console
-    from .traffic import update
+    from bench.report.traffic import update
+    from tooling import console
 
     console.say(f"traffic: {', '.join(map(str, update(ROOT.parent))) or 'up to date already'}")
     return 0
 
 
 def _architectures(options, _arguments):
-    from .architectures.run import chosen, run
+    from bench.tools.architectures.run import chosen, run
 
     return 1 if any(record.defects for record in run(chosen(options.only), options.out)) else 0

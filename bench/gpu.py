@@ -7,11 +7,11 @@ command of the benchmark that continues its own file; a case that hangs is kille
 from dataclasses import dataclass
 from pathlib import Path
 
-from .first.steps import StepPiece
-from .pieces import Piece, State, sources_now, work
-from .process import Ended
-from .results import ResultsError, load, read_json
-from .run import refused_ours
+from bench.first.steps import StepPiece
+from bench.measure.run import refused_ours
+from bench.pieces import Piece, State, sources_now, work
+from bench.schema import ResultsError, load, read_json
+from tooling.process import Ended
 
 SILENT = 240.0  # seconds: longer than any case takes to compile and tune
 WHOLE = 3600.0

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .process import Ended, run_limited
-from .sources import sources_hash
+from tooling.process import Ended, run_limited
+from tooling.sources import sources_hash
 
 LEAST = 5.0  # seconds: with less there is no point in starting
 

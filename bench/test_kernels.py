@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import peers
-from bench.selection import Selection
-from bench.suites import kernels
-from bench.timing import synchronize
+from bench.cases import kernels
+from bench.cases.selection import Selection
+from bench.measure.timing import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SELECTION = (

@@ -6,7 +6,10 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 1 where anything was not equivalent."""
+    """Returns the exit status: 1 if anything was not equivalent."""
+    _set_environment()
+    from rir_kernels.common.arguments import IMPLS
+
     parser = argparse.ArgumentParser(prog="python -m demo", description="Fuse a network, prove it equal, report on it.")
     parser.add_argument("--out", default="out", metavar="DIR", help="for report.html and results.json (default: out)")
     known = "CIFAR as parquet files or in the binary version, or a folder of images (default: 8x8 digits)"
@@ -14,11 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each network")
     parser.add_argument("--batch", type=_positive, default=64, metavar="N", help="images in a step (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    impls = ("auto", "reference", "torch", "hybrid", "triton")
-    parser.add_argument("--impl", default="auto", choices=impls, help="what fuse_ is to use (default: auto)")
+    parser.add_argument("--impl", default="auto", choices=IMPLS, help="what fuse_ is to use (default: auto)")
     args = parser.parse_args(argv)
-    _set_environment()
     from models.data import DataError
+    from tooling.console import say
 
     from . import console, report, story, tables
 
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     console.heading("Result")
     for failure in results["failures"]:
         console.verdict(False, failure)
-    console.say(f"{tables.closing(results)}\nopen {page} (its numbers: {numbers})")
+    say(f"{tables.closing(results)}\nopen {page} (its numbers: {numbers})")
     return 0 if results["passed"] else 1
 
 

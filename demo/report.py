@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from bench.report.page import PAGE
-from bench.results import save_json
+from tooling.files import save_json
 
 from . import plots, tables
 

@@ -4,8 +4,8 @@ import statistics
 
 import torch
 
-from bench import timing
-from bench.suites import layers
+from bench.cases import layers
+from bench.measure import timing
 
 IMPLS = {"naive": "reference", "auto": "auto", "triton": "triton", "hybrid": "hybrid", "torch": "torch"}
 MODES = {"inference": (False, "eval"), "training step": (True, "step")}

@@ -12,6 +12,7 @@ from models.rir import RiR
 from rir_kernels.common import switches, versions
 from rir_kernels.triton.inspect import ARCHS
 from rir_kernels.triton.shapes import SHAPE_TABLE
+from tooling.console import note, say, table, waiting
 
 from . import console, data, emulated, kernels, speeds, tables, training
 
@@ -69,7 +70,7 @@ def _require(results, passed, text, detail=""):
 
 
 def _skip(results, chapter, reason):
-    console.note(reason)
+    note(reason)
     results["skipped"][chapter] = reason
 
 
@@ -95,8 +96,8 @@ def _set_up(args, device, results):
     }
     results["settings"] = {"steps": steps, "batch": args.batch, "seed": args.seed, "impl": args.impl}
     found = " · ".join(f"{key} {environment[key]}" for key in ("rir_kernels", "torch", "triton", "python"))
-    console.say(f"{found} · on {name}")
-    console.say(tables.data_line(results))
+    say(f"{found} · on {name}")
+    say(tables.data_line(results))
     return images.to(device)
 
 
@@ -109,8 +110,8 @@ def _fuse(images, device, impl, results):
     parameters = sum(p.numel() for p in naive.parameters())
     results["network"] = {"name": "Resnet in Resnet, 18 layers", "width": list(width), "parameters": parameters}
     results["fusion"] = fusion.to_dict()
-    console.say(tables.network_line(results))
-    console.say(str(fusion))
+    say(tables.network_line(results))
+    say(str(fusion))
     layers = sum(isinstance(module, rir.reference.RiRLayer) for module in naive.modules())
     count = len(fusion.replaced)
     _require(results, count >= layers, f"every RiR layer is fused ({layers} layers, {count} operations)")
@@ -118,17 +119,17 @@ def _fuse(images, device, impl, results):
 
 
 def _compare(naive, fused, x, results):
-    console.note(tables.BUDGET)
+    note(tables.BUDGET)
     results["equivalence"] = []
     for train in (True, False):
         found = rir.compare(naive, fused, x, train=train)
         results["equivalence"].append(found.to_dict())
         _require(results, found.passed, found.headline())
     both = results["equivalence"]
-    console.say("")
-    console.table(tables.SUMMARY_HEADER, tables.summary_rows(both), left=2)
-    console.say("\nwhat took most of its budget:")
-    console.table(tables.ROW_HEADER, tables.worst_rows(both), left=3)
+    say("")
+    table(tables.SUMMARY_HEADER, tables.summary_rows(both), left=2)
+    say("\nwhat took most of its budget:")
+    table(tables.ROW_HEADER, tables.worst_rows(both), left=3)
 
 
 def _train(naive, fused, images, args, results):
@@ -137,7 +138,7 @@ def _train(naive, fused, images, args, results):
     eps = torch.finfo(dtype).eps
     untrained = copy.deepcopy(naive)
     networks = {"naive": naive, "fused": fused, "control": training.control_of(naive, eps, args.seed)}
-    console.note(tables.CHAOS)
+    note(tables.CHAOS)
     with console.steps("training", settings["steps"]) as advance:
         curves = training.train(
             networks, images, steps=settings["steps"], batch=args.batch, seed=args.seed, dtype=dtype,
@@ -147,8 +148,8 @@ def _train(naive, fused, images, args, results):
     checks = training.judge(curves, accuracies, eps, len(images.test_y))
     checks.append(training.check_unfuse(fused, untrained, rir.unfuse_, images.test_x[:256]))
     results["training"] = training.summary(curves, accuracies, checks) | {"dtype": str(dtype).removeprefix("torch.")}
-    console.table(tables.TRAINING_HEADER, tables.training_rows(results))
-    console.note(tables.speed_note(results))
+    table(tables.TRAINING_HEADER, tables.training_rows(results))
+    note(tables.speed_note(results))
     for check in checks:
         _require(results, check.passed, check.name, check.detail)
 
@@ -157,13 +158,13 @@ def _check_kernels(device, results):
     results["kernels"] = []
     if missing := kernels.obstacle(device):
         return _skip(results, "kernels", f"Not run: the kernels need {missing}.")
-    console.say(f"Single layers {tables.where(results)}; errors of the output and of the convolutions' gradients:")
+    say(f"Single layers {tables.where(results)}; errors of the output and of the convolutions' gradients:")
     cases = kernels.cases(device)
     with console.steps("comparing", len(cases)) as advance:
         for case in cases:
             results["kernels"] += kernels.check(*case, device)
             advance()
-    console.table(tables.KERNEL_HEADER, tables.kernel_rows(results["kernels"]), left=3)
+    table(tables.KERNEL_HEADER, tables.kernel_rows(results["kernels"]), left=3)
     tensors = [row for case in results["kernels"] for row in case["rows"]]
     passed = sum(row["passed"] for row in tensors)
     failed = [f"{case['title']} in {case['dtype']}" for case in results["kernels"] if not case["passed"]]
@@ -175,10 +176,10 @@ def _compile(results):
     results["compiled"] = {"arch": kernels.ARCH, "shared_kb": ARCHS[kernels.ARCH].shared_kb, "rows": []}
     if missing := versions.triton_missing():
         return _skip(results, "compiled", f"Not compiled: that needs {missing}.")
-    with console.steps(f"compiling for {kernels.ARCH}: no GPU is needed for that", None):
+    with waiting(f"compiling for {kernels.ARCH}: no GPU is needed for that"):
         rows = results["compiled"]["rows"] = kernels.compile_table()
-    console.say("The convolution kernels, smallest to largest over the eleven layers of the shape table:")
-    console.table(tables.COMPILED_SUMMARY_HEADER, tables.compiled_summary(rows))
+    say("The convolution kernels, smallest to largest over the eleven layers of the shape table:")
+    table(tables.COMPILED_SUMMARY_HEADER, tables.compiled_summary(rows))
     failed = [row for row in rows if not row["passed"]]
     for row in failed:
         _require(results, False, f"{row['shape']}, {row['op']}, {row['kernel']}", "; ".join(row["faults"]))
@@ -190,10 +191,10 @@ def _emulate(results):
         return _skip(
             results, "speeds", f"No speed was measured: that takes a GPU. Nor is one emulated: that needs {missing}."
         )
-    console.note(tables.EMULATED)
-    with console.steps(f"executing what was compiled for {kernels.ARCH}, in bf16", None):
+    note(tables.EMULATED)
+    with waiting(f"executing what was compiled for {kernels.ARCH}, in bf16"):
         results["emulated"] = emulated.check()
-    console.table(tables.KERNEL_HEADER, tables.kernel_rows(results["emulated"]), left=3)
+    table(tables.KERNEL_HEADER, tables.kernel_rows(results["emulated"]), left=3)
     tensors = [row["passed"] for case in results["emulated"] for row in case["rows"]]
     text = f"{sum(tensors)} of {len(tensors)} tensors in bf16 are within their budgets, emulated"
     _require(results, all(tensors), text)
@@ -206,5 +207,5 @@ def _measure(device, results):
         for shape in SHAPE_TABLE:
             results["speeds"] += speeds.measure(shape, device)
             advance(shape.name)
-    console.say(tables.SPEEDS.format(results["device"]["name"]))
-    console.table(tables.SPEED_HEADER, tables.speed_rows(results), left=2)
+    say(tables.SPEEDS.format(results["device"]["name"]))
+    table(tables.SPEED_HEADER, tables.speed_rows(results), left=2)

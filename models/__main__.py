@@ -2,8 +2,7 @@
 
 import argparse
 
-from rich.console import Console
-from rich.table import Table
+from tooling import console
 
 from .zoo import cost, list_models
 
@@ -13,16 +12,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-classes", type=_positive, default=10, metavar="N", help="(default: 10)")
     parser.add_argument("--image-size", type=_positive, default=32, metavar="N", help="pixels a side (default: 32)")
     args = parser.parse_args(argv)
-    table = Table("name", "parameters", "multiply-adds", box=None, pad_edge=False, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     for name in list_models():
         found = cost(name, args.num_classes, image_size=args.image_size)
-        table.add_row(name, f"{found.parameters:,}", f"{found.macs:,}")
-    console = Console(highlight=False)
-    console.print(table)
+        rows.append([name, f"{found.parameters:,}", f"{found.macs:,}"])
+    console.table(["name", "parameters", "multiply-adds"], rows)
     size = f"{args.image_size}x{args.image_size}"
-    console.print(f'[dim]{args.num_classes} classes, one image of 3x{size}; models.create("rir18_wide") makes one')
+    console.note(f'{args.num_classes} classes, one image of 3x{size}; models.create("rir18_wide") makes one')
 
 
 def _positive(text):

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 from models.training import build, evaluation
-from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, CheckpointError
 from models.training.ranks import joined
 from models.training.run import CHECKPOINT, WEIGHTS
+from rir_kernels.common.arguments import IMPLS
+from tooling.console import say
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("run", metavar="DIR", help="folder of a run, or one of its safetensors files")
     found.add_argument("--data", metavar="PATH", help="default: where the run had its images from")
     found.add_argument("--image-size", type=int, metavar="N", help="folders of images: pixels to bring each to")
-    found.add_argument("--impl", default="auto", choices=("auto", "reference", "torch", "hybrid", "triton"))
+    found.add_argument("--impl", default="auto", choices=IMPLS)
     found.add_argument("--precision", choices=("fp32", "bf16", "fp64"), help="default: that of the run")
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     found.add_argument("--integer", action="store_true", help="a quantized network in integers")

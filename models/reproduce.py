@@ -13,15 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-from bench import provenance
-from bench.results import save_json
 from models.data import load
 from models.training import checkpoint, log, settings, state
 from models.training.command import carry_out
-from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined
 from models.training.run import CHECKPOINT, Run
+from tooling import provenance
+from tooling.console import say
+from tooling.files import save_json
 
 NETWORKS = ("cnn18", "resnet18", "resnet_init18", "rir18")
 PAPER = {"rir18_wide": 94.99, "resnet18_wide": 93.95}  # what is printed there, on CIFAR-10

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from bench.console import waiting
 from models.data import load
 from models.training import checkpoint, settings
 from models.training.command import carry_out
-from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined, leave
 from models.training.run import CHECKPOINT, Run, left_in
+from rir_kernels.common.arguments import IMPLS
+from tooling.console import say, waiting
 
 # all other arguments are settings: what decides the bits
 _PLACE = ("out", "resume", "overwrite", "minutes", "checkpoint_every", "device")
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--minutes", type=float, metavar="N", help="stop after these; --resume goes on")
     where.add_argument("--checkpoint-every", type=float, default=30, metavar="S", help="seconds (default: 30)")
     where.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    setting(where, "--impl", choices=("auto", "reference", "torch", "hybrid", "triton"), help="default: auto")
+    setting(where, "--impl", choices=IMPLS, help="default: auto")
     setting(where, "--precision", choices=("fp32", "bf16", "fp64"), help="default: bf16 (autocast) on a GPU, else fp32")
     setting(where, "--compile", action="store_true", help="torch.compile")
     setting(where, "--graphs", action="store_true", help="CUDA graphs of forward and backward")

@@ -6,10 +6,10 @@ import platform
 import torch
 
 from .common import switches
+from .common.arguments import IMPLS
 from .common.spec import ConvBNActSpec
 from .common.versions import untested
 from .dispatch import choose
-from .dispatch.preference import IMPLS
 
 
 class EnvReport(dict):

@@ -56,7 +56,7 @@ install_triton() {
 
 install_torchvision() {
     if [ "$flavour" = cpu ]; then
-        install --no-deps torchvision==0.28.0 # without its operators, see bench/libraries.py
+        install --no-deps torchvision==0.28.0 # without its operators, see bench/cases/libraries.py
         return
     fi
     local torch

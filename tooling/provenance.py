@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import rir_kernels as rir
-
-from .sources import sources_hash
+from tooling.sources import sources_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .syntax import Module, read_module
+from tooling.syntax import Module, read_module
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rir_kernels"
 
@@ -76,7 +76,7 @@ def _closure(package, entries, left_out) -> dict[str, Module]:
         if name in found or any(f"{name}.".startswith(f"{part}.") for part in left_out):
             continue
         if name not in files:
-            raise ValueError(f"there is no module {name}: correct the import, or bench/sources.py where it is named")
+            raise ValueError(f"there is no module {name}: correct the import, or tooling/sources.py where it is named")
         found[name] = read_module(name, files[name].read_bytes(), files[name].name == "__init__.py", known)
         waiting += found[name].reached
     return found

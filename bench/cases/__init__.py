@@ -1,1 +1,1 @@
-"""The three suites: what is measured. Each file has `cases(selection)`."""
+"""What is measured: three suites (kernels, layers, models), each with `cases(selection)`, and what they consist of."""

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from .gate import Verdict
-from .roofline import Pass
+from bench.measure.gate import Verdict
+from bench.measure.roofline import Pass
 
 
 @dataclasses.dataclass(frozen=True)

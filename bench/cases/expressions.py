@@ -1,6 +1,6 @@
 """The kernels' results in ATen's operators: what eager PyTorch would run, and, in float64, the golden.
 
-Each takes the namespace that `suites.kernels` makes and returns its results by name. Norms are computed in fp32.
+Each takes the namespace that `cases.kernels` makes and returns its results by name. Norms are computed in fp32.
 """
 
 import torch

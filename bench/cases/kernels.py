@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import torch
 
-from bench import expressions, peers
-from bench.case import Case, Variant, random_input
-from bench.gate import verdict
-from bench.launches import launches
-from bench.modules import latest
-from bench.results import DTYPES
-from bench.roofline import kernel_passes
-from bench.selection import Selection
+from bench import peers
+from bench.cases import expressions
+from bench.cases.case import Case, Variant, random_input
+from bench.cases.modules import latest
+from bench.cases.selection import Selection
+from bench.measure.gate import verdict
+from bench.measure.launches import launches
+from bench.measure.roofline import kernel_passes
+from bench.schema import DTYPES
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.equivalence.criterion import judge
 from rir_kernels.triton.shapes import Shape

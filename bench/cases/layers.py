@@ -6,12 +6,12 @@ import torch
 
 import rir_kernels as rir
 from bench import peers
-from bench.case import Case, random_input
-from bench.modules import Judge, inference, latest, prepared
-from bench.networks import BasicBlock
-from bench.results import DTYPES, IMPLS
-from bench.roofline import layer_passes
-from bench.selection import Selection
+from bench.cases.case import Case, random_input
+from bench.cases.modules import Judge, inference, latest, prepared
+from bench.cases.networks import BasicBlock
+from bench.cases.selection import Selection
+from bench.measure.roofline import layer_passes
+from bench.schema import DTYPES, IMPLS
 from rir_kernels.triton.shapes import Shape
 
 MODES = {False: ("eval",), True: ("train_fwd", "step")}

@@ -10,12 +10,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rir_kernels as rir
-from bench import libraries, networks, peers
-from bench.case import Case, random_input
-from bench.modules import Judge, inference, latest, prepared
-from bench.results import DTYPES, IMPLS, OURS
-from bench.roofline import Pass
-from bench.selection import Selection
+from bench import peers
+from bench.cases import libraries, networks
+from bench.cases.case import Case, random_input
+from bench.cases.modules import Judge, inference, latest, prepared
+from bench.cases.selection import Selection
+from bench.measure.roofline import Pass
+from bench.schema import DTYPES, IMPLS, OURS
 from models import RiR
 from rir_kernels.surgery.class_swap import Fused
 

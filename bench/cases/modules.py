@@ -6,12 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from bench import peers
+from bench.cases.case import Variant
+from bench.measure.gate import verdict
+from bench.measure.launches import launches
 from rir_kernels.equivalence import Yardstick, observe
-
-from . import peers
-from .case import Variant
-from .gate import verdict
-from .launches import launches
 
 
 def prepared(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -3,9 +3,8 @@
 import dataclasses
 import difflib
 
+from bench.schema import DTYPES
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS, Shape
-
-from .results import DTYPES
 
 BATCH = 256
 CPU_BATCH = 4  # a CPU takes minutes for what a GPU does in a millisecond

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from bench import timing
-from bench.results import save_json
+from bench.measure import timing
+from tooling.files import save_json
 
 SCHEMA = 1
 KIND = "first"

@@ -9,11 +9,11 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from bench import timing
-from bench.ceilings import measure_ceilings
-from bench.l2 import l2_read_gbps
-from bench.suites import kernels
-from bench.tune import CONVOLUTION
+from bench.cases import kernels
+from bench.measure import timing
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.l2 import l2_read_gbps
+from bench.measure.tune import CONVOLUTION
 from rir_kernels.triton.launch.runtime import gpu_of
 from rir_kernels.triton.shapes import SHAPE_TABLE, Shape
 from rir_kernels.triton.tiling.conv_tiles import use_tile

@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 import rir_kernels as rir
-from bench import timing
-from bench.case import random_input
+from bench.cases.case import random_input
+from bench.measure import timing
 from rir_kernels.backends.plans import Kinds
 from rir_kernels.common.tracing import no_replay
 from rir_kernels.dispatch import plan_cache

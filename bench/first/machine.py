@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import timing
-from bench.stand_in import stand_in
+from bench.measure import timing
+from bench.measure.stand_in import stand_in
 from rir_kernels.triton.shapes import Shape
 
 SETTINGS = timing.Settings(rounds=9)

@@ -1,6 +1,6 @@
 """The figure that a user looks for: a network's training step, eager, compiled, and after fuse_, with its memory.
 
-bf16 autocast, channels_last, SGD, random images and labels: `bench.suites.models` at its batch, which is halved until
+bf16 autocast, channels_last, SGD, random images and labels: `bench.cases.models` at its batch, which is halved until
 the eager step fits into memory and takes less than a second. What a clock is held to is judged as well, last, since the
 judge runs the network in fp64.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bench import timing
-from bench.case import random_input
-from bench.modules import Judge, prepared
-from bench.suites import models
+from bench.cases import models
+from bench.cases.case import random_input
+from bench.cases.modules import Judge, prepared
+from bench.measure import timing
 
 SECOND = 1e3  # ms
 EAGER, COMPILED, OURS = "eager", "torch.compile", "fused"

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from bench.modules import prepared
+from bench.cases.modules import prepared
+from bench.first.exactness import SHAPES
+from bench.first.networks import NETWORKS
 from rir_kernels.triton.inspect import compile_for_real, compile_ops
 from rir_kernels.triton.shapes import SHAPE_TABLE, TRANSITIONS
-
-from .exactness import SHAPES
-from .networks import NETWORKS
 
 
 def run(journal, machine, _seconds):

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import provenance
+from bench.first import STEPS
+from bench.first.journal import KIND, SCHEMA, Journal
+from bench.first.machine import prepare
 from bench.pieces import Piece, State, sources_now, work
-from bench.process import Ended
-from bench.results import now, save_json, save_text
-
-from . import STEPS
-from .journal import KIND, SCHEMA, Journal
-from .machine import prepare
+from tooling import provenance
+from tooling.files import now, save_json, save_text
+from tooling.process import Ended
 
 
 def file_of(out: Path, name: str) -> Path:
@@ -54,7 +53,7 @@ def _compiled() -> list[str]:
 def run_all(out: Path, minutes: float, *, dry: bool) -> bool:
     """All steps, as far as the minutes go, each in a separate process; whether none failed."""
     good = work([StepPiece(name, out, dry) for name in STEPS], minutes)
-    from .summary import summary
+    from bench.first.summary import summary
 
     text = summary(out)
     print(f"\n{text}", flush=True)

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from .networks import COMPILED, EAGER, OURS
-from .steps import STEPS, file_of
+from bench.first.networks import COMPILED, EAGER, OURS
+from bench.first.steps import STEPS, file_of
 
 
 def summary(out: Path) -> str:

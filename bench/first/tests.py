@@ -5,7 +5,7 @@ import re
 import sys
 import time
 
-from bench.process import run_limited
+from tooling.process import run_limited
 
 FOLDERS = ("tests/kernels", "tests/pytorch", "tests/models/training", "tests/bench", "tests/fuzz", "tests")
 DRY = ("tests/repository/test_markers.py",)

@@ -4,8 +4,8 @@ import statistics
 
 import torch
 
-from .results import DTYPES
-from .timing import Settings, measure_steady
+from bench.measure.timing import Settings, measure_steady
+from bench.schema import DTYPES
 
 # (elements copied in main memory, within the L2 cache; side of the matrices), by device type
 SIZES = {"cuda": (2**29, 2**22, 8192), "cpu": (2**24, None, 512)}

@@ -7,12 +7,13 @@ batch that was measured. A difference within the noise is none: the kernels are 
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.cases.selection import named_shape
+from bench.report.speedup import Alternatives, cases
+from bench.schema import DTYPES, Results
+from rir_kernels.common.arguments import OUR_KERNELS
 from rir_kernels.common.device_tables import slug
-from rir_kernels.dispatch.choices import CANDIDATES, FOLDER, SCHEMA
-
-from .results import DTYPES, Results, save_json
-from .selection import named_shape
-from .speedup import Alternatives, cases
+from rir_kernels.dispatch.choices import FOLDER, SCHEMA
+from tooling.files import save_json
 
 NOISE = 0.02
 MODES = {"eval": False, "step": True}
@@ -28,19 +29,19 @@ def choose(results: Sequence[Results], folder: Path = FOLDER) -> Path:
     for case in sorted(found, key=lambda case: case.batch):
         largest[case.shape, case.dtype, case.mode] = case
     if not largest:
-        raise ValueError(f"no RiR layer has graph times of both {' and '.join(CANDIDATES)}: run `bench layers` first")
+        raise ValueError(f"no RiR layer has graph times of both {' and '.join(OUR_KERNELS)}: run `bench layers` first")
     path = Path(folder) / f"{slug(names.pop())}.json"
     return save_json(path, {"schema": SCHEMA, "choices": [_entry(case) for case in largest.values()]})
 
 
 def _decides(case: Alternatives) -> bool:
     is_layer = (case.suite, case.op) == ("layers", "rir_layer") and case.mode in MODES
-    return is_layer and all(case.time(impl, True) for impl in CANDIDATES)
+    return is_layer and all(case.time(impl, True) for impl in OUR_KERNELS)
 
 
 def _entry(case):
     shape = named_shape(case.shape)
-    kernels, vendor = (case.time(impl, True) for impl in CANDIDATES)
+    kernels, vendor = case.time("triton", True), case.time("hybrid", True)
     return {
         "c_in": shape.c_in,
         "c_out": shape.c_out,
@@ -49,5 +50,5 @@ def _entry(case):
         "rows": shape.size,
         "dtype": f"torch.{DTYPES[case.dtype]}",
         "training": MODES[case.mode],
-        "impl": CANDIDATES[vendor < (1 - NOISE) * kernels],
+        "impl": "hybrid" if vendor < (1 - NOISE) * kernels else "triton",
     }

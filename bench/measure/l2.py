@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import timing
+from bench.measure import timing
 
 BOX = 128, 64  # rows, and channels of 16 bits
 

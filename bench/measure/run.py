@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
+from bench import peers
+from bench.cases.case import Case
+from bench.cases.selection import Selection
+from bench.measure import live, timing
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.runner import Runner
+from bench.schema import OURS, Results, ResultsError, load
 from rir_kernels.common.switches import overlap_asked, tf32_allowed
-
-from . import console, peers, provenance, timing
-from .case import Case
-from .ceilings import measure_ceilings
-from .results import OURS, Results, ResultsError, load, now
-from .runner import Runner
-from .selection import Selection
+from tooling import console, provenance
+from tooling.files import now
 
 QUICK = timing.Settings(rounds=5, sample_ms=1.0, warmup=1)
 
@@ -77,7 +79,7 @@ def run_suite(
                 results.device["lost"] = str(error)
                 results.save(path)
                 raise SystemExit(f"the device is lost: {error}\nwhat was measured before is in {path}") from error
-            console.show(str(case), results.rows[before:])
+            live.show(str(case), results.rows[before:])
             results.begun, results.unreached = None, results.unreached[1:]
             results.save(path)
             longest = max(longest, time.monotonic() - begun)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import timing
-from .case import Case, Variant
-from .gate import Verdict
-from .peers import compiled
-from .results import Row
-from .roofline import total
+from bench.cases.case import Case, Variant
+from bench.measure import timing
+from bench.measure.gate import Verdict
+from bench.measure.roofline import total
+from bench.peers import compiled
+from bench.schema import Row
 
 
 class Runner:

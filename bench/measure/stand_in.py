@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from . import ceilings, timing
-from .results import read_json
+from bench.measure import ceilings, timing
+from bench.schema import read_json
 
 NAME = "stand-in (no GPU)"
 CPU = torch.device("cpu")

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from bench.cases import kernels
+from bench.measure import timing
+from bench.schema import DTYPES, ResultsError, read_json
 from rir_kernels.common.device_tables import slug
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton.launch.runtime import gpu_of
@@ -24,10 +27,8 @@ from rir_kernels.triton.tiling.conv_cost import Problem
 from rir_kernels.triton.tiling.conv_tiles import ranked_tiles, use_tile
 from rir_kernels.triton.tiling.measured import SCHEMA
 from rir_kernels.triton.tiling.wgrad_tiles import ranked_wgrad_tiles, use_wgrad_tile
-
-from . import console, provenance, timing
-from .results import DTYPES, ResultsError, jsonable, read_json, save_json
-from .suites import kernels
+from tooling import console, provenance
+from tooling.files import jsonable, save_json
 
 
 @dataclass(frozen=True)

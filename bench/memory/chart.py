@@ -2,9 +2,8 @@
 
 from matplotlib.figure import Figure
 
+from bench.memory.networks import FORMS
 from bench.report.plots import COLOURS, png, styled
-
-from .networks import FORMS
 
 # the implementations' colours of the other figures; the fourth is the third's, hatched
 _LOOK = {

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-from bench.headline import replaced
+from bench.memory.chart import bars
+from bench.memory.networks import FORMS
 from bench.report.document import table
-from bench.results import ResultsError
-
-from .chart import bars
-from .networks import FORMS
+from bench.report.headline import replaced
+from bench.schema import ResultsError
 
 KIND, SCHEMA = "memory", 1
 COUNTED = Path("bench/results/counted/memory.json")

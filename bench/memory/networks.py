@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 import models
 import rir_kernels as rir
-from bench import libraries
+from bench.cases import libraries
+from bench.memory.count import kept
 from rir_kernels.common import versions
-
-from .count import kept
 
 FORMS = {
     "eager": "eager",

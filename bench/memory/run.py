@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from bench import console, provenance
-from bench.results import now, save_json
-
-from .document import KIND, SCHEMA, cells, header
-from .networks import FORMS, NETWORKS, absent, count
+from bench.memory.document import KIND, SCHEMA, cells, header
+from bench.memory.networks import FORMS, NETWORKS, absent, count
+from tooling import console, provenance
+from tooling.files import now, save_json
 
 
 def run(names: Iterable[str], batch: int, folder: Path, *, command: Sequence[str]) -> Path | None:
@@ -39,7 +38,7 @@ def run(names: Iterable[str], batch: int, folder: Path, *, command: Sequence[str
     if not found["rows"]:
         return None
     title = f"Kept for backward with {batch} images: GB, and MB for each (counted)"
-    console.table(title, header(), cells(found))
+    console.table(header(), cells(found), title=title)
     return save_json(folder / "memory.json", found)
 
 

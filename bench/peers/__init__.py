@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from bench.results import OURS
-
-from . import compiled, cudnn_graph, merged, reference, tensorrt_engine
+from bench.peers import compiled, cudnn_graph, merged, reference, tensorrt_engine
+from bench.schema import OURS
 
 
 def absent(impl: str, device: torch.device) -> str | None:

@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
+from bench.peers import cudnn_ops
 from rir_kernels.common.activations import RELU
 from rir_kernels.common.memory_format import dense_channels_last
 from rir_kernels.common.spec import spec_of_conv
 from rir_kernels.dispatch.tensors import as_residuals, autocast_dtype
-
-from . import cudnn_ops
 
 NORM_CHANNELS = 8  # cuDNN's batch norm reads so many at a time, and keeps the ReLU's mask in bytes of so many
 

@@ -7,9 +7,8 @@ import functools
 
 import torch
 
+from bench.peers.cudnn_plans import fastest, layout, nhwc, run
 from rir_kernels.common.memory_format import empty_channels_last
-
-from .cudnn_plans import fastest, layout, nhwc, run
 
 
 def conv(x, w, spec, *, scale=None, shift=None, addends=(), relu=False):

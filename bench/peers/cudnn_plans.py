@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from bench.timing import device_ms
+from bench.measure.timing import device_ms
 from rir_kernels.common.switches import tf32_allowed
 
 # of trying plans, per graph: they come best first by cuDNN's own guess, and some take a second to compile

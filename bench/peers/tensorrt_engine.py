@@ -11,10 +11,9 @@ import importlib
 import torch
 from torch import nn
 
+from bench.peers.tensorrt_network import TYPES, Translation
 from rir_kernels.common.memory_format import dense_channels_last
 from rir_kernels.common.switches import tf32_allowed
-
-from .tensorrt_network import TYPES, Translation
 
 
 def absent(device: torch.device) -> str | None:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ..results import Results, Row
-from ..speedup import cases, groups
-from . import page, plots, tables
-from .document import Heading, Paragraph, Picture, markdown
+from bench.report import page, plots, tables
+from bench.report.document import Heading, Paragraph, Picture, markdown
+from bench.report.speedup import cases, groups
+from bench.schema import Results, Row
 
 
 def write(results: list[Results], folder: str | Path) -> list[Path]:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from .results import SUITES, Results, ResultsError, load, read_json
-from .sources import KINDS, sources_hash
+from bench.schema import SUITES, Results, ResultsError, load, read_json
+from tooling.sources import KINDS, sources_hash
 
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 INDEPENDENT = {"hessian"}  # kinds that no code of rir_kernels has a part in
 
 
@@ -56,7 +56,7 @@ def _of_json(path):
         return f"{kind}: depends on no code of rir_kernels", False
     if kind not in KINDS:
         known = ", ".join(sorted({*KINDS, *INDEPENDENT} - {*SUITES}))
-        raise ResultsError(f"unknown kind {kind!r}, expected one of {known}: name new ones in bench/sources.py")
+        raise ResultsError(f"unknown kind {kind!r}, expected one of {known}: name new ones in tooling/sources.py")
     if "sources_hash" not in data:
         return f"{kind}: not checked: it names no sources", False
     stale = data["sources_hash"] != sources_hash(kind, data.get("device"))

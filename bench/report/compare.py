@@ -5,8 +5,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from .results import PEERS, Results, Row
-from .speedup import finite, geometric_mean, milliseconds
+from bench.report.speedup import finite, geometric_mean, milliseconds
+from bench.schema import PEERS, Results, Row
 
 
 @dataclasses.dataclass(frozen=True)

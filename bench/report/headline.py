@@ -4,11 +4,11 @@ import os
 import re
 from pathlib import Path
 
-from .check import is_stale
-from .report.document import table
-from .report.plots import speedups
-from .results import PEERS, Results, kind_of, load_all
-from .speedup import Alternatives, cases, geometric_mean, groups
+from bench.report.check import is_stale
+from bench.report.document import table
+from bench.report.plots import speedups
+from bench.report.speedup import Alternatives, cases, geometric_mean, groups
+from bench.schema import PEERS, Results, kind_of, load_all
 
 MARKERS = BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PICTURE = "speedup.png"

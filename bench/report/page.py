@@ -4,7 +4,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-from .document import Bold, Heading, Items, Paragraph, Picture, Table
+from bench.report.document import Bold, Heading, Items, Paragraph, Picture, Table
 
 PAGE = """<!doctype html>
 <html lang="en">

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from ..results import OURS, PEERS, Results
-from ..speedup import Alternatives, finite, groups, impls
-from .document import Picture
-from .tables import ceiling
+from bench.report.document import Picture
+from bench.report.speedup import Alternatives, finite, groups, impls
+from bench.report.tables import ceiling
+from bench.schema import OURS, PEERS, Results
 
 # after Okabe and Ito: told apart without red and green
 COLOURS = {

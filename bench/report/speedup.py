@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .results import IMPLS, MODES, OURS, SUITES, Row
+from bench.schema import IMPLS, MODES, OURS, SUITES, Row
 
 
 class Ratio(NamedTuple):

@@ -1,8 +1,8 @@
 """The results in words and in tables."""
 
-from ..results import PEERS, Results, Row
-from ..speedup import Alternatives, finite, geometric_mean, impls, milliseconds
-from .document import Bold, Items, Paragraph, Table
+from bench.report.document import Bold, Items, Paragraph, Table
+from bench.report.speedup import Alternatives, finite, geometric_mean, impls, milliseconds
+from bench.schema import PEERS, Results, Row
 
 TIMES = (
     "Times are medians in milliseconds, ± half the distance of the quartiles; the best of a row is bold. CUDA graphs "

@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measure.roofline import layer_passes, total
+from bench.report.document import table
+from bench.report.headline import replaced
+from bench.report.plots import COLOURS, png, styled
 from rir_kernels import reference
 from rir_kernels.triton.shapes import Shape
-
-from .headline import replaced
-from .report.document import table
-from .report.plots import COLOURS, png, styled
-from .roofline import layer_passes, total
 
 MARKERS = "<!-- traffic:begin -->", "<!-- traffic:end -->"
 README, PICTURE = Path("README.md"), Path("docs/traffic.png")

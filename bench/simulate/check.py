@@ -1,9 +1,8 @@
 """`python -m bench simulate --check`: does the simulation still match matmuls that others have measured?"""
 
-from bench import console
-
-from .machine import BASE, OPTIMISTIC, PESSIMISTIC
-from .workers import each
+from bench.simulate.machine import BASE, OPTIMISTIC, PESSIMISTIC
+from bench.simulate.workers import each
+from tooling import console
 
 # TFLOP/s by K, measured on an H100 by others: "Hopper results" of Triton's python/tutorials/gluon/07-persistence.py,
 # 8192 x 8192 x K in 16 bits, tiles of 128 x 256 x 64, 8 warps, 3 buffers: "nonpersistent", and "pipelined", which is
@@ -18,8 +17,8 @@ CASES = {f"{kind}, K {k}": (kind, k) for kind, figures in PUBLISHED.items() for 
 
 def simulated(kind: str, k: int) -> tuple[float, float, float]:
     """TFLOP/s of a matmul: as expected, least and most. For a process that launches nothing else."""
-    from . import matmul
-    from .timing import time_of
+    from bench.simulate import matmul
+    from bench.simulate.timing import time_of
 
     kernel = matmul.compiled(kind, k)
     return tuple(
@@ -39,8 +38,8 @@ def check() -> bool:
         verdict = "shown, not judged" if kind != "plain" else "" if near else f"more than {LIMIT - 1:.0%} off"
         rows.append([name, f"{published:.0f}", f"{rate:.0f} ({least:.0f}-{most:.0f})", f"{ratio:.2f}", verdict])
     console.table(
-        "8192 x 8192 x K, bf16, TFLOP/s: measured by others on an H100, and simulated",
         ["", "published", "simulated (range)", "ratio", ""],
         rows,
+        title="8192 x 8192 x K, bf16, TFLOP/s: measured by others on an H100, and simulated",
     )
     return good

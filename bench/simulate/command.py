@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from bench.selection import batch_of, known, named_shape
+from bench.cases.selection import batch_of, known, named_shape
 from rir_kernels.triton.shapes import SHAPE_TABLE
 
 OPS = ("train", "infer", "dgrad", "dgsums", "wgrad")
@@ -32,11 +32,11 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
 
 def _simulate(options, arguments):
     if options.check:
-        from .check import check
+        from bench.simulate.check import check
 
         return 0 if check() else 1
-    from .run import run
-    from .tiles import tile_of
+    from bench.simulate.run import run
+    from bench.simulate.tiles import tile_of
 
     ops = known("--ops", options.ops, OPS)
     if options.tile and "wgrad" in ops:

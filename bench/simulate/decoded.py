@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from .disassembly import Instruction
-from .operands import address, guard_of, registers_of, value
-from .program import Program
+from bench.simulate.disassembly import Instruction
+from bench.simulate.operands import address, guard_of, registers_of, value
+from bench.simulate.program import Program
 
 PHASES = ("prologue", "loop", "epilogue")
 _FORMS = (  # of instructions that a kernel waits by, copies by or leaves its path by

@@ -11,17 +11,16 @@ import torch
 from triton import knobs
 from triton.runtime.driver import driver
 
-from bench.roofline import Pass, kernel_passes
+from bench.measure.roofline import Pass, kernel_passes
+from bench.simulate.disassembly import CannotModel, run_on
+from bench.simulate.state import Box, Kernel
+from bench.simulate.tiles import described
 from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.triton import inspect
 from rir_kernels.triton.launch import batchnorm, conv, runtime, wgrad
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling.conv_tiles import use_tile
 from rir_kernels.triton.tiling.tile import ConvConfig
-
-from .disassembly import CannotModel, run_on
-from .state import Box, Kernel
-from .tiles import described
 
 PARAMETERS = 0x210  # of the constant bank of sm_90, where the arguments begin
 WINDOW = 0x198  # holds the address of the arguments: taken to be their place, so that the two are the same

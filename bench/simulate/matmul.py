@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .kernels import kernel_of
-from .machine import BASE
-from .state import Kernel
+from bench.simulate.kernels import kernel_of
+from bench.simulate.machine import BASE
+from bench.simulate.state import Kernel
 
 SIZE = 8192  # of M and N
 TILE = {"BM": 128, "BN": 256, "BK": 64}

@@ -7,10 +7,10 @@ scheduler stands for all.
 import heapq
 from dataclasses import dataclass
 
-from .disassembly import NONE, CannotModel
-from .machine import Machine
-from .program import Warp
-from .state import Barrier, Cta, Group, Kernel
+from bench.simulate.disassembly import NONE, CannotModel
+from bench.simulate.machine import Machine
+from bench.simulate.program import Warp
+from bench.simulate.state import Barrier, Cta, Group, Kernel
 
 MOST_INSTRUCTIONS = 6_000_000
 _CAUSES = {"wgmma": "wgmma queue", "wgmma wait": "wgmma wait", "copy wait": "stores", "try wait": "TRYWAIT"}

@@ -4,9 +4,9 @@ import re
 import struct
 from collections import defaultdict
 
-from .disassembly import CannotModel, Instruction
-from .operands import FUNCTIONS, M, guard_of, register, registers_of
-from .semantics import assignments
+from bench.simulate.disassembly import CannotModel, Instruction
+from bench.simulate.operands import FUNCTIONS, M, guard_of, register, registers_of
+from bench.simulate.semantics import assignments
 
 Register = tuple[str, int]
 # of computing with what is not followed, and of numbers that only such a computation gives

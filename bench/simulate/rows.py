@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.results import DTYPES
+from bench.schema import DTYPES
+from bench.simulate.decoded import PHASES
+from bench.simulate.disassembly import CannotModel
+from bench.simulate.machine import BASE, OPTIMISTIC, PESSIMISTIC
+from bench.simulate.timing import Time, time_of
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling.tile import ConvConfig
-
-from .decoded import PHASES
-from .disassembly import CannotModel
-from .machine import BASE, OPTIMISTIC, PESSIMISTIC
-from .timing import Time, time_of
 
 _COUNTED = {
     "barrier": "BAR", "try wait": "TRYWAIT", "load": "TMA loads", "store": "TMA stores", "wgmma": "wgmma",
@@ -34,7 +33,7 @@ def row_of(shape: Shape, op: str, dtype: str, tile: ConvConfig | None) -> dict:
 
 
 def _figures(shape, op, dtype, tile):
-    from .kernels import launched
+    from bench.simulate.kernels import launched
 
     launch = launched(shape, op, getattr(torch, DTYPES[dtype]), tile)
     kernel = launch.kernel

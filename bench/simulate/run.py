@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from bench import console, provenance
-from bench.results import now, save_json
-from bench.speedup import geometric_mean
+from bench.report.speedup import geometric_mean
+from bench.simulate.machine import BASE, OPTIMISTIC, PESSIMISTIC
+from bench.simulate.rows import row_of
+from bench.simulate.workers import each
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling.tile import ConvConfig
-
-from .machine import BASE, OPTIMISTIC, PESSIMISTIC
-from .rows import row_of
-from .workers import each
+from tooling import console, provenance
+from tooling.files import now, save_json
 
 KIND, SCHEMA = "simulated", 1
 _HEADER = ["", "CTAs", "waves", "start", "loop", "end", "tensor", "us (range)", "floor", "ratio"]
@@ -36,7 +35,7 @@ def run(
         of_op = [row for row in rows if row["op"] == op]
         good = [row for row in of_op if "error" not in row]
         if good:
-            console.table(f"{op}, {dtype}: simulated us", _HEADER, list(map(_cells, good)))
+            console.table(_HEADER, list(map(_cells, good)), title=f"{op}, {dtype}: simulated us")
             us, ratio = (
                 geometric_mean([row[f"simulated_{name}"] for row in good]) for name in ("us", "ratio_to_floor")
             )

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from itertools import takewhile
 
-from .disassembly import Instruction
-from .operands import PREDICATE, M, name, pair, predicate, value
+from bench.simulate.disassembly import Instruction
+from bench.simulate.operands import PREDICATE, M, name, pair, predicate, value
 
 Assignments = list[tuple[str, str]]  # registers and expressions, all of which are read before any is written
 

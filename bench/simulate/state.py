@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
-from .decoded import Code
-from .disassembly import CannotModel, disassemble
-from .machine import Machine
-from .program import Warp
+from bench.simulate.decoded import Code
+from bench.simulate.disassembly import CannotModel, disassemble
+from bench.simulate.machine import Machine
+from bench.simulate.program import Warp
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from .decoded import PHASES
-from .machine import Machine
-from .multiprocessor import Run, simulate
-from .state import Kernel
+from bench.simulate.decoded import PHASES
+from bench.simulate.machine import Machine
+from bench.simulate.multiprocessor import Run, simulate
+from bench.simulate.state import Kernel
 
 TURNS = 3  # of CTAs that are simulated; more go on at the pace of the last
 

@@ -6,9 +6,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from typing import Any
 
-from bench import console
 from rir_kernels.common.versions import triton_missing
 from rir_kernels.triton.inspect import compile_for_real
+from tooling import console
 
 
 def each(function: Callable, jobs: dict[str, tuple], title: str) -> dict[str, Any]:

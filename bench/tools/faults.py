@@ -1,7 +1,7 @@
 """The table of bad inputs and faults, docs/faults.md, from docs/faults.json and the tests named after its rows.
 
-    python -m bench.faults --out docs                                              # write the page again
-    python -m bench.faults --out docs --junit FILE --where "CPU, interpreter"      # and note where a run has seen them
+    python -m bench.tools.faults --out docs                                         # write the page again
+    python -m bench.tools.faults --out docs --junit FILE --where "CPU, interpreter" # and note where a run has seen them
 
 A test of row 7 is called test_row_07_<what>, one of two rows test_rows_17_and_18_<what>. FILE is what pytest --junitxml
 wrote; of each place the newest run stays.
@@ -16,16 +16,16 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .results import save_text
+from tooling.files import save_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"test_rows?_(\d\d)(?:_and_(\d\d))?_\w+")
 INTRODUCTION = """\
 # Bad inputs and faults
 
-What is done about them, and the tests that show it, written by `python -m bench.faults --out docs`; "seen" is how many
-of a row's tests passed in a recorded run, parametrized ones counted one by one: those that need what a place has not
-are skipped there.
+What happens for each of them, and the tests that show it. `python -m bench.tools.faults --out docs` writes this page.
+"Seen" is how many of a row's tests passed in a recorded run; parametrized tests count one by one, and those that need
+what a machine lacks are skipped there.
 """
 
 
@@ -84,7 +84,9 @@ def _seen(place):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.faults", description="The table of bad inputs and faults.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tools.faults", description="The table of bad inputs and faults."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR", help="of faults.json and faults.md")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="what a run of pytest wrote with --junitxml")
     parser.add_argument("--where", metavar="TEXT", help='where it ran, as "CPU, interpreter"')
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     data = options.out / "faults.json"
     rows = json.loads(data.read_text(encoding="utf-8"))
     if options.junit is not None:
-        from .provenance import versions
+        from tooling.provenance import versions
 
         found = versions()
         note(rows, options.junit, options.where, {name: found[name] for name in ("torch", "triton")})

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import rir_kernels as rir
-from bench import provenance
-from bench.results import save_json
 from models.evaluate import find
 from models.training import build, evaluation
-from models.training.console import say
 from models.training.errors import COMMAND_ERRORS, SettingsError
 from models.training.ranks import joined
+from tooling import provenance
+from tooling.console import say
+from tooling.files import save_json
 
 STREAMS = ("residual", "transient")
 _LAYERS = (rir.RiRLayer, rir.reference.RiRLayer)

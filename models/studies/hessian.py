@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bench.results import save_json
+from tooling import console
+from tooling.files import save_json
 
 BLOCKS = (1, 2, 4)
 SHORTCUT_DEPTHS = (1, 2, 3)
@@ -65,24 +66,14 @@ def run():
 
 
 def show(results):
-    """The table, on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "shortcut depth n", *(f"{blocks} block{'s' * (blocks > 1)}" for blocks in BLOCKS), box=None, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    """Prints the table."""
+    header = ["shortcut depth n", *(f"{blocks} block{'s' * (blocks > 1)}" for blocks in BLOCKS)]
+    cells = []
     for depth in SHORTCUT_DEPTHS:
         rows = [row for row in results["rows"] if row["shortcut_depth"] == depth]
-        table.add_row(
-            str(depth), *(f"{row['condition_number']:.4g}" if row["largest_entry"] else "H = 0" for row in rows)
-        )
-    console = Console(highlight=False)
-    console.print("condition number of the Hessian at W = 0")
-    console.print(table)
-    console.print(f"[dim]cond(S_xx - S_yx) = {results['theory_at_depth_2']:.4g}: what n = 2 has at every depth")
+        cells.append([str(depth), *(f"{r['condition_number']:.4g}" if r["largest_entry"] else "H = 0" for r in rows)])
+    console.table(header, cells, title="condition number of the Hessian at W = 0")
+    console.note(f"cond(S_xx - S_yx) = {results['theory_at_depth_2']:.4g}: what n = 2 has at every depth")
 
 
 def write(results, folder):

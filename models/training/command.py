@@ -4,8 +4,10 @@ import contextlib
 import signal
 import time
 
+from tooling.console import say
+
 from . import report
-from .console import TrainingProgress, say
+from .progress import TrainingProgress
 
 
 def carry_out(run, *, save_every: float, minutes: float | None) -> bool:

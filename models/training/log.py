@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench.results import save_text
+from tooling.files import save_text
 
 
 def append(path: Path, record: dict) -> None:

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from bench import provenance
-from bench.results import save_json
+from tooling import provenance
+from tooling.files import save_json
 
 from . import log
 

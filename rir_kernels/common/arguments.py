@@ -15,6 +15,8 @@ SHORTCUTS = ("pad", "projection", "none")
 OUTER_SHORTCUTS = ("pre_norm", "post_act", "none")
 OUTER_STREAMS = ("residual", "both")
 RESIDUAL_AT = ("pre_norm", "post_norm")
+OUR_KERNELS = ("hybrid", "triton")  # implementations that launch them, at least the norm's
+IMPLS = ("auto", "reference", "torch", *OUR_KERNELS)
 
 
 def _is_int(value):

@@ -5,11 +5,11 @@ Without a measurement the rule of `dispatch` decides.
 
 from pathlib import Path
 
+from ..common.arguments import OUR_KERNELS
 from ..common.device_tables import looked_up_once, read_entries, slug
 
 SCHEMA = 1
 FOLDER = Path(__file__).with_name("choices")
-CANDIDATES = ("triton", "hybrid")
 
 # (C_in, C_out, kernel height, stride, rows of the image, dtype, training)
 Key = tuple[int, int, int, int, int, str, bool]
@@ -32,6 +32,6 @@ def _entry(*, c_in, c_out, kernel, stride, rows, dtype, training, impl):
     numbers = (c_in, c_out, kernel, stride, rows)
     if not all(type(number) is int and number > 0 for number in numbers) or type(training) is not bool:
         raise ValueError(f"expected positive integers and a flag, got {(*numbers, training)}")
-    if impl not in CANDIDATES:
-        raise ValueError(f"expected one of {', '.join(CANDIDATES)}, got {impl!r}")
+    if impl not in OUR_KERNELS:
+        raise ValueError(f"expected one of {', '.join(OUR_KERNELS)}, got {impl!r}")
     return (c_in, c_out, kernel, stride, rows, str(dtype), training), impl

@@ -11,6 +11,7 @@ import functools
 import torch
 
 from ..common import switches, versions
+from ..common.arguments import OUR_KERNELS
 from ..common.devices import gpu_name, on_gpu
 from ..common.spec import ConvBNActSpec
 from ..common.tracing import is_transformed, not_traced
@@ -29,7 +30,7 @@ def resolve(
     impl = effective_impl(impl)
     if impl == "auto":
         return _choose(x, weight, spec, training)[0]
-    if impl in ("hybrid", "triton"):
+    if impl in OUR_KERNELS:
         _require_kernels(impl, x)
         if is_transformed():
             raise NotImplementedError(

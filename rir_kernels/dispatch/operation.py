@@ -9,6 +9,7 @@ from ..autograd.runners import RegisteredOp
 from ..backends import aten
 from ..backends.composed import Composed
 from ..common.activations import activate, by_sign
+from ..common.arguments import OUR_KERNELS
 from ..common.call import Call
 from ..common.memory_format import conv_format, is_channels_last, to_format, warn_of_copies
 from ..distributed import sync_statistics
@@ -60,7 +61,7 @@ def apply(
 
     asked, impl = impl, resolve(impl, call.x, call.weight, call.spec, call.training)
     channels_last = conv_format(call.x, call.weight) if torch_format else is_channels_last(call.x)
-    by_kernels = impl in ("hybrid", "triton")
+    by_kernels = impl in OUR_KERNELS
     launches = by_kernels and call.x.shape[0] > 0
     if launches and not channels_last:
         warn_of_copies(call.x)

@@ -19,9 +19,9 @@ from collections import deque
 
 import torch
 
+from ..common.arguments import IMPLS
 from ..common.tracing import not_traced
 
-IMPLS = ("auto", "reference", "torch", "hybrid", "triton")
 _KEPT = 1024  # changes that a thread remembers; an older graph recomputes as outside use_impl
 _NEEDED = ("_current_graph_task_id", "_current_autograd_node")
 # private to torch: without them "auto" means in backward what it means in the thread that runs it

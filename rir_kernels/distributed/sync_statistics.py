@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..autograd.function import Backward, ConvBNActFunction, first_order
 from ..backends import aten, plans
+from ..common.arguments import OUR_KERNELS
 from ..common.call import Call
 from ..common.memory_format import to_format
 from . import halves
@@ -53,7 +54,7 @@ def run(group, call: Call, impl: str, by_kernels: bool, channels_last: bool, sig
     impl: "triton" and "hybrid" require contiguous vectors and images in x; any other runs ATen ops. by_kernels: whether
     ranks that have images run kernels. signature: shared by calls like this one.
     """
-    if impl not in ("hybrid", "triton"):
+    if impl not in OUR_KERNELS:
         return _by_operators(group, call, by_kernels, channels_last)
     if signature is None and (metadata := plans.metadata((*call.inputs(), *call.buffers()))) is not None:
         signature = metadata, call.spec, impl, channels_last  # for a call between two graphs of torch.compile

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from bench.results import Results, Row
+from bench.schema import Results, Row
 
 SHAPES = {
     "96@32": 55, "192@16": 55, "384@8": 55, "48@32": 14, "16@32": 4, "32@16": 2, "64@8": 1.5, "64@56": 75, "128@28": 75,

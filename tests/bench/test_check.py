@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from bench import check as checking
 from bench import cli
-from bench.check import check
-from bench.sources import KINDS
+from bench.report import check as checking
+from bench.report.check import check
 from tests.bench.helpers import CPU, results, row
+from tooling.sources import KINDS
 
 GPU = {"name": "Made-up GPU", "type": "cuda"}
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from bench import cli, run
-from bench.results import load
+from bench import cli
+from bench.measure import run
+from bench.schema import load
 from rir_kernels.backends import aten
 
 FAST = ["--device", "cpu", "--quick", "--ops", "rir_layer", "--batch", "2"]
@@ -77,7 +78,7 @@ def test_every_case_is_kept_at_once(monkeypatch, tmp_path):
         if title.startswith("basic_block"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.console, "show", interrupted)
+    monkeypatch.setattr(run.live, "show", interrupted)
     arguments = ["--device", "cpu", "--quick", "--batch", "2", "--impl", "torch", "--out", tmp_path]
     with pytest.raises(KeyboardInterrupt):
         bench("layers", *arguments)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.compare import compare, parse_limit
+from bench.report.compare import compare, parse_limit
 from tests.bench.helpers import CPU, results, row
 
 

@@ -15,11 +15,11 @@ from bench.first import STEPS
 from bench.first.journal import LOST, Journal
 from bench.first.machine import Machine
 from bench.first.steps import StepPiece, file_of
-from bench.process import Ended
-from bench.timing import DeviceLost
+from bench.measure.timing import DeviceLost
 from rir_kernels.triton.shapes import SHAPE_TABLE
 from tests.bench.helpers import results
 from tests.mutants.table import MUTANTS
+from tooling.process import Ended
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_a_later_call_skips_what_is_done(everything):
 
 def test_a_kernel_that_is_broken_on_purpose_is_named(tmp_path):
     """One fault in the sums that the data gradient takes for the layer upstream: of that kernel, and of no other."""
-    for name in ("rir_kernels", "bench", "models"):
+    for name in ("rir_kernels", "bench", "models", "tooling"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == "upstream: mean not taken out")
     (tmp_path / mutant.file).write_text(mutant.source(ROOT))
@@ -161,7 +161,7 @@ def test_a_lost_device_ends_the_process(tmp_path, monkeypatch):
     def lost(device, error):
         raise DeviceLost("an illegal memory access was encountered")
 
-    monkeypatch.setattr("bench.timing.check_device", lost)
+    monkeypatch.setattr("bench.measure.timing.check_device", lost)
     book = journal(tmp_path / "x.json")
     with pytest.raises(SystemExit) as ended:
         book.take("a", lambda: 1 / 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import check, headline
+from bench.report import check, headline
 from tests.bench.helpers import CPU, results, row
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,14 @@ from dataclasses import asdict
 
 import pytest
 
-from bench.matrix import __main__ as command
-from bench.matrix import document, junit, run
-from bench.matrix.cells import CELLS, SUITES, Cell
-from bench.matrix.pythons import find_python
-from bench.process import Ended
-from bench.results import ResultsError, save_json
+from bench.schema import ResultsError
+from bench.tools.matrix import __main__ as command
+from bench.tools.matrix import document, junit, run
+from bench.tools.matrix.cells import CELLS, SUITES, Cell
+from bench.tools.matrix.pythons import find_python
 from rir_kernels.common import versions
+from tooling.files import save_json
+from tooling.process import Ended
 
 CELL = Cell("newer", "9.1.0", "5.0.0", "3.99", "4.0.0")
 FOUND = {"torch": "9.1.0+cpu", "triton": "5.0.0", "python": "3.99.1", "numpy": "4.0.0"}
@@ -71,7 +72,7 @@ def test_versions_outside_the_range(monkeypatch):
 
 
 def test_the_page_is_what_is_written():
-    """`python -m bench.matrix --page` after a change of cells or results."""
+    """`python -m bench.tools.matrix --page` after a change of cells or results."""
     found = document.load(CELLS, command.RESULTS)
     assert (command.DOCS / document.PAGE).read_text() == document.page(CELLS, found)
 

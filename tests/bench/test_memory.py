@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import rir_kernels as rir
-from bench import cli, results
+from bench import cli, schema
 from bench.memory import document, networks, run
 from bench.memory.count import kept
 from bench.memory.networks import FORMS, NETWORKS, Network, count
@@ -180,7 +180,7 @@ def test_command(monkeypatch, capsys, tmp_path):
     data = document.load(tmp_path / "memory.json")
     assert data["command"].startswith("python -m bench memory --out") and len(data["sources_hash"]) == 64
     assert [row["bytes"] for row in data["rows"]] == [16 * PER_IMAGE + FIXED] * 2
-    assert results.kind_of(tmp_path / "memory.json") == "memory"
+    assert schema.kind_of(tmp_path / "memory.json") == "memory"
 
 
 def test_what_is_not_there_is_named(monkeypatch, capsys, tmp_path):
@@ -204,5 +204,5 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "memory.json"
     for text, message in (("{", "cannot be read as JSON"), (json.dumps({"schema": 1}), "expected kind and schema")):
         path.write_text(text)
-        with pytest.raises(results.ResultsError, match=message):
+        with pytest.raises(schema.ResultsError, match=message):
             document.load(path)

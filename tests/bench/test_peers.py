@@ -6,8 +6,8 @@ from torch import nn
 
 import rir_kernels as rir
 from bench import peers
-from bench.modules import prepared
-from bench.networks import BasicBlock, Bottleneck
+from bench.cases.modules import prepared
+from bench.cases.networks import BasicBlock, Bottleneck
 from models import RiR
 from tests.support.helpers import (
     double_precision,  # noqa: F401

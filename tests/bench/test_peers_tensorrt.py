@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
-from bench.networks import BasicBlock, Bottleneck, ResNet
+from bench.cases.networks import BasicBlock, Bottleneck, ResNet
 from bench.peers import tensorrt_engine
 from bench.peers.tensorrt_network import Translation
 from models import RiR

@@ -9,8 +9,8 @@ import pytest
 from bench import pieces
 from bench.gpu import DRY, SuitePiece
 from bench.pieces import State, work
-from bench.process import Ended, run_limited
 from tests.bench.helpers import results, row
+from tooling.process import Ended, run_limited
 
 
 def python(program, seconds=60.0, **options):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bench import report
 from bench.report import plots, tables
-from bench.speedup import cases
+from bench.report.speedup import cases
 from tests.bench.helpers import CPU, KERNELS, everything, results, row
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import provenance
-from bench.results import IMPLS, MODES, SUITES, ResultsError, Row, load, load_all
-from bench.sources import sources_hash
-from bench.suites import kernels, layers, models
+from bench.cases import kernels, layers, models
+from bench.schema import IMPLS, MODES, SUITES, ResultsError, Row, load, load_all
 from tests.bench.helpers import results, row
+from tooling import provenance
+from tooling.sources import sources_hash
 
 README = (Path(__file__).parents[2] / "bench" / "README.md").read_text()
 

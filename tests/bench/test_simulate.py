@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from bench import cli
-from bench.check import check as check_results
-from bench.headline import NOTHING, block
-from bench.results import ResultsError, load, load_all
+from bench.report.check import check as check_results
+from bench.report.headline import NOTHING, block
+from bench.schema import ResultsError, load, load_all
 from bench.simulate import check, disassembly, timing
 from bench.simulate.decoded import Code
 from bench.simulate.disassembly import CannotModel, Instruction, decode, disassemble

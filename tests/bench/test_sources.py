@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import sources
-from bench.sources import KINDS, PACKAGE, Kind, sources_hash
-from bench.syntax import read_module
+from tooling import sources
+from tooling.sources import KINDS, PACKAGE, Kind, sources_hash
+from tooling.syntax import read_module
 
 GPU, CPU = {"type": "cuda", "name": "Made-up GPU"}, {"type": "cpu", "name": "Made-up CPU"}
 FIGURES = {

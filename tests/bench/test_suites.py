@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bench import timing
-from bench.gate import verdict
-from bench.launches import launches
-from bench.results import IMPLS
-from bench.roofline import kernel_passes, layer_passes
-from bench.runner import Runner
-from bench.selection import Selection, named_shape
-from bench.suites import kernels, layers, models
+from bench.cases import kernels, layers, models
+from bench.cases.selection import Selection, named_shape
+from bench.measure import timing
+from bench.measure.gate import verdict
+from bench.measure.launches import launches
+from bench.measure.roofline import kernel_passes, layer_passes
+from bench.measure.runner import Runner
+from bench.schema import IMPLS
 from rir_kernels.backends import aten, plans
 from rir_kernels.dispatch import plan_cache
 from rir_kernels.equivalence import EquivalenceRow

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timing
-from bench.ceilings import measure_ceilings
-from bench.runner import quartiles
+from bench.measure import timing
+from bench.measure.ceilings import measure_ceilings
+from bench.measure.runner import quartiles
 
 CPU = torch.device("cpu")
 FEW = timing.Settings(rounds=4, sample_ms=0.0, warmup=1)
@@ -64,8 +64,8 @@ def test_quartiles():
 
 def test_ceilings_are_bytes_and_operations(monkeypatch):
     # one copy reads and writes 2 bytes an element; a product of n x n matrices is 2 n^3 operations
-    monkeypatch.setattr("bench.ceilings.SIZES", {"cpu": (1000, 100, 10)})
-    monkeypatch.setattr("bench.ceilings._milliseconds", lambda *args: 2.0)
+    monkeypatch.setattr("bench.measure.ceilings.SIZES", {"cpu": (1000, 100, 10)})
+    monkeypatch.setattr("bench.measure.ceilings._milliseconds", lambda *args: 2.0)
     assert measure_ceilings(CPU, ("fp32",), FEW) == {
         "copy_gbps": 4 * 1000 / 2e-3 / 1e9,
         "l2_gbps": 4 * 100 / 2e-3 / 1e9,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import traffic
+from bench.report import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_HAND = {

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from bench import cli, timing, tune
+from bench import cli
+from bench.measure import timing, tune
 from rir_kernels.triton.launch import conv, wgrad
 from rir_kernels.triton.shapes import Shape
 from rir_kernels.triton.tiling import measured

@@ -15,13 +15,13 @@ import warnings
 
 import pytest
 
-from bench.results import save_json
 from rir_kernels.common import device_tables
 from rir_kernels.dispatch import choices
 from rir_kernels.triton.tiling import measured
 from tests.bench.test_tune import DEVICE, PROBLEM, WGRAD_PROBLEM, wgrad_written, written
 from tests.repository.test_imports import run_python
 from tests.support.hostile import Executed
+from tooling.files import save_json
 
 READERS = {
     "tiles": lambda: measured.measured_tile(PROBLEM, DEVICE),

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import rir_kernels as rir
-from bench import results, timing, tune
+from bench.measure import timing, tune
 from models.quantized import quantize_
 from rir_kernels import reference
 from rir_kernels.dispatch import preference
@@ -41,6 +41,7 @@ from tests.support.ranks_of_rows import WRAPPED, of_the_ranks
 from tests.support.refusals import call_arguments, call_refused
 from tests.support.surgery_helpers import CLOSE, Doubled, ShiftedNorm, assert_same, fused_calls, net, randn, settle
 from tests.surgery.test_surgery import X, assert_unchanged, snapshot
+from tooling import files
 
 distributed = pytest.mark.xdist_group("distributed")  # processes of their own: not in two workers at once
 
@@ -485,7 +486,7 @@ def test_row_59_interrupted_while_it_writes(tuned, error, step, monkeypatch):
 
         return wrapped
 
-    owner, name = (results.Path, "write_text") if step == "write" else (results.os, "replace")
+    owner, name = (files.Path, "write_text") if step == "write" else (files.os, "replace")
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
     with pytest.raises(error):
         tuned(_fast)
@@ -497,7 +498,7 @@ def test_row_59_interrupted_while_it_writes(tuned, error, step, monkeypatch):
 def test_row_59_killed_while_it_writes(tmp_path):
     """SIGKILL at any moment of many writes: the file is one of those that were written, whole."""
     code = f"""
-from bench.results import save_json
+from tooling.files import save_json
 number = 0
 while True:
     number += 1

@@ -2,7 +2,7 @@
 
 import json
 
-from bench import faults
+from bench.tools import faults
 
 ROWS = json.loads((faults.ROOT / "docs" / "faults.json").read_text())
 JUNIT = """<testsuites><testsuite timestamp="2026-01-02T03:04:05">
@@ -21,7 +21,7 @@ def test_every_row_has_a_test_and_every_test_a_row():
 
 
 def test_the_page_is_what_is_written():
-    """`python -m bench.faults --out docs` after a change of tests or rows."""
+    """`python -m bench.tools.faults --out docs` after a change of tests or rows."""
     written = (faults.ROOT / "docs" / "faults.md").read_text()
     assert written == faults.page(ROWS, faults.tests_by_row(faults.ROOT / "tests"))
 

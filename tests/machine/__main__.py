@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import provenance
-from bench.results import now
-from bench.sources import sources_hash
+from tooling import provenance
+from tooling.files import now
+from tooling.sources import sources_hash
 
 from .record import PASSED, RECORD
 

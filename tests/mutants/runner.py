@@ -22,7 +22,7 @@ from .mutant import Mutant
 LIMIT = 20  # seconds of a run
 EMULATED_LIMIT = 120  # likewise, where kernels are compiled, and emulated in two timings
 ASLEEP = 30 * LIMIT  # until one that waits for something is ended
-COPIED = ("rir_kernels", "emulator", "tests", "models", "bench", "demo", "pyproject.toml")
+COPIED = ("rir_kernels", "emulator", "tests", "models", "bench", "demo", "tooling", "pyproject.toml")
 PASSED, FAILED = 0, 1  # pytest's; every other status means that no test has judged
 OUT_OF_TIME = -signal.SIGXCPU, -signal.SIGALRM
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.libraries import torchvision
+from bench.cases.libraries import torchvision
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

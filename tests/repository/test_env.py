@@ -12,7 +12,7 @@ import torch
 import rir_kernels
 from rir_kernels import __main__, env
 from rir_kernels.common import switches, versions
-from rir_kernels.dispatch import preference
+from rir_kernels.common.arguments import IMPLS
 from rir_kernels.env import env_report
 
 
@@ -23,7 +23,7 @@ def test_versions_and_switches():
     assert (report["torch"], report["numpy"]) == (torch.__version__, numpy.__version__)
     assert report["interpreter"] is switches.interpreting()
     assert report["tf32"] is (torch.backends.cudnn.conv.fp32_precision == "tf32")
-    assert set(report["impls"]) == set(preference.IMPLS) - {"auto"}
+    assert set(report["impls"]) == set(IMPLS) - {"auto"}
     assert report["impls"]["reference"] == report["impls"]["torch"] == "yes"
 
 

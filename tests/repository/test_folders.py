@@ -18,6 +18,10 @@ def picture():
     return [line.split("   ")[0].split() for line in reversed(text.strip("\n").splitlines())]
 
 
+# of the checkout, the lowest first
+FOLDERS = ["rir_kernels", "tooling", "models", "bench", "demo"]
+
+
 def modules():
     """Path by name: "dispatch.choose", and "surgery" for its __init__."""
     found = {}
@@ -27,9 +31,9 @@ def modules():
     return found
 
 
-def imported(name, path):
+def imported(path):
     """The names of all that a module imports, late imports and importlib.import_module("...") too."""
-    within = ["rir_kernels", *name.split(".")][: None if path.name == "__init__.py" else -1]
+    within = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -46,7 +50,7 @@ def arrows():
     """(module, module that it imports)"""
     known, found = modules(), set()
     for name, path in known.items():
-        for full in imported(name, path):
+        for full in imported(path):
             parts = full.split(".")
             if parts[0] == "rir_kernels":
                 ends = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
@@ -92,3 +96,11 @@ def test_only_triton_and_backends_import_kernels_at_once():
         if name.partition(".")[0] not in ("triton", "backends"):
             found = [node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
             assert not [module for module in found if "triton" in module.split(".")], name
+
+
+def test_folders_of_the_checkout():
+    """bench measures models, and demo shows both; what they have in common is in tooling."""
+    for number, folder in enumerate(FOLDERS):
+        for path in (ROOT / folder).rglob("*.py"):
+            above = {name for full in imported(path) if (name := full.partition(".")[0]) in FOLDERS[number + 1 :]}
+            assert not above, f"{path.relative_to(ROOT)} imports {', '.join(sorted(above))}"

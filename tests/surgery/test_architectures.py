@@ -1,6 +1,6 @@
-"""fuse_ on networks of torchvision, timm and pytorchcv: a few on every change, all of bench.architectures when long.
+"""fuse_ on networks of torchvision, timm and pytorchcv: a few on every change, all of them when long.
 
-What is checked of each, and the tolerance, is in bench.architectures.check.
+What is checked of each, and the tolerance, is in bench.tools.architectures.check.
 """
 
 import json
@@ -9,8 +9,8 @@ import warnings
 import pytest
 
 from bench import cli
-from bench.architectures.check import check, seed
-from bench.architectures.zoo import ZOO
+from bench.tools.architectures.check import check, seed
+from bench.tools.architectures.zoo import ZOO
 from rir_kernels.surgery import fuse_
 
 BY_ID = {architecture.id: architecture for architecture in ZOO}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from bench import libraries
+from bench.cases import libraries
 from rir_kernels.surgery import fold_bn_, fuse_
 
 

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from bench.architectures.check import BATCH, GROUPS, TOLERANCE, Record
+from bench.tools.architectures.check import BATCH, GROUPS, TOLERANCE, Record
 from rir_kernels.surgery.pattern_names import NAMES
 
 HEAD = """# fuse_ on the networks of other libraries

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import console
-from bench.architectures.check import Record, check
-from bench.architectures.document import write
-from bench.architectures.zoo import ZOO, Architecture
+from bench.tools.architectures.check import Record, check
+from bench.tools.architectures.document import write
+from bench.tools.architectures.zoo import ZOO, Architecture
+from tooling import console
 
 
 def chosen(names: Iterable[str]) -> tuple[Architecture, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bench import libraries
+from bench.cases import libraries
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import ResultsError, save_json, save_text
-from bench.sources import sources_hash
+from bench.schema import ResultsError
+from bench.tools.matrix import document
+from bench.tools.matrix.cells import CELLS, Cell
+from bench.tools.matrix.run import run_cell
+from tooling.files import save_json, save_text
+from tooling.sources import sources_hash
 
-from . import document
-from .cells import CELLS, Cell
-from .run import run_cell
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 RESULTS, DOCS = ROOT / "bench" / "results" / "versions", ROOT / "docs"
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m bench.matrix",
+        prog="python -m bench.tools.matrix",
         description="Runs a part of the tests and the compile gate under other versions, one environment after the "
         "other. Each is made in a temporary folder and removed after; with a CUDA build of torch it takes several GB. "
         "So does pip's cache (`pip cache dir`), which keeps what was downloaded.",
@@ -84,7 +84,7 @@ def _current(result, cell, now):
 
 def _run(cells, options, named):
     """The names of the cells that did not pass."""
-    from bench import console
+    from tooling import console
 
     failed, now = [], sources_hash("matrix")
     with console.progress("cells", len(cells)) as reach:

@@ -3,24 +3,23 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.results import ResultsError, read_json
-
-from .cells import GATE, SUITES, Cell
-from .run import KIND, SCHEMA
+from bench.schema import ResultsError, read_json
+from bench.tools.matrix.cells import GATE, SUITES, Cell
+from bench.tools.matrix.run import KIND, SCHEMA
 
 PAGE = "versions.md"
 VERSIONS = {"torch": "torch", "triton": "Triton", "python": "Python", "numpy": "NumPy"}
 HEAD = """\
 # Versions
 
-Written by `python -m bench.matrix --page`, from what `make matrix` has left in `bench/results/versions/`; not edited by
-hand. Each row is an environment with exactly these versions, in which a part of the tests ran without a GPU, and the
+`python -m bench.tools.matrix --page` writes this page from what `make matrix` has left in `bench/results/versions/`.
+Each row is an environment with exactly these versions, in which a part of the tests ran without a GPU, and the
 compile gate (`{gate}`).
 
-- **{first}** to **{last}**: tests that passed, by what they are about; `bench/matrix/cells.py` names the files. Those
-  that need a GPU are skipped, and not counted.
+- **{first}** to **{last}**: tests that passed, by subject; `bench/tools/matrix/cells.py` names the files. Those that
+  need a GPU are skipped, and not counted.
 - **kernels**: compiled for a GPU that was not there; **spilling**: of these, kernels that spill registers.
-- **sources**: hash of the package's code that ran (`bench/sources.py`).
+- **sources**: hash of the package's code that ran (`tooling/sources.py`).
 """
 NEVER = "not run yet"
 LISTED = 20  # failures of a cell

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.process import run_limited
-from bench.results import now
-
-from .cells import GATE, SUITES, Cell
-from .junit import read
-from .pythons import find_python
+from bench.tools.matrix.cells import GATE, SUITES, Cell
+from bench.tools.matrix.junit import read
+from bench.tools.matrix.pythons import find_python
+from tooling.files import now
+from tooling.process import run_limited
 
 KIND, SCHEMA = "matrix", 1
 LIMITS = {"install": 3600.0, "versions": 300.0, "tests": 1800.0, "gate": 1800.0}  # seconds

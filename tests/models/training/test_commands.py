@@ -13,8 +13,8 @@ from PIL import Image
 
 from models import evaluate, train
 from models.training import run, settings
-from models.training.console import TrainingProgress
 from models.training.errors import SettingsError
+from models.training.progress import TrainingProgress
 
 SMALL = ["--data", "digits", "--option", "depth=[1,1,1]", "--epochs", "2", "--batch-size", "256"]
 

@@ -13,9 +13,9 @@ import torch
 from triton import knobs
 from triton.runtime.driver import driver
 
+from bench.cases.modules import prepared
 from bench.first.machine import Machine
 from bench.first.networks import NETWORKS
-from bench.modules import prepared
 from rir_kernels import precompiling
 from rir_kernels.triton.inspect import _CompileOnlyDriver
 from rir_kernels.triton.tiling.gpus import typical_gpu

@@ -1,17 +1,12 @@
-"""What is printed while a network is trained."""
+"""Progress of a training run: bars, and a line for each epoch."""
 
 import time
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+from tooling.console import console, say
+
 _EVERY = 0.5  # seconds between two looks at the loss: each waits for the device
-
-
-def say(text: str) -> None:
-    console.print(escape(text), soft_wrap=True)
 
 
 class TrainingProgress:

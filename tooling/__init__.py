@@ -1,0 +1,1 @@
+"""What the benchmark, the models and the demo have in common."""
