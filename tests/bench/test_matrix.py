@@ -82,7 +82,7 @@ def test_the_page():
     found = {
         "newer": result(
             suites=result()["suites"] | {"surgery": failing},
-            failures=["tests/surgery/test_surgery.py::test_a: no"],
+            failures=["tests/surgery/test_fuse.py::test_a: no"],
             gate={"kernels": 7, "failed": 2, "spilling": 1, "faults": ["8 bytes spilled"]},
         )
     }
@@ -98,7 +98,7 @@ def test_the_page():
         "| older | 8.0.0 | 4.0.0 | 3.98 | 3.0.0 | not run (below) |  |  |  |  |  |  |  | 2026-01-02 | 01234567 |\n"
         "| third | 1.0.0 | 1.0.0 | 3.97 | 1.0.0 | not run yet |  |  |  |  |  |  |  |  |  |\n"
         "\n## What did not run\n\n- older: install: `ERROR: none`\n"
-        "\n## Tests that failed\n\n- newer: `tests/surgery/test_surgery.py::test_a: no`\n"
+        "\n## Tests that failed\n\n- newer: `tests/surgery/test_fuse.py::test_a: no`\n"
         "\n## The gate\n\n- newer: 8 bytes spilled\n"
     )
     many = document.page((CELL,), {"newer": result(failures=[f"test {i}" for i in range(23)])})

@@ -10,11 +10,11 @@ def _fault(name, file, old, new, test):
 
 
 def _effect(name, old, new, case, file="effects"):
-    return _fault(f"effects: {name}", file, old, new, f"test_effects.py::test_noticed[{case}]")
+    return _fault(f"effects: {name}", file, old, new, f"test_side_effects.py::test_noticed[{case}]")
 
 
 def _use(name, file, old, new, case):
-    return _fault(f"fold: {name}", file, old, new, f"test_fold_uses.py::test_another_use_is_seen[{case}]")
+    return _fault(f"fold: {name}", file, old, new, f"test_fold_bn_uses.py::test_another_use_is_seen[{case}]")
 
 
 EFFECTS = [
@@ -49,25 +49,25 @@ EFFECTS = [
     _effect("statistics handed in", "if handed & changed", "if False", "statistics_as_residual", "matching"),
     _fault(
         "effects: arguments apart", "effects", "return frozenset([_ARGUMENTS])", "return frozenset([node])",
-        "test_effects.py::test_two_arguments_may_be_one_tensor",
+        "test_side_effects.py::test_two_arguments_may_be_one_tensor",
     ),
     _fault(
         "effects: everything is written to", "effects", 'return name.endswith("_") or _asks_for_in_place(node)',
-        "return True", "test_effects.py::test_unnoticed[cat_along_1]",
+        "return True", "test_side_effects.py::test_unnoticed[cat_along_1]",
     ),
 ]  # fmt: skip
 READS = [
     _fault(
         "absent: not asked again", "reads", "return not has(module, name)", "return True",
-        "test_absent.py::test_added_afterwards",
+        "test_absent_attributes.py::test_added_afterwards",
     ),
     _fault(
         "absent: on the class", "reads", " or hasattr(type(module), name)", "",
-        "test_absent.py::test_added_to_the_class_afterwards",
+        "test_absent_attributes.py::test_added_to_the_class_afterwards",
     ),
     _fault(
         "absent: __getattr__ of others", "reads", "    if own is not nn.Module:", "    if own is None:",
-        "test_absent.py::test_class_with_a_look_up_of_its_own",
+        "test_absent_attributes.py::test_class_with_a_look_up_of_its_own",
     ),
     _fault(
         "reads: children of a list", "reads", "return tuple(module._modules) == found.names", "return True",
@@ -75,94 +75,94 @@ READS = [
     ),
     _fault(
         "reads: an error that forward catches", "tracer", "return _without_an_answer(super().to_bool, obj)",
-        "return super().to_bool(obj)", "test_effects_of_tracing.py::test_a_forward_that_catches[caught]",
+        "return super().to_bool(obj)", "test_tracing_side_effects.py::test_a_forward_that_catches[caught]",
     ),
     _fault(
         "aliases: not asked again", "program", "return self.granted.obstacle(module)", 'return ""',
-        "test_granted.py::test_one_of_the_names_gets_another[child-new_conv-0]",
+        "test_aliases.py::test_one_of_the_names_gets_another[child-new_conv-0]",
     ),
     _fault(
         "aliases: of children looked into", "granted", "known[found] in looked_into or ", "",
-        "test_granted.py::test_one_of_the_names_gets_another[inlined-all_names_of_its_own-0]",
+        "test_aliases.py::test_one_of_the_names_gets_another[inlined-all_names_of_its_own-0]",
     ),
     _fault(
         "aliases: of parameters", "granted", "if id(tensor) in read)", "if False)",
-        "test_granted.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
+        "test_aliases.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
     ),
     _fault(
         "which: not asked of the code", "by_name", "if not _ASK_WHICH.isdisjoint(code.co_names):", "if False:",
-        "test_granted.py::test_the_answer_is_another_one[isinstance]",
+        "test_aliases.py::test_the_answer_is_another_one[isinstance]",
     ),
     _fault(
         "which: nothing is compared", "by_name", 'step in _COMPARE and before != "LOAD_CONST"', "False",
-        "test_granted.py::test_the_answer_is_another_one[same weight]",
+        "test_aliases.py::test_the_answer_is_another_one[same weight]",
     ),
     _fault(
         "which: classes of children", "granted", "if class_of(_at(module, name)) is not kind:", "if False:",
-        "test_granted.py::test_the_answer_is_another_one[isinstance in a list]",
+        "test_aliases.py::test_the_answer_is_another_one[isinstance in a list]",
     ),
     _fault(
         "by name: classes", "by_name", "owners += classes", "pass",
-        "test_granted.py::test_the_answer_is_another_one[super]",
+        "test_aliases.py::test_the_answer_is_another_one[super]",
     ),
     _fault(
         "by name: imports", "by_name", "owners = list(_imported(code, names))", "owners = []",
-        "test_granted.py::test_the_answer_is_another_one[import]",
+        "test_aliases.py::test_the_answer_is_another_one[import]",
     ),
     _fault(
         "by name: absent ones", "by_name", "(there is not None or name in asked)", "there is not None",
-        "test_granted.py::test_the_answer_is_another_one[class, absent]",
+        "test_aliases.py::test_the_answer_is_another_one[class, absent]",
     ),
     _fault(
         "by name: of what globals name", "by_name", "for name in code.co_names if name in names) if asked else ():",
         "for name in code.co_names if name in names) if False else ():",
-        "test_granted.py::test_the_answer_is_another_one[a module's, absent]",
+        "test_aliases.py::test_the_answer_is_another_one[a module's, absent]",
     ),
     _fault(
         "by name: any name", "by_name", "if name in _ANY_NAME and name not in names", "if False",
-        "test_granted.py::test_what_may_be_anything_is_refused",
+        "test_aliases.py::test_what_may_be_anything_is_refused",
     ),
     _fault(
         "by name: __dict__", "tracer", 'if path is not None and name == "__dict__" and not is_library(where):',
-        "if False:", "test_granted.py::test_what_may_be_anything_is_refused",
+        "if False:", "test_aliases.py::test_what_may_be_anything_is_refused",
     ),
 ]  # fmt: skip
 OUTSIDE = [
     _fault(
         "outside: not asked again", "program", "if not one.holds():", "if False:",
-        "test_outside.py::test_changed_afterwards[BySwitch]",
+        "test_external_state.py::test_changed_afterwards[BySwitch]",
     ),
     _fault(
         "outside: content of containers", "outside", "isinstance(value, _BY_CONTENT) and _content(value) == found",
-        "isinstance(value, _BY_CONTENT)", "test_outside.py::test_changed_afterwards[ByDict]",
+        "isinstance(value, _BY_CONTENT)", "test_external_state.py::test_changed_afterwards[ByDict]",
     ),
     _fault(
         "outside: attributes of what globals name", "watch", "value, used = found, used + 1", "value, used = found, 1",
-        "test_outside.py::test_changed_afterwards[ByInstance]",
+        "test_external_state.py::test_changed_afterwards[ByInstance]",
     ),
     _fault(
         "outside: closures", "watch", "elif route is not None and kind", "elif False and kind",
-        "test_outside.py::test_variable_of_a_closure",
+        "test_external_state.py::test_variable_of_a_closure",
     ),
     _fault(
         "outside: defaults", "watch", "            if taken:", "            if False:",
-        "test_outside.py::test_changed_afterwards[ByDefaults]",
+        "test_external_state.py::test_changed_afterwards[ByDefaults]",
     ),
     _fault(
         "outside: answers of torch", "outside", "value = value(*self.arguments)\n        found",
-        "return True\n        found", "test_outside.py::test_answers_of_torch",
+        "return True\n        found", "test_external_state.py::test_answers_of_torch",
     ),
     _fault(
         "outside: generators", "outside", 'raise Unknown(f"a {type(value).__name__}")', "return value",
-        "test_outside.py::test_refused[generator]",
+        "test_external_state.py::test_refused[generator]",
     ),
     _fault(
         "outside: methods of generators", "outside", "any(owner is one for one in _WATCHED)", "True",
-        "test_outside.py::test_refused[its method]",
+        "test_external_state.py::test_refused[its method]",
     ),
     _fault(
         "outside: pickled after a change", "outside", "found = MISSING if self.holds() else _Missing.CHANGED",
-        "found = MISSING", "test_outside.py::test_a_copy_that_is_pickled_after_the_change[ByFunction]",
+        "found = MISSING", "test_external_state.py::test_a_copy_that_is_pickled_after_the_change[ByFunction]",
     ),
 ]  # fmt: skip
 CLASSES = [
@@ -192,12 +192,12 @@ CLASSES = [
     ),
     _fault(
         "outside: code that is reloaded", "outside", 'getattr(value, "__code__", None) is not self.code', "False",
-        "test_outside.py::test_changed_afterwards[ByCode]",
+        "test_external_state.py::test_changed_afterwards[ByCode]",
     ),
     _fault(
         "outside: keywords of a partial", "outside", "_BY_CONTENT = (*CONTAINERS, functools.partial)",
         "_BY_CONTENT = CONTAINERS",
-        "test_outside.py::test_changed_afterwards[ByPartial]",
+        "test_external_state.py::test_changed_afterwards[ByPartial]",
     ),
     _fault(
         "classes: of the unit", "class_swap", "        if reason := replaced(methods):", "        if False:",
@@ -238,92 +238,92 @@ CALLS = [
     _fault(
         "one by one: out of place", "program",
         'options | {"one_by_one": graph.call_function(getattr, (root, one_by_one))}', "dict(options)",
-        "test_one_by_one.py::test_sums_of_what_does_not_fit[added_in_place]",
+        "test_fallback.py::test_sums_of_what_does_not_fit[added_in_place]",
     ),
     _fault(
         "one by one: dtypes of residuals", "runtime", "all(r.dtype == x.dtype for r in residuals)", "True",
-        "test_status.py::test_calls_that_cannot_be_one_operation[another dtype]",
+        "test_fusion_status.py::test_calls_that_cannot_be_one_operation[another dtype]",
     ),
     Mutant(
         "one by one: errors are those of the fused operation", "rir_kernels/dispatch/operation.py",
-        "if otherwise is None:", "if True:", (f"{TRUTH}/test_one_by_one.py::test_inputs_that_are_refused[True-plain]",),
+        "if otherwise is None:", "if True:", (f"{TRUTH}/test_fallback.py::test_inputs_that_are_refused[True-plain]",),
     ),
     _fault(
         "one by one: numbers that torch reads", "bypass", "if isinstance(norm.eps, float | int) else", "if True else",
-        "test_one_by_one.py::test_numbers_that_are_not_pythons[eps, tensor]",
+        "test_fallback.py::test_numbers_that_are_not_pythons[eps, tensor]",
     ),
     _fault(
         "one by one: tensors before parameters", "bypass", "if name in parameters and name not in module.__dict__:",
-        "if name in parameters:", "test_one_by_one.py::test_weights_that_are_no_parameters[shadowed-False]",
+        "if name in parameters:", "test_fallback.py::test_weights_that_are_no_parameters[shadowed-False]",
     ),
     _fault(
         "one by one: padding with a stride", "bypass", "if dilation is None or pair(conv.stride) != (1, 1):",
-        "if dilation is None:", "test_one_by_one.py::test_modules_that_do_not_fit_each_other",
+        "if dilation is None:", "test_fallback.py::test_modules_that_do_not_fit_each_other",
     ),
     _fault(
         "calls: hooks on all modules", "bypass", "if _has_any_global_hook():", "if False:",
-        "test_one_by_one.py::test_a_hook_on_all_modules",
+        "test_fallback.py::test_a_hook_on_all_modules",
     ),
     _fault(
         "calls: other arguments", "program", "_OTHER_ARGUMENTS if others else call_obstacle(*given)",
-        "call_obstacle(*given)", "test_one_by_one.py::test_other_arguments",
+        "call_obstacle(*given)", "test_fallback.py::test_other_arguments",
     ),
     Mutant(
         "statistics: another version", "rir_kernels/common/running_statistics.py",
         "statistics.data if is_plain_eager() else", "",
-        (f"{TRUTH}/test_granted.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",),
+        (f"{TRUTH}/test_aliases.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",),
     ),
 ]  # fmt: skip
 WATCH = [
     _fault(
         "watch: containers not put back", "watch", "changed = self.kept.restore()", "changed = False",
-        "test_effects_of_tracing.py::test_nothing_is_left[True-appends]",
+        "test_tracing_side_effects.py::test_nothing_is_left[True-appends]",
     ),
     _fault(
         "watch: names not put back", "watch", "_put_back(walk(start, steps[:-1]), steps[-1], value)", "pass",
-        "test_effects_of_tracing.py::test_nothing_is_left[True-sets_a_global]",
+        "test_tracing_side_effects.py::test_nothing_is_left[True-sets_a_global]",
     ),
     _fault(
         "watch: what changes is fused", "watch", "if changed and kind is None:", "if False:",
-        "test_effects_of_tracing.py::test_nothing_is_left[True-appends]",
+        "test_tracing_side_effects.py::test_nothing_is_left[True-appends]",
     ),
     _fault(
         "watch: containers within others", "outside", "self.keep(one)", "pass",
-        "test_effects_of_tracing.py::test_nothing_is_left[True-to_a_nested_global]",
+        "test_tracing_side_effects.py::test_nothing_is_left[True-to_a_nested_global]",
     ),
     _fault(
         "watch: garbage is collected", "watch", "gc.disable()", "gc.isenabled()",
-        "test_effects_of_tracing.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
     ),
     _fault(
         "watch: weak references tell", "watch", " or _is_told_of_a_death(frame)", "",
-        "test_effects_of_tracing.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
     ),
     _fault(
         "watch: garbage is never collected again", "watch", "gc.enable()", "pass",
-        "test_effects_of_tracing.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
     ),
     _fault(
         "watch: a profiler is ended", "watch", "if self.previous is not None:", "if False:",
-        "test_outside.py::test_a_profiler_goes_on",
+        "test_external_state.py::test_a_profiler_goes_on",
     ),
 ]  # fmt: skip
 REUSE = [
     _fault(
         "reuse: what was read is not compared", "tracing", "and found == answers(module, trace.reads)", "",
-        "test_reuse.py::test_one_differs[other kind of number]",
+        "test_trace_reuse.py::test_one_differs[other kind of number]",
     ),
     _fault(
         "reuse: how a module is built is not compared", "tracing", "same = built == alike and", "same =",
-        "test_reuse.py::test_one_differs[shared child]",
+        "test_trace_reuse.py::test_one_differs[shared child]",
     ),
     _fault(
         "reuse: an integer is a float", "reuse", "        return type(value), value\n", "        return value\n",
-        "test_reuse.py::test_equal_numbers_of_another_type",
+        "test_trace_reuse.py::test_equal_numbers_of_another_type",
     ),
     _fault(
         "reuse: of what knows which module it is", "tracing", "None if serves_others(trace, module) else module",
-        "None", "test_reuse.py::test_table_of_modules",
+        "None", "test_trace_reuse.py::test_table_of_modules",
     ),
     _fault(
         "recording: classes are not restored", "recording", 'type.__delattr__(kind, "__getattribute__")', "pass",
@@ -342,24 +342,24 @@ REUSE = [
 SEEN = [
     _fault(
         "coverage: what no forward uses", "coverage", "or is_norm(module) or self._hides_convolutions(module):",
-        "or self._hides_convolutions(module):", "test_nothing_silent.py::test_entries",
+        "or self._hides_convolutions(module):", "test_coverage.py::test_entries",
     ),
     _fault(
         "coverage: frozen norms", "coverage",
         "return all(tensor is not None and tensor.dim() == 1 for tensor in tensors)", "return False",
-        "test_nothing_silent.py::test_folding_tells_of_frozen_norms",
+        "test_coverage.py::test_folding_tells_of_frozen_norms",
     ),
     _fault(
         "status: says that all is well", "status", "OperationStatus(name, pattern, not reason, reason)",
-        'OperationStatus(name, pattern, True, "")', "test_status.py::test_status_is_what_a_call_does",
+        'OperationStatus(name, pattern, True, "")', "test_fusion_status.py::test_status_is_what_a_call_does",
     ),
     _fault(
         "status: nobody is warned", "fallback", "if not any(text in reason for text in _KNOWN_TO_THE_OWNER):",
-        "if False:", "test_status.py::test_what_is_outside_of_the_module",
+        "if False:", "test_fusion_status.py::test_what_is_outside_of_the_module",
     ),
     _fault(
         "one by one: a ReLU that is gone", "runtime", "(acts if act is None else not isinstance(act, str | tuple))",
-        "act is not None and not isinstance(act, str | tuple)", "test_one_by_one.py::test_a_child_that_is_gone",
+        "act is not None and not isinstance(act, str | tuple)", "test_fallback.py::test_a_child_that_is_gone",
     ),
 ]  # fmt: skip
 FOLD = [

@@ -13,7 +13,7 @@ from torch import nn
 
 from rir_kernels.surgery import fuse_
 from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
-from tests.surgery.test_surgery_traced import Layer
+from tests.surgery.test_fx_traced import Layer
 
 X = randn(2, 4, 6, 6)
 

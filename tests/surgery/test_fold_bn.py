@@ -10,7 +10,7 @@ import rir_kernels as rir
 from rir_kernels import reference
 from rir_kernels.surgery.folded_norm import FoldedNorm
 from tests.support.surgery_helpers import CLOSE, fused_calls, randn, settle
-from tests.surgery.test_surgery_traced import Block, Generalized, PreBlock
+from tests.surgery.test_fx_traced import Block, Generalized, PreBlock
 
 X = randn(2, 4, 6, 6)
 

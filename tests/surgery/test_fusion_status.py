@@ -22,7 +22,7 @@ from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.pytorch.networks import BasicBlock, images, resnet_twins
 from tests.support.surgery_helpers import Doubled, randn, settle
-from tests.surgery.test_one_by_one import added, of, plain
+from tests.surgery.test_fallback import added, of, plain
 from tests.surgery.test_patched_classes import doubled, patched
 
 X = randn(2, 4, 6, 6)

@@ -16,7 +16,7 @@ from torch import nn
 from rir_kernels.surgery import fuse_, tracing
 from rir_kernels.surgery.reuse import likeness
 from tests.support.surgery_helpers import assert_same, randn, settle
-from tests.surgery.test_surgery_traced import Layer
+from tests.surgery.test_fx_traced import Layer
 
 X = randn(2, 4, 6, 6)
 NUMBERS = {}

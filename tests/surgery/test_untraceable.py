@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rir_kernels.surgery import fuse_
 from tests.support.surgery_helpers import randn, settle
-from tests.surgery.test_surgery_traced import Variant
+from tests.surgery.test_fx_traced import Variant
 
 X = randn(2, 4, 6, 6)
 

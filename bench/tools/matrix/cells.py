@@ -43,11 +43,11 @@ SUITES = {
         "tests/pytorch/test_opcheck.py",
     ),
     "surgery": (
-        "tests/surgery/test_surgery.py",
-        "tests/surgery/test_surgery_sequential.py",
-        "tests/surgery/test_surgery_traced.py",
-        "tests/surgery/test_surgery_fold.py",
-        "tests/surgery/test_outside.py",
+        "tests/surgery/test_fuse.py",
+        "tests/surgery/test_sequential.py",
+        "tests/surgery/test_fx_traced.py",
+        "tests/surgery/test_fold_bn.py",
+        "tests/surgery/test_external_state.py",
     ),
     "interpreter": (
         "tests/kernels/test_interpreter.py",
