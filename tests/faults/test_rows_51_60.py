@@ -39,8 +39,19 @@ from tests.support.helpers import in_fp64, module_results, scrambled
 from tests.support.ranks import assert_same as assert_same_tensors
 from tests.support.ranks_of_rows import WRAPPED, of_the_ranks
 from tests.support.refusals import call_arguments, call_refused
-from tests.support.surgery_helpers import CLOSE, Doubled, ShiftedNorm, assert_same, fused_calls, net, randn, settle
-from tests.surgery.test_fuse import X, assert_unchanged, snapshot
+from tests.support.surgery_helpers import (
+    CLOSE,
+    Doubled,
+    ShiftedNorm,
+    X,
+    assert_same,
+    assert_unchanged,
+    fused_calls,
+    net,
+    randn,
+    settle,
+    snapshot,
+)
 from tooling import files
 
 distributed = pytest.mark.xdist_group("distributed")  # processes of their own: not in two workers at once

@@ -11,7 +11,7 @@ from torch import nn
 
 import rir_kernels as rir
 from tests.support.surgery_helpers import fused_calls, randn, settle
-from tests.surgery.test_fx_traced import Block, Generalized, PreBlock, Variant, scaled
+from tests.support.surgery_models import Block, Generalized, PreBlock, Variant, scaled
 
 from .targets import ieee_fp32  # noqa: F401 (an autouse fixture)
 

@@ -293,15 +293,15 @@ WATCH = [
     ),
     _fault(
         "watch: garbage is collected", "watch", "gc.disable()", "gc.isenabled()",
-        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_garbage_collection_and_weak_references_are_not_the_forwards",
     ),
     _fault(
         "watch: weak references tell", "watch", " or _is_told_of_a_death(frame)", "",
-        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_garbage_collection_and_weak_references_are_not_the_forwards",
     ),
     _fault(
         "watch: garbage is never collected again", "watch", "gc.enable()", "pass",
-        "test_tracing_side_effects.py::test_what_python_does_meanwhile_is_not_the_forwards",
+        "test_tracing_side_effects.py::test_garbage_collection_and_weak_references_are_not_the_forwards",
     ),
     _fault(
         "watch: a profiler is ended", "watch", "if self.previous is not None:", "if False:",

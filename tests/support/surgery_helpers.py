@@ -1,6 +1,6 @@
-"""What the tests of fuse_ share: one comparison, a count of fused calls, and the changes made to a model afterwards.
+"""Shared by the tests of fuse_: pairs of a fused and an unfused model, their comparison, and changes to modules.
 
-Everything runs in fp64 on a CPU, where a fused and an unfused forward differ by rounding alone: sums of at most a few
+Everything runs in fp64 on a CPU, where a fused and an unfused forward differ only by rounding: sums of at most a few
 hundred terms and a few norms stay near 1e-14 of a value of order one, and a mistake is above 1e-3. CLOSE leaves room
 for the division by a small deviation.
 """
@@ -20,7 +20,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 @contextlib.contextmanager
 def fused_calls(expected):
-    """Within it the fused operation is run so many times."""
+    """Asserts that the fused operation runs this many times within the context."""
     with record_calls() as calls:
         yield calls
     fused = sum(call.fused for call in calls)
@@ -28,7 +28,7 @@ def fused_calls(expected):
 
 
 def counting(convolutions):
-    """A backend of torch.compile, which writes down how many convolutions each graph has: its are no calls."""
+    """A backend of torch.compile that appends the number of convolutions of each graph to the list."""
     from torch._dynamo.backends.debugging import aot_eager  # takes seconds, and few tests compile
 
     def backend(graph, inputs):
@@ -39,7 +39,7 @@ def counting(convolutions):
 
 
 def units_skipped(report):
-    """Without the convolutions and norms for which the entry of a module around them speaks as well."""
+    """The skipped entries, without the convolutions and norms that the entry of a module around them explains."""
     return [item for item in report.skipped if item.within is None]
 
 
@@ -47,8 +47,11 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+X = randn(2, 4, 6, 6)
+
+
 def settle(model):
-    """In fp64, with norms that are neither fresh nor alike, so that nothing cancels or hides."""
+    """Casts the model to fp64 and randomizes its norms, so that no fault cancels out or is hidden."""
     generator = torch.Generator().manual_seed(1)
     for tensor in model.double().state_dict().values():
         if tensor.dim() == 1:
@@ -73,7 +76,7 @@ def step(model, *inputs, **options):
 
 
 def assert_same(fused, original, *inputs, exact=False, calls=1, **options):
-    """One step of both agrees in everything, the fused one in so many fused calls; exact: bit by bit."""
+    """One step of both gives the same results, bit for bit if exact; the fused model makes this many fused calls."""
     with fused_calls(0):
         expected = step(original, *inputs, **options)
     with fused_calls(calls):
@@ -84,11 +87,25 @@ def assert_same(fused, original, *inputs, exact=False, calls=1, **options):
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def change_both(change, fused, original):
+    """Applies the change to both models; modules that it makes get the same weights in both, in fp64."""
+    for model in (fused, original):
+        torch.manual_seed(1)
+        change(model)
+        model.double()
+
+
+def assert_same_after(change, fused, original, *inputs, **options):
+    """`assert_same` after `change_both`."""
+    change_both(change, fused, original)
+    assert_same(fused, original, *inputs, **options)
+
+
 OPERATIONS = 3  # of a Net
 
 
 class Net(nn.Module):
-    """All that is fused on a CPU without other libraries: a stem (P1) and two layers of streams (P4)."""
+    """Everything that is fused on a CPU without other libraries: a stem (conv_bn_act) and two layers of streams."""
 
     def __init__(self):
         super().__init__()
@@ -108,11 +125,27 @@ def net():
     return settle(Net())
 
 
-def pair_of(model):
-    """(fused, original) with the same values."""
+def pair_of(model, expected=OPERATIONS, **options):
+    """(fused, original) with the same values; expected: the patterns of the fused operations, or their number."""
     fused = copy.deepcopy(model)
-    assert len(fuse_(fused).replaced) == OPERATIONS
+    report = fuse_(fused, **options)
+    patterns = [item.pattern for item in report.replaced]
+    assert (patterns if isinstance(expected, list) else len(patterns)) == expected, report
     return fused, model
+
+
+def snapshot(model):
+    """(classes and names of the attributes of all modules, {name: (identity, copy)} of parameters and buffers)"""
+    state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    return [(type(m), list(m.__dict__)) for m in model.modules()], state
+
+
+def assert_unchanged(model, before):
+    """Nothing in the model has changed since the snapshot."""
+    classes, state = snapshot(model)
+    assert classes == before[0] and list(state) == list(before[1])
+    for name, (identity, value) in state.items():
+        assert identity == before[1][name][0] and torch.equal(value, before[1][name][1]), name
 
 
 class Doubled(nn.Module):
@@ -135,8 +168,12 @@ class ScaledConv(nn.Conv2d):
         return 3 * super().forward(x)
 
 
+def double_output(module):
+    module.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+
+
 def _replace(kind):
-    """The submodule as an instance of a subclass that computes something else, with the same parameters."""
+    """Makes the submodule an instance of a subclass that computes something else with the same parameters."""
 
     def change(module):
         module.__class__ = kind
@@ -152,9 +189,9 @@ def _prune(module):
     prune.l1_unstructured(module, "weight", amount=0.5)
 
 
-# what stops a submodule from being bypassed; each gives other numbers, or is seen by the hook
+# what keeps a submodule from being bypassed; each changes the numbers, or is seen by the hook
 ANY_CHANGES = {
-    "forward hook": lambda module: module.register_forward_hook(lambda _module, _inputs, output: 2 * output),
+    "forward hook": double_output,
     "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],)),
     "backward hook": lambda module: module.register_full_backward_hook(lambda _module, grads, _: (2 * grads[0],)),
     "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda _module, grads: (2 * grads[0],)),

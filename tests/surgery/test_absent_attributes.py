@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
-from tests.surgery.test_fx_traced import Layer
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, assert_same, settle
+from tests.support.surgery_models import Layer
 
 
 class Adapted(Layer):

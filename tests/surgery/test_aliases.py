@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, assert_same, fused_calls, settle
 
 
 class Net(nn.Module):

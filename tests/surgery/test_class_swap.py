@@ -15,6 +15,7 @@ from tests.support.surgery_helpers import (
     CLOSE,
     OPERATIONS,
     Net,
+    X,
     assert_same,
     counting,
     fused_calls,
@@ -23,8 +24,6 @@ from tests.support.surgery_helpers import (
     randn,
     settle,
 )
-
-X = randn(2, 4, 6, 6)
 
 
 def _saved(model):

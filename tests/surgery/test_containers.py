@@ -13,9 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from rir_kernels.surgery import fold_bn_, fuse_
-from tests.support.surgery_helpers import assert_same, randn, settle, units_skipped
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import X, assert_same, settle, units_skipped
 
 
 def convs(count=3):

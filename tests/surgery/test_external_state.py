@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
-from tests.surgery.test_fx_traced import Layer
+from tests.support.surgery_helpers import CLOSE, X, assert_same, settle
+from tests.support.surgery_models import Layer
 
-X = randn(2, 4, 6, 6)
 HERE = sys.modules[__name__]
 
 

@@ -14,9 +14,7 @@ from torch import nn
 from rir_kernels import reference
 from rir_kernels.surgery import fuse_
 from rir_kernels.surgery.bypass import pair
-from tests.support.surgery_helpers import CLOSE, assert_same, fused_calls, randn, settle
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, assert_same, fused_calls, settle
 
 
 class Variant(nn.Module):

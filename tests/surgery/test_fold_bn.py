@@ -9,10 +9,8 @@ from torch import nn
 import rir_kernels as rir
 from rir_kernels import reference
 from rir_kernels.surgery.folded_norm import FoldedNorm
-from tests.support.surgery_helpers import CLOSE, fused_calls, randn, settle
-from tests.surgery.test_fx_traced import Block, Generalized, PreBlock
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, fused_calls, randn, settle
+from tests.support.surgery_models import Block, Generalized, PreBlock
 
 
 def count(model, kind):

@@ -17,29 +17,16 @@ from rir_kernels.surgery.patterns.base import exactly
 from tests.support.surgery_helpers import (
     OPERATIONS,
     Net,
+    X,
     assert_same,
+    assert_unchanged,
     fused_calls,
     net,
     pair_of,
-    randn,
     settle,
+    snapshot,
     units_skipped,
 )
-
-X = randn(2, 4, 6, 6)
-
-
-def snapshot(model):
-    """Everything that may not change: classes, the instances' own attributes, parameters, buffers and their values."""
-    state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
-    return [(type(m), list(m.__dict__)) for m in model.modules()], state
-
-
-def assert_unchanged(model, before):
-    classes, state = snapshot(model)
-    assert classes == before[0] and list(state) == list(before[1])
-    for name, (identity, value) in state.items():
-        assert identity == before[1][name][0] and torch.equal(value, before[1][name][1])
 
 
 def test_dry_run_reports_and_changes_nothing():

@@ -21,11 +21,10 @@ from rir_kernels import reference
 from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.pytorch.networks import BasicBlock, images, resnet_twins
-from tests.support.surgery_helpers import Doubled, randn, settle
+from tests.support.surgery_helpers import Doubled, X, randn, settle
 from tests.surgery.test_fallback import added, of, plain
 from tests.surgery.test_patched_classes import doubled, patched
 
-X = randn(2, 4, 6, 6)
 ALL = [
     ("", "conv_bn_act"),
     ("layer1.0", "conv_bn_act"),

@@ -14,9 +14,7 @@ from torch import nn
 
 from rir_kernels.surgery import fold_bn_, fuse_
 from rir_kernels.surgery.patterns import fx_traced
-from tests.support.surgery_helpers import CLOSE, assert_same, randn, settle
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, assert_same, settle
 
 
 def good():

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import classes, fuse_, unfuse_
-from tests.support.surgery_helpers import fused_calls, randn, settle
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import X, fused_calls, settle
 
 
 class Unit(nn.Module):

@@ -15,12 +15,11 @@ from torch.fx import _symbolic_trace
 from torch.fx._symbolic_trace import is_fx_tracing
 
 from rir_kernels.surgery import fold_bn_, fuse_, recording, unfuse_
-from tests.support.surgery_helpers import assert_same, randn, settle, units_skipped
-from tests.surgery.test_fx_traced import Block, Layer
+from tests.support.surgery_helpers import X, assert_same, settle, units_skipped
+from tests.support.surgery_models import Block, Layer
 from tests.surgery.test_trace_reuse import pair_of
 from tests.surgery.test_trace_reuse import traced as traced_modules
 
-X = randn(2, 4, 6, 6)
 OF_MODULES = {name: getattr(nn.Module, name) for name in ("__getattribute__", "__getattr__", "__setattr__", "__call__")}
 
 

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, randn, settle
-
-X = randn(2, 4, 6, 6)
+from tests.support.surgery_helpers import CLOSE, X, settle
 
 
 def _halve(scale, x):

@@ -15,10 +15,9 @@ from torch import nn
 
 from rir_kernels.surgery import fuse_, tracing
 from rir_kernels.surgery.reuse import likeness
-from tests.support.surgery_helpers import assert_same, randn, settle
-from tests.surgery.test_fx_traced import Layer
+from tests.support.surgery_helpers import X, assert_same, settle
+from tests.support.surgery_models import Layer
 
-X = randn(2, 4, 6, 6)
 NUMBERS = {}
 ONCE = 2  # traces: a sketch that looks into `steps`, and one that does not
 

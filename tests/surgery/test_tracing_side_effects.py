@@ -1,4 +1,4 @@
-"""Tracing runs forward and leaves everything unchanged: what forward would change makes the module be skipped."""
+"""Tracing runs forward and leaves everything unchanged; a module whose forward would change something is skipped."""
 
 import contextlib
 import copy
@@ -11,150 +11,100 @@ import torch
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import randn, settle, units_skipped
-from tests.surgery.test_fx_traced import Layer
+from tests.support.surgery_helpers import X, settle, units_skipped
+from tests.support.surgery_models import Layer, downsample, with_forward
 
-X = randn(2, 4, 6, 6)
 KEPT, TABLE, CALLS, NESTED = [], {}, 0, {"inner": [[]]}
 
 
 class Net(Layer):
     last, seen = None, deque()
 
-    def __init__(self, effect):
+    def __init__(self):
         super().__init__()
         self.features, self.cache, self.names = [], {"inner": {"y": []}}, set()
         self.conv.outputs = []
-        self.effect = effect
 
     def forward(self, x):
-        y = self.relu(self.bn(self.conv(x)))
-        return self.effect(self, y)
-
-
-def appends(m, y):
-    m.features.append(y)
-    return y
-
-
-def nested(m, y):
-    m.cache["inner"]["y"].append(y)
-    return y
-
-
-def adds_to_a_set(m, y):
-    m.names.add("called")
-    return y
-
-
-def to_its_child(m, y):
-    m.conv.outputs.append(y)
-    return y
-
-
-def of_the_class(m, y):
-    m.seen.append(y)
-    return y
+        y = self.block(x)
+        self.effect(y)
+        return y
 
 
 def sets_on_the_class(m, y):
     Net.last = y
-    return y
-
-
-def past_setattr(m, y):
-    object.__setattr__(m, "output", y)
-    return y
-
-
-def by_dict(m, y):
-    m.__dict__["output"] = y
-    return y
 
 
 def deletes(m, y):
     del m.cache
-    return y
-
-
-def to_a_global(m, y):
-    KEPT.append(y)
-    return y
-
-
-def to_a_global_table(m, y):
-    TABLE["y"] = y
-    return y
-
-
-def to_a_nested_global(m, y):
-    NESTED["inner"][0].append(y)
-    return y
 
 
 def counts(m, y):
     global CALLS
     CALLS += 1
-    return y
 
 
 def sets_a_global(m, y):
     global LAST
     LAST = y
-    return y
 
 
 def to_a_closure():
     outputs = []
-
-    def effect(m, y):
-        outputs.append(y)
-        return y
-
-    return effect
+    return lambda m, y: outputs.append(y)
 
 
 def then_fails(m, y):
     m.features.append(y)
-    return bool(y)
+    bool(y)
 
 
-EFFECTS = (
-    appends, nested, adds_to_a_set, to_its_child, of_the_class, sets_on_the_class, past_setattr, by_dict, deletes,
-    to_a_global, to_a_global_table, to_a_nested_global, counts, sets_a_global, to_a_closure(),
-)  # fmt: skip
+EFFECTS = {
+    "appends": lambda m, y: m.features.append(y),
+    "nested": lambda m, y: m.cache["inner"]["y"].append(y),
+    "adds_to_a_set": lambda m, y: m.names.add("called"),
+    "to_its_child": lambda m, y: m.conv.outputs.append(y),
+    "of_the_class": lambda m, y: m.seen.append(y),
+    "sets_on_the_class": sets_on_the_class,
+    "past_setattr": lambda m, y: object.__setattr__(m, "output", y),
+    "by_dict": lambda m, y: m.__dict__.__setitem__("output", y),
+    "deletes": deletes,
+    "to_a_global": lambda m, y: KEPT.append(y),
+    "to_a_global_table": lambda m, y: TABLE.__setitem__("y", y),
+    "to_a_nested_global": lambda m, y: NESTED["inner"][0].append(y),
+    "counts": counts,
+    "sets_a_global": sets_a_global,
+    "to_a_closure": to_a_closure(),
+    "then_fails": then_fails,
+}
 
 
 def state(model):
-    cells = [copy.copy(cell.cell_contents) for cell in model.effect.__closure__ or ()]
+    cells = [copy.copy(cell.cell_contents) for cell in model.effect.__func__.__closure__ or ()]
     own = copy.deepcopy({name: value for name, value in vars(model).items() if not name.startswith("_")})
     outside = list(KEPT), dict(TABLE), copy.deepcopy(NESTED), CALLS, "LAST" in globals(), list(Net.seen), Net.last
     return own, list(model.conv.outputs), outside, cells
 
 
-@pytest.mark.parametrize("effect", EFFECTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("effect", EFFECTS)
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_nothing_is_left(effect, dry_run):
-    model = settle(Net(effect))
+    model = settle(type("Net", (Net,), {"effect": EFFECTS[effect]})())
     before = state(model)
     report = fuse_(model, dry_run=dry_run)
-    assert state(model) == before
+    assert state(model) == before and not report.replaced
     # some are refused as soon as they are read
-    assert not report.replaced and any(word in report.skipped[0].reason for word in ("changes", "reads")), str(report)
-
-
-def test_nothing_is_left_by_a_forward_that_fails():
-    model = settle(Net(then_fails))
-    before = state(model)
-    assert fuse_(model).skipped and state(model) == before
+    words = ("cannot be traced",) if effect == "then_fails" else ("changes", "reads")
+    assert any(word in report.skipped[0].reason for word in words), str(report)
 
 
 def test_what_others_do_is_not_in_the_way():
-    """Reading a container is no effect; a hook's are its own."""
-    model = nn.Sequential(settle(Net(lambda m, y: y * len(m.features) + len(m.cache["inner"]))))
+    """Reading a container is no effect, and a hook's effects belong to the hook."""
+    reads = with_forward(lambda m, x: m.block(x) * len(m.features) + len(m.cache["inner"]), Net)
+    model = nn.Sequential(settle(reads()))
     model.register_forward_hook(lambda *_: KEPT.append(1))
-    assert not KEPT
     report = fuse_(model)
+    assert not KEPT
     assert len(report.replaced) + len(units_skipped(report)) == 1
 
 
@@ -170,7 +120,7 @@ def notes_one(reference):
 
 
 class Short:
-    """Freed as soon as forward is through with it, of which a weak reference tells."""
+    """An object that is freed while forward runs; a weak reference reports it."""
 
 
 class Frees(Layer):
@@ -178,11 +128,11 @@ class Frees(Layer):
         short = Short()
         reference = weakref.ref(short, notes_one)
         del short
-        return self.relu(self.bn(self.conv(x))) if reference() is None else x
+        return self.block(x) if reference() is None else x
 
 
-def test_what_python_does_meanwhile_is_not_the_forwards():
-    """Garbage is collected, and weak references tell of what is freed, wherever forward is at that moment."""
+def test_garbage_collection_and_weak_references_are_not_the_forwards():
+    """Python may collect garbage and call weak references back at any point of forward."""
     model = settle(Frees())
     thresholds = gc.get_threshold()
     gc.callbacks.append(notes)
@@ -196,18 +146,6 @@ def test_what_python_does_meanwhile_is_not_the_forwards():
     assert FREED and COLLECTED and gc.isenabled()
 
 
-class Fails(Layer):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def forward(self, x):
-        y = self.relu(self.bn(self.conv(x)))
-        if self.training:
-            raise self.error()
-        return y
-
-
 class Unspeakable(Exception):
     def __str__(self):
         raise ValueError("not even this")
@@ -218,9 +156,17 @@ class Unspeakable(Exception):
 )
 def test_a_forward_that_raises(error):
     """That module is skipped, with the kind of error; the others are not."""
-    model = nn.Sequential(Fails(error), settle(Layer()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+
+    class Fails(Layer):
+        def forward(self, x):
+            y = self.block(x)
+            if self.training:
+                raise error
+            return y
+
+    model = nn.Sequential(Fails(), settle(Layer()), downsample())
     report = fuse_(model)
-    assert [item.pattern for item in report.replaced] == ["conv_bn"]
+    assert [item.pattern for item in report.replaced] == ["conv_bn_act", "conv_bn"]
     assert any(error.__name__ in item.reason for item in report.skipped), str(report)
 
 
@@ -239,9 +185,8 @@ def number_caught(m, y):
 
 @pytest.mark.parametrize("effect", [caught, number_caught])
 def test_a_forward_that_catches(effect):
-    """What a placeholder cannot answer is no error of the model's: it may not take the way of one."""
-    model = settle(Net(effect)).eval()
+    """A question that a placeholder cannot answer is no error of the model: forward may not take the error's branch."""
+    model = settle(with_forward(lambda m, x: effect(m, m.block(x)))()).eval()
     report = fuse_(model)
     assert not report.replaced and report.skipped, str(report)
-    y = model.relu(model.bn(model.conv(X)))
-    assert torch.equal(model(X), effect(model, y))
+    assert torch.equal(model(X), effect(model, model.block(X)))
