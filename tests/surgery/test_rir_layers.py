@@ -1,4 +1,4 @@
-"""fuse_ on generalized residual layers, reference.RiRLayer and pytorchcv's RiRUnit; tolerance as in surgery_helpers."""
+"""fuse_ on generalized residual layers: reference.RiRLayer and pytorchcv's RiRUnit."""
 
 import copy
 import sys
@@ -15,9 +15,15 @@ from tests.support.surgery_helpers import (
     NORM_CHANGES,
     RELU_CHANGES,
     assert_same,
+    assert_same_after,
+    assert_unchanged,
+    change_both,
+    double_output,
     fused_calls,
+    pair_of,
     randn,
     settle,
+    snapshot,
 )
 
 rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
@@ -34,11 +40,8 @@ def layer(**options):
     return settle(reference.RiRLayer(8, options.pop("out_channels", 8), **options))
 
 
-def pair_of(module):
-    """(fused, original) with the same values."""
-    fused = copy.deepcopy(module)
-    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_add_bn_act"]
-    return fused, module
+def pair(module):
+    return pair_of(module, ["conv_add_bn_act"])
 
 
 R, T = randn(3, 4, 6, 6, seed=1), randn(3, 4, 6, 6, seed=2)
@@ -51,7 +54,7 @@ NORMS = {"unit": ("res_postactiv.bn", "trans_postactiv.bn"), "layer": ("bn_r", "
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("stride", "out_channels"), [(1, 4), (2, 8), (1, 6), (2, 4)])
 def test_unit(stride, out_channels, training):
-    fused, original = pair_of(unit(stride, out_channels).train(training))
+    fused, original = pair(unit(stride, out_channels).train(training))
     for _ in range(2):  # the second step shows what the first one left in the buffers
         assert_same(fused, original, R, T)
 
@@ -73,7 +76,7 @@ def test_unit(stride, out_channels, training):
     ids=str,
 )
 def test_layer(options, training):
-    fused, original = pair_of(layer(**options).train(training))
+    fused, original = pair(layer(**options).train(training))
     x = randn(3, 8, 6, 6)
     for _ in range(2):
         assert_same(fused, original, x)
@@ -86,7 +89,7 @@ def test_layer(options, training):
 
 
 def test_adjacent_streams_and_separate_ones_agree():
-    fused, original = pair_of(unit())
+    fused, original = pair(unit())
     packed = torch.cat([R, T], dim=1)
     with fused_calls(2):
         assert_same(fused, original, R, T)
@@ -94,27 +97,19 @@ def test_adjacent_streams_and_separate_ones_agree():
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("change", CONV_CHANGES)
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_changed_convolution(kind, change, before):
-    _check_change(kind, CONV[kind], CONV_CHANGES[change], before)
+CHANGED_PARTS = [
+    *((kind, CONV[kind], name, change) for kind in BOTH for name, change in CONV_CHANGES.items()),
+    *((kind, NORMS[kind][1], name, change) for kind in BOTH for name, change in NORM_CHANGES.items()),
+    *(("unit", "res_postactiv.activ", name, change) for name, change in RELU_CHANGES.items()),
+    *(("unit", "trans_postactiv", name, change) for name, change in ANY_CHANGES.items()),
+]
+moments = pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 
 
-@pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("change", NORM_CHANGES)
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_changed_norm(kind, change, before):
-    _check_change(kind, NORMS[kind][1], NORM_CHANGES[change], before)
-
-
-@pytest.mark.parametrize(
-    ("part", "change"),
-    [("res_postactiv.activ", name) for name in RELU_CHANGES] + [("trans_postactiv", name) for name in ANY_CHANGES],
-)
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_changed_activation(part, change, before):
-    _check_change("unit", part, RELU_CHANGES[change], before)
+@pytest.mark.parametrize(("kind", "part", "name", "change"), CHANGED_PARTS)
+@moments
+def test_changed_part(kind, part, name, change, before):
+    _check(kind, lambda model: change(model.get_submodule(part)), before)
 
 
 DISAGREEMENTS = {
@@ -130,7 +125,7 @@ DISAGREEMENTS = {
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("change", DISAGREEMENTS)
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@moments
 def test_norms_that_disagree(kind, change, before):
     def apply(model):
         DISAGREEMENTS[change](*(model.get_submodule(name) for name in NORMS[kind]))
@@ -149,16 +144,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@moments
 def test_replaced_by_a_convolution_of_another_kind(kind, option, before):
     options = {"kernel_size": 3, "padding": 1, "bias": False} | OPTIONS[option]
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, **options).double()
     _check(kind, lambda model: setattr(model, CONV[kind], copy.deepcopy(conv)), before)
-
-
-def _check_change(kind, part, change, before):
-    _check(kind, lambda model: change(model.get_submodule(part)) and None, before)
 
 
 def _check(kind, change, before):
@@ -200,62 +191,59 @@ KEPT = {
 @pytest.mark.parametrize("change", KEPT)
 @pytest.mark.parametrize("training", [True, False])
 def test_changes_that_the_fused_layer_follows(kind, change, training):
-    fused, original = pair_of(BOTH[kind]().train(training))
-    for model in (fused, original):
-        KEPT[change](model, [model.get_submodule(name) for name in NORMS[kind]])
+    fused, original = pair(BOTH[kind]().train(training))
+    change_both(lambda m: KEPT[change](m, [m.get_submodule(name) for name in NORMS[kind]]), fused, original)
     for _ in range(2):
         assert_same(fused, original, R, T)
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_cumulative_average_needs_equal_counts(kind):
-    fused, original = pair_of(BOTH[kind]())
-    for model in (fused, original):
+    def change(model):
         norms = [model.get_submodule(name) for name in NORMS[kind]]
         norms[0].momentum = norms[1].momentum = None
         norms[1].num_batches_tracked.fill_(3)
-    assert_same(fused, original, R, T, exact=True, calls=0)
+
+    assert_same_after(change, *pair(BOTH[kind]()), R, T, exact=True, calls=0)
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_tensors_that_are_no_longer_registered(kind):
-    """As a network that makes another one's weights leaves them: the layer takes them by their names."""
+    """A network that computes another one's weights leaves plain tensors; the layer finds them by name."""
     for part, name in ((CONV[kind], "weight"), (NORMS[kind][0], "bias")):
-        fused, original = pair_of(BOTH[kind]())
-        for model in (fused, original):
+
+        def change(model, part=part, name=name):
             owner = model.get_submodule(part)
             value = getattr(owner, name).detach() * 2
             delattr(owner, name)
             setattr(owner, name, value)
-        assert_same(fused, original, R, T)
+
+        assert_same_after(change, *pair(BOTH[kind]()), R, T)
 
 
-def test_one_norm_for_both_streams_is_left_alone():
-    fused, original = pair_of(unit())
-    for model in (fused, original):
+def test_one_norm_for_both_streams_is_not_fused():
+    def change(model):
         model.trans_postactiv.bn = model.res_postactiv.bn
-    assert_same(fused, original, R, T, exact=True, calls=0)
+
+    fused, original = pair(unit())
+    assert_same_after(change, fused, original, R, T, exact=True, calls=0)
     assert "share one norm" in fuse_(unfuse_(fused)).skipped[0].reason
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_projection_keeps_its_hooks(stride):
-    fused, original = pair_of(unit(stride, 8))
-    for model in (fused, original):
-        model.identity_conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
-    assert_same(fused, original, R, T)
+    assert_same_after(lambda m: double_output(m.identity_conv), *pair(unit(stride, 8)), R, T)
 
 
-def test_another_projection_is_left_alone():
-    fused, original = pair_of(unit(2, 8))
-    for model in (fused, original):
-        model.identity_conv = nn.Sequential(model.identity_conv, nn.BatchNorm2d(8).double())
-    assert_same(fused, original, R, T, exact=True, calls=0)
+def test_another_projection_is_not_fused():
+    def change(model):
+        model.identity_conv = nn.Sequential(model.identity_conv, nn.BatchNorm2d(8))
+
+    assert_same_after(change, *pair(unit(2, 8)), R, T, exact=True, calls=0)
 
 
-def test_streams_that_broadcast_are_left_alone():
-    fused, original = pair_of(unit())
-    assert_same(fused, original, R, T[:1], exact=True, calls=0)
+def test_streams_that_broadcast_are_not_fused():
+    assert_same(*pair(unit()), R, T[:1], exact=True, calls=0)
 
 
 def _conv(inputs, outputs, **options):
@@ -263,26 +251,26 @@ def _conv(inputs, outputs, **options):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_what_fits_only_in_sum_raises_as_before(kind):
-    """Packed, it would go through unnoticed."""
-    for model in pair_of(BOTH[kind]()):
+def test_channels_that_fit_only_in_sum_raise_as_unfused(kind):
+    """Packed streams would hide the error."""
+    for model in pair(BOTH[kind]()):
         for inputs in ((R[:, :3], torch.cat([R[:, 3:], T], dim=1)), (R.float(), T), (R[0], T[0])):
             with pytest.raises((RuntimeError, ValueError, TypeError)):
                 model(*inputs)
-    for model in pair_of(BOTH[kind]()):
+    for model in pair(BOTH[kind]()):
         for name, channels in zip(NORMS[kind], (3, 5), strict=True):
             model.get_submodule(name).__init__(channels, dtype=torch.float64)
         with pytest.raises(RuntimeError):
             model(R, T)
 
 
-def test_convolutions_that_fit_only_in_sum_raise_as_before():
-    for model in pair_of(layer()):
+def test_convolutions_that_fit_only_in_sum_raise_as_unfused():
+    for model in pair(layer()):
         model.conv_rr, model.conv_rt, model.conv_tr, model.conv_tt = _conv(3, 4), _conv(3, 4), _conv(5, 4), _conv(5, 4)
         with pytest.raises(RuntimeError):
             model(R, T)
     for stride, channels in ((2, 4), (1, 6)):
-        for model in pair_of(unit()):
+        for model in pair(unit()):
             for name in ("res_pass_conv", "res_cross_conv", "trans_cross_conv", "trans_pass_conv"):
                 setattr(model, name, _conv(4, channels, stride=stride))
             for postactiv in (model.res_postactiv, model.trans_postactiv):
@@ -293,7 +281,7 @@ def test_convolutions_that_fit_only_in_sum_raise_as_before():
 
 @pytest.mark.parametrize("x", [randn(3, 7, 6, 6), randn(8, 6, 6)], ids=["channels", "dimensions"])
 def test_packed_input_of_another_shape(x):
-    for model in pair_of(layer(stride=2, shortcut="projection")):
+    for model in pair(layer(stride=2, shortcut="projection")):
         with pytest.raises(ValueError, match=r"x must have the shape \(N, 8, H, W\)"):
             model(x)
 
@@ -301,16 +289,14 @@ def test_packed_input_of_another_shape(x):
 def test_a_call_that_raises_changes_nothing():
     fused = unit()
     fuse_(fused, impl="triton")  # there are no fp64 kernels
-    before = copy.deepcopy(fused.state_dict())
+    before = snapshot(fused)
     with pytest.raises((TypeError, ImportError)):
         fused(R, T)
-    for name, value in fused.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert_unchanged(fused, before)
 
 
-def test_runs_in_the_implementation_asked_for():
-    fused = copy.deepcopy(original := unit(2, 8).float())
-    assert fuse_(fused, impl="reference").replaced[0].impl == "reference"
+def test_runs_in_the_requested_implementation():
+    fused, original = pair_of(unit(2, 8).float(), 1, impl="reference")
     with fused_calls(1) as calls:
         found = fused(R.float(), T.float())
     assert [call.impl for call in calls] == ["reference"]
@@ -330,7 +316,7 @@ def test_subclasses_are_refused():
     assert not report.replaced
     refused = [item for item in report.skipped if "subclass" in item.reason]
     assert [(item.name, item.within) for item in refused[:2]] == [("0", None), ("1", None)]
-    # their convolutions and norms; two of the norms have a ReLU behind, for another pattern
+    # their convolutions and norms; two of the norms have a ReLU after them, which another pattern fuses
     assert [item.within for item in refused[2:]] == ["0"] * 4 + ["1"] * 6
 
 
@@ -342,7 +328,7 @@ def test_pytorchcv_is_not_imported(monkeypatch):
 
 
 class TestRirCifar10:
-    """The real network, 18 layers wide, at batch 2 and full image size: slow enough to be built once."""
+    """The real network at batch 2 and full image size: slow enough to be built once."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -356,7 +342,7 @@ class TestRirCifar10:
         assert found == [("conv_bn_act", "ConvBlock")] * 2 + [("conv_add_bn_act", "RiRUnit")] * 16 + [
             ("conv_bn", "ConvBlock")
         ]
-        # convolutions of the identity, and the last one, which is for the logits
+        # convolutions of the identity, and the last one, which computes the logits
         assert {(item.kind, item.within) for item in report.skipped} == {("Conv2d", None)}
         assert report.coverage.convolutions == report.coverage.fused + len(report.skipped)
         assert list(fused.state_dict()) == keys
