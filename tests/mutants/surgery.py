@@ -238,7 +238,7 @@ CALLS = [
     _fault(
         "one by one: out of place", "program",
         'options | {"one_by_one": graph.call_function(getattr, (root, one_by_one))}', "dict(options)",
-        "test_fallback.py::test_sums_of_what_does_not_fit[added_in_place]",
+        "test_fallback.py::test_sums_of_other_dtypes_and_shapes[added_in_place]",
     ),
     _fault(
         "one by one: dtypes of residuals", "runtime", "all(r.dtype == x.dtype for r in residuals)", "True",
@@ -355,7 +355,7 @@ SEEN = [
     ),
     _fault(
         "status: nobody is warned", "fallback", "if not any(text in reason for text in _KNOWN_TO_THE_OWNER):",
-        "if False:", "test_fusion_status.py::test_what_is_outside_of_the_module",
+        "if False:", "test_fusion_status.py::test_globals_and_closures_by_name",
     ),
     _fault(
         "one by one: a ReLU that is gone", "runtime", "(acts if act is None else not isinstance(act, str | tuple))",

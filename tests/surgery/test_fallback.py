@@ -1,6 +1,6 @@
-"""Calls that cannot be one operation do what forward did: its results, dtypes, errors, and what it leaves behind.
+"""Calls that cannot be one operation run the modules one by one: same results, dtypes, errors and buffers as unfused.
 
-Both models then run the same operations in the same order, so they are compared bit by bit.
+Both models then run the same operations in the same order, so they are compared bit for bit.
 """
 
 import copy
@@ -12,35 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels import reference
-from rir_kernels.surgery import fuse_
-from rir_kernels.surgery.bypass import pair
-from tests.support.surgery_helpers import CLOSE, X, assert_same, fused_calls, settle
-
-
-class Variant(nn.Module):
-    def __init__(self, function=None):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
+from rir_kernels.surgery import bypass, fuse_
+from tests.support.surgery_helpers import CLOSE, X, assert_same, fused_calls, pair_of, settle
+from tests.support.surgery_models import unit, with_forward
 
 
 def of(function):
-    """A class whose forward is the function, so that it is traced by its arguments."""
-    return type(function.__name__, (Variant,), {"forward": function})()
+    return with_forward(function)(bias=True)
 
 
-def pair_of(model):
-    original = settle(model)
-    fused = copy.deepcopy(original)
-    assert len(fuse_(fused).replaced) == 1
-    return fused, original
+def pair(model):
+    return pair_of(settle(model), 1)
 
 
 def outcome(model, *inputs):
-    """What comes of a call: (dtype and values, or kind and text of the error), and the buffers afterwards."""
+    """(dtype and values of the result, or class and text of the error), and the buffers afterwards."""
     try:
         y = model(*inputs)
         found = y.dtype, y.tolist()
@@ -88,9 +74,9 @@ SUMS = (added, added_in_place, added_by_a_method, scaled_in_place, before_the_no
 
 
 @pytest.mark.parametrize("function", SUMS, ids=lambda f: f.__name__)
-def test_sums_of_what_does_not_fit(function):
+def test_sums_of_other_dtypes_and_shapes(function):
     """In place a sum keeps its dtype and shape, or raises; out of place it is promoted and broadcast."""
-    fused, original = pair_of(of(function))
+    fused, original = pair(of(function))
     assert_same(fused, original, X, X)
     for model in (fused, original):
         model.bfloat16()
@@ -105,9 +91,9 @@ def test_sums_of_what_does_not_fit(function):
 
 
 def test_what_a_hook_keeps_is_changed_in_place():
-    """A hook sends the chain to its own operations: the sum is written into what the hook was handed."""
+    """With a hook the modules run one by one, and the in-place sum is written into the output that the hook got."""
     seen = {}
-    for model in pair_of(of(added_in_place)):
+    for model in pair(of(added_in_place)):
         model.bn.register_forward_hook(lambda _module, _inputs, y, model=model: seen.__setitem__(model, y))
         with torch.no_grad(), fused_calls(0):
             assert torch.equal(model(X, X), seen[model].relu())
@@ -133,56 +119,59 @@ INPUTS = {
 @pytest.mark.parametrize("function", [plain, preactivation], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("training", [True, False])
 def test_inputs_that_are_refused(function, training):
-    fused, original = pair_of(of(function).train(training))
+    fused, original = pair(of(function).train(training))
     for name, x in INPUTS.items():
         assert outcome(fused, x) == outcome(original, x), name
 
 
-def test_modules_that_do_not_fit_each_other():
-    changes = {
-        "weight of another dtype": lambda m: m.conv.half(),
-        "norm of another dtype": lambda m: m.bn.float(),
-        "norm of another size": lambda m: setattr(m, "bn", nn.BatchNorm2d(5).double()),
-        "no weight": lambda m: setattr(m.conv, "weight", None),
-        "one statistic": lambda m: setattr(m.bn, "running_mean", None),
-        "bias of another size": lambda m: setattr(m.conv, "bias", nn.Parameter(m.conv.bias[:3])),
-        "padding that goes with no stride": lambda m: m.conv.__dict__.update(padding="same", stride=(2, 2)),
-        "negative eps": lambda m: setattr(m.bn, "eps", -1e-5),
-    }
-    for name, change in changes.items():
-        for training in (True, False):
-            fused, original = pair_of(of(plain).train(training))
-            for model in (fused, original):
-                change(model)
-            assert outcome(fused, X) == outcome(original, X), name
+MISFITS = {
+    "weight of another dtype": lambda m: m.conv.half(),
+    "norm of another dtype": lambda m: m.bn.float(),
+    "norm of another size": lambda m: setattr(m, "bn", nn.BatchNorm2d(5).double()),
+    "no weight": lambda m: setattr(m.conv, "weight", None),
+    "one statistic": lambda m: setattr(m.bn, "running_mean", None),
+    "bias of another size": lambda m: setattr(m.conv, "bias", nn.Parameter(m.conv.bias[:3])),
+    "padding that goes with no stride": lambda m: m.conv.__dict__.update(padding="same", stride=(2, 2)),
+    "negative eps": lambda m: setattr(m.bn, "eps", -1e-5),
+}
 
 
-# fused where the number is taken over, one by one where only torch can read it
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MISFITS)
+def test_modules_that_do_not_fit_each_other(name, training):
+    fused, original = pair(of(plain).train(training))
+    for model in (fused, original):
+        MISFITS[name](model)
+    assert outcome(fused, X) == outcome(original, X)
+
+
+# (value, fused calls): fused if the number can be converted, one by one if only torch can read it
 NUMBERS = {
-    "stride, numpy": (lambda m: setattr(m.conv, "stride", np.int64(2)), 1),
-    "stride, numpy's pair": (lambda m: setattr(m.conv, "stride", (np.int64(2), np.int32(1))), 1),
-    "stride, one": (lambda m: setattr(m.conv, "stride", (2,)), 1),
-    "stride, list": (lambda m: setattr(m.conv, "stride", [2, 1]), 1),
-    "stride, tensor": (lambda m: setattr(m.conv, "stride", torch.tensor(2)), 0),
-    "padding, numpy": (lambda m: setattr(m.conv, "padding", np.int64(2)), 1),
-    "padding, tensors": (lambda m: setattr(m.conv, "padding", (torch.tensor(2), 1)), 0),
-    "dilation, numpy": (lambda m: setattr(m.conv, "dilation", np.int64(1)), 1),
-    "dilation, three": (lambda m: setattr(m.conv, "dilation", (1, 1, 1)), 0),
-    "groups, numpy": (lambda m: setattr(m.conv, "groups", np.int64(1)), 1),
-    "eps, tensor": (lambda m: setattr(m.bn, "eps", torch.tensor(0.1)), 0),
-    "eps, numpy": (lambda m: setattr(m.bn, "eps", np.float64(0.1)), 1),
-    "eps, numpy's float32": (lambda m: setattr(m.bn, "eps", np.float32(0.1)), 0),
-    "momentum, tensor": (lambda m: setattr(m.bn, "momentum", torch.tensor(0.3)), 0),
-    "momentum, numpy": (lambda m: setattr(m.bn, "momentum", np.float64(0.3)), 1),
+    "stride, numpy": (np.int64(2), 1),
+    "stride, numpy's pair": ((np.int64(2), np.int32(1)), 1),
+    "stride, one": ((2,), 1),
+    "stride, list": ([2, 1], 1),
+    "stride, tensor": (torch.tensor(2), 0),
+    "padding, numpy": (np.int64(2), 1),
+    "padding, tensors": ((torch.tensor(2), 1), 0),
+    "dilation, numpy": (np.int64(1), 1),
+    "dilation, three": ((1, 1, 1), 0),
+    "groups, numpy": (np.int64(1), 1),
+    "eps, tensor": (torch.tensor(0.1), 0),
+    "eps, numpy": (np.float64(0.1), 1),
+    "eps, numpy's float32": (np.float32(0.1), 0),
+    "momentum, tensor": (torch.tensor(0.3), 0),
+    "momentum, numpy": (np.float64(0.3), 1),
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_that_are_not_pythons(name):
-    fused, original = pair_of(of(plain))
-    change, calls = NUMBERS[name]
+    fused, original = pair(of(plain))
+    value, calls = NUMBERS[name]
+    attribute = name.partition(",")[0]
     for model in (fused, original):
-        change(model)
+        setattr(model.bn if attribute in ("eps", "momentum") else model.conv, attribute, value)
     (found, buffers), (expected, others) = outcome(fused, X), outcome(original, X)
     assert found[0] == expected[0]
     if isinstance(expected[0], torch.dtype):
@@ -196,7 +185,7 @@ def test_numbers_that_are_not_pythons(name):
 
 
 def replica(model):
-    """As nn.parallel.replicate makes it for each GPU: parameters are plain tensors in the instance's dict."""
+    """A copy as nn.parallel.replicate makes it for each GPU: parameters are plain tensors in the instance's dict."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         for name, value in module._modules.items():
@@ -212,7 +201,7 @@ def replica(model):
 
 
 def flattened(model):
-    """As FSDP does it with flat parameters: views of one tensor stand where the parameters were."""
+    """The model as FSDP leaves it with flat parameters: views of one tensor replace the parameters."""
     flat = torch.cat([p.detach().flatten() for p in model.parameters()])
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -224,7 +213,7 @@ def flattened(model):
 
 
 def frozen(model):
-    """A weight that is a buffer."""
+    """Makes the weight a buffer."""
     weight = model.conv.weight.detach()
     del model.conv.weight
     model.conv.register_buffer("weight", weight)
@@ -232,7 +221,7 @@ def frozen(model):
 
 
 def shadowed(model):
-    """A tensor in the instance's dict goes before a parameter of that name."""
+    """Puts a tensor into the instance's dict, where it takes precedence over the parameter."""
     model.conv.__dict__["weight"] = 2 * model.conv.weight.detach()
     return model
 
@@ -242,7 +231,7 @@ CHANGES = [(change, False) for change in (replica, flattened, frozen, shadowed)]
 
 @pytest.mark.parametrize(("change", "layer"), CHANGES)
 def test_weights_that_are_no_parameters(change, layer):
-    fused, original = pair_of((reference.RiRLayer(4, 4) if layer else of(plain)).eval())
+    fused, original = pair((reference.RiRLayer(4, 4) if layer else of(plain)).eval())
     fused, original = change(fused), change(original)
     with torch.no_grad():
         with fused_calls(1):
@@ -251,8 +240,8 @@ def test_weights_that_are_no_parameters(change, layer):
 
 
 def test_a_layers_bias_that_is_no_parameter():
-    """The layer has none: one that is put there is seen, and added."""
-    fused, original = pair_of(reference.RiRLayer(4, 4).eval())
+    """The layer has no bias; one that is set later is noticed and added."""
+    fused, original = pair(reference.RiRLayer(4, 4).eval())
     for model in (fused, original):
         del model.conv_rr._parameters["bias"]
         model.conv_rr.bias = torch.ones(model.conv_rr.out_channels, dtype=torch.float64)
@@ -261,7 +250,7 @@ def test_a_layers_bias_that_is_no_parameter():
 
 
 def test_a_hook_on_all_modules():
-    fused, original = pair_of(of(plain))
+    fused, original = pair(of(plain))
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, _inputs, y: 2 * y if isinstance(module, nn.Conv2d) else None
     )
@@ -276,40 +265,40 @@ def test_a_hook_on_all_modules():
         fused(X)
 
 
-def with_an_option(m, x, other=None):
+def with_an_option(m, x, other=None, *, shift=None):
     y = m.relu(m.bn(m.conv(x)))
+    y = y if shift is None else y + shift
     return y if other is None else y + other
 
 
 def test_other_arguments():
-    """Only the call that was traced is fused: the arguments without a default."""
-    for args, options, calls in (((X,), {}, 1), ((), {"x": X}, 1), ((X, X), {}, 0), ((X,), {"other": X}, 0)):
-        fused, original = pair_of(of(with_an_option))
-        with fused_calls(calls):
+    """Only the call that was traced is fused: the one with no argument that has a default."""
+    others = [((X, X), {}, 0), ((X,), {"other": X}, 0), ((X,), {"shift": 1.0}, 0)]
+    for args, options, calls in [((X,), {}, 1), ((), {"x": X}, 1), *others]:
+        fused, original = pair(of(with_an_option))
+        with fused_calls(calls) as recorded:
             found = fused(*args, **options)
+        reason = "it was called with other arguments than its forward was traced with"
+        assert calls or {call.reason for call in recorded} == {reason}
         torch.testing.assert_close(found, original(*args, **options), **CLOSE)
     assert outcome(fused, X, X, X) == outcome(original, X, X, X)
 
 
 def test_kernels_get_pythons_integers():
-    pairs = [pair(value) for value in (np.int64(2), (np.int64(2), 1), [2, np.int32(1)], (2,), 2, True)]
+    pairs = [bypass.pair(value) for value in (np.int64(2), (np.int64(2), 1), [2, np.int32(1)], (2,), 2, True)]
     assert pairs == [(2, 2), (2, 1), (2, 1), (2, 2), (2, 2), (1, 1)]
     assert {type(one) for found in pairs for one in found} == {int}
-    assert [pair(value) for value in (torch.tensor(2), (1, 1, 1), 2.0, "same", None)] == [None] * 5
-
-
-def sequential():
-    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    assert [bypass.pair(value) for value in (torch.tensor(2), (1, 1, 1), 2.0, "same", None)] == [None] * 5
 
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [*((sequential, name) for name in "012"), *((lambda: of(plain), name) for name in ("conv", "bn", "relu"))],
+    [*((unit, name) for name in "012"), *((lambda: of(plain), name) for name in ("conv", "bn", "relu"))],
 )
 @pytest.mark.parametrize("how", ["None", "deleted"])
 def test_a_child_that_is_gone(make, name, how):
-    """The error of the unfused module, or what a Sequential gives without it."""
-    fused, original = pair_of(make())
+    """The call raises the error of the unfused module, or returns what a Sequential returns without the child."""
+    fused, original = pair(make())
     for model in (fused, original):
         if how == "None":
             model._modules[name] = None

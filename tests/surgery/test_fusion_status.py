@@ -1,12 +1,10 @@
-"""fusion_status says what a call then does: each change after fuse_ with its reason, and so does record_calls.
+"""fusion_status predicts what a call does: after each change it gives the reason that record_calls then gives, too.
 
-And the warning: once for each class and reason, and none for what the model's owner knows of.
+A warning comes once for each class and reason, and not for changes that the model's owner makes knowingly.
 """
 
-import contextlib
 import copy
 import functools
-import inspect
 import pickle
 import warnings
 
@@ -14,25 +12,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
 from rir_kernels import reference
 from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.pytorch.networks import BasicBlock, images, resnet_twins
-from tests.support.surgery_helpers import Doubled, X, randn, settle
-from tests.surgery.test_fallback import added, of, plain
+from tests.support.surgery_helpers import Doubled, X, assert_unchanged, randn, settle, snapshot
+from tests.support.surgery_models import with_forward
+from tests.surgery.test_fallback import added, plain
 from tests.surgery.test_patched_classes import doubled, patched
 
 ALL = [
-    ("", "conv_bn_act"),
-    ("layer1.0", "conv_bn_act"),
-    ("layer1.0", "conv_bn_add_act"),
-    ("layer2.0", "conv_bn_act"),
-    ("layer2.0", "conv_bn_add_act"),
-]
-ALL.append(("layer2.0.downsample", "conv_bn"))
+    ("", "conv_bn_act"), ("layer1.0", "conv_bn_act"), ("layer1.0", "conv_bn_add_act"), ("layer2.0", "conv_bn_act"),
+    ("layer2.0", "conv_bn_add_act"), ("layer2.0.downsample", "conv_bn"),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +36,7 @@ def _nothing_told(monkeypatch):
 
 
 def warned(run):
-    """The texts of our warnings, of two runs."""
+    """The texts of our warnings in two runs."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)  # torch's
@@ -55,8 +49,13 @@ def hook(module):
     module.register_forward_hook(lambda *_: None)
 
 
+def fused(model):
+    rir.fuse_(settle(model))
+    return model
+
+
 def first(change):
-    """The change of the first block."""
+    """Applies the change to the first block."""
     return lambda model: change(model.layer1[0])
 
 
@@ -67,8 +66,8 @@ def dilate(block, name="conv1"):
 
 HOOK, DILATION = "a hook is registered on it", "dilation=(2, 2): only undilated convolutions are fused"
 PATCHED = "Conv2d.forward has been replaced on the class"
-BLOCKS = range(1, 5)
-# what is changed, {which of ALL fall back: why}, the classes that are warned of
+
+# (change, {index in ALL of an operation that falls back: why}, classes that the warnings name)
 CHANGES = {
     "nothing": (lambda model: None, {}, []),
     "hook on a norm": (first(lambda b: hook(b.bn1)), {1: f"its norm: {HOOK}"}, []),
@@ -91,10 +90,10 @@ CHANGES = {
         first(lambda b: setattr(b, "relu", nn.GELU())),
         {1: "its activation: GELU is not a ReLU", 2: "its activation: GELU is not a ReLU"}, ["BasicBlock"],
     ),
-    "dilation": (first(dilate), {1: f"its convolution: {DILATION}"},
-        ["BasicBlock"]),
-    "eps": (first(lambda b: setattr(b.bn2, "eps", torch.tensor(0.1))), {2: "its norm: its eps is a Tensor"},
-        ["BasicBlock"]),
+    "dilation": (first(dilate), {1: f"its convolution: {DILATION}"}, ["BasicBlock"]),
+    "eps": (
+        first(lambda b: setattr(b.bn2, "eps", torch.tensor(0.1))), {2: "its norm: its eps is a Tensor"}, ["BasicBlock"],
+    ),
     "attribute": (
         first(lambda b: setattr(b, "downsample", nn.Identity())),
         dict.fromkeys((1, 2), "downsample has changed"), ["BasicBlock"],
@@ -107,7 +106,7 @@ CHANGES = {
 
 
 def assert_says(model, reasons, classes):
-    """The status, what runs, and the warnings."""
+    """The status, the recorded calls and the warnings agree with the reasons."""
     status = rir.fusion_status(model)
     expected = [(*ALL[i], i not in reasons, reasons.get(i, "")) for i in range(len(ALL))]
     assert [(one.name, one.pattern, one.fused, one.reason) for one in status] == expected
@@ -128,30 +127,24 @@ def test_status_is_what_a_call_does(name):
     assert_says(fused, reasons, classes)
 
 
-PATCHES = {
-    "of torch": (nn.Conv2d, "forward", dict.fromkeys(range(6), f"its convolution: {PATCHED}"),
-        ["ResNet", "BasicBlock", "Sequential"]),
-    "of a block": (BasicBlock, "forward", dict.fromkeys(BLOCKS, "BasicBlock.forward has been replaced on the class"),
-        ["BasicBlock"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PATCHES)
-def test_classes_that_are_patched(name):
+@pytest.mark.parametrize(
+    ("kind", "operations", "reason", "classes"),
+    [
+        (nn.Conv2d, range(6), f"its convolution: {PATCHED}", ["ResNet", "BasicBlock", "Sequential"]),
+        (BasicBlock, range(1, 5), "BasicBlock.forward has been replaced on the class", ["BasicBlock"]),
+    ],
+)
+def test_classes_that_are_patched(kind, operations, reason, classes):
     fused, _ = resnet_twins()
-    kind, method, reasons, classes = PATCHES[name]
-    with patched(kind, method, doubled(getattr(kind, method))):
-        assert_says(fused, reasons, classes)
+    with patched(kind, "forward", doubled(kind.forward)):
+        assert_says(fused, dict.fromkeys(operations, reason), classes)
     assert all(one.fused for one in rir.fusion_status(fused))
 
 
-def test_a_hook_on_all_modules():
+def test_a_hook_on_all_modules(request):
     fused, _ = resnet_twins()
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        assert_says(fused, dict.fromkeys(range(6), "a hook is registered for all modules"), [])
-    finally:
-        handle.remove()
+    request.addfinalizer(nn.modules.module.register_module_forward_hook(lambda *_: None).remove)
+    assert_says(fused, dict.fromkeys(range(6), "a hook is registered for all modules"), [])
 
 
 SWITCH = 1.0
@@ -161,14 +154,13 @@ def scaled(m, x):
     return plain(m, x * SWITCH)
 
 
-def test_what_is_outside_of_the_module(monkeypatch):
-    """A global and a variable of a closure, by their names."""
+def test_globals_and_closures_by_name(monkeypatch):
     factor = 1.0
 
     def enclosed(m, x):
         return plain(m, x * factor)
 
-    models = of(scaled), of(enclosed)
+    models = with_forward(scaled)(), with_forward(enclosed)()
     for model in models:
         rir.fuse_(model)
     monkeypatch.setitem(globals(), "SWITCH", 2.0)
@@ -180,7 +172,7 @@ def test_what_is_outside_of_the_module(monkeypatch):
 
 
 def test_a_class_on_top_and_another_forward():
-    """A class that inherits our forward runs it; one that has its own, or an instance that has, may not."""
+    """A subclass that inherits our forward runs it; a subclass or an instance with another forward does not."""
     fused, _ = resnet_twins()
     block, ours = fused.layer1[0], type(fused.layer1[0])
     plainly = type("Plainly", (ours,), {})
@@ -220,9 +212,8 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_cannot_be_one_operation(name):
-    """The status is that of the model, which fits; the call's reason is in the record, and is no news to its owner."""
-    model = settle(of(added))
-    rir.fuse_(model)
+    """The status describes the model, which fits; the record has the call's reason, of which nobody is warned."""
+    model = fused(with_forward(added)())
     inputs, reason = CALLS[name]
     with rir.record_calls(model) as calls:
         assert not warned(lambda: model(*inputs))
@@ -233,27 +224,19 @@ def test_calls_that_cannot_be_one_operation(name):
 
 
 def test_tensors_that_are_refused():
-    model = settle(of(plain))
-    rir.fuse_(model)
+    model = fused(with_forward(plain)())
     model.conv.half()
     with rir.record_calls() as calls, pytest.raises(RuntimeError):
         model(X)
     assert [(call.name, call.fused) for call in calls] == [("plain", False)] and "dtype" in calls[0].reason
 
 
-def test_other_arguments():
-    def optional(m, x, scale=1.0):
-        return plain(m, x * scale)
-
-    model = settle(type("Optional", (type(of(plain)),), {"forward": optional})(None))
-    rir.fuse_(model)
-    with rir.record_calls() as calls:
-        assert not warned(lambda: model(X, 2.0))
-    assert {call.reason for call in calls} == {"it was called with other arguments than its forward was traced with"}
+def layer():
+    return reference.RiRLayer(4, 4).eval()
 
 
-def layer(**options):
-    return settle(reference.RiRLayer(4, 4, **options)).eval()
+def unit(**options):
+    return reference.ConvBNAct(4, 4, 3, **options)
 
 
 def counts_differ(m):
@@ -275,13 +258,10 @@ UNITS = {
     "layer, counts": (
         layer, "conv_add_bn_act", counts_differ, "the norms have counted different numbers of batches", 1,
     ),
-    "unit": (lambda: settle(reference.ConvBNAct(4, 4, 3)), "conv_bn_act", lambda m: None, "", 0),
-    "unit, no ReLU": (
-        lambda: settle(reference.ConvBNAct(4, 4, 3, activation=None)), "conv_bn", lambda m: hook(m.bn), HOOK, 0,
-    ),
+    "unit": (unit, "conv_bn_act", lambda m: None, "", 0),
+    "unit, no ReLU": (lambda: unit(activation=None), "conv_bn", lambda m: hook(m.bn), HOOK, 0),
     "unit, padding": (
-        lambda: settle(reference.ConvBNAct(4, 4, 3)), "conv_bn_act", lambda m: setattr(m.conv, "padding", "same"),
-        "padding='same': expected numbers", 1,
+        unit, "conv_bn_act", lambda m: setattr(m.conv, "padding", "same"), "padding='same': expected numbers", 1,
     ),
 }  # fmt: skip
 
@@ -289,8 +269,7 @@ UNITS = {
 @pytest.mark.parametrize("name", UNITS)
 def test_units_that_are_known_as_a_whole(name):
     make, pattern, change, reason, texts = UNITS[name]
-    model = make()
-    rir.fuse_(model)
+    model = fused(make())
     change(model)
     assert [(one.name, one.pattern, one.fused, one.reason) for one in rir.fusion_status(model)] == [
         ("", pattern, not reason, reason)
@@ -305,8 +284,7 @@ def test_units_that_are_known_as_a_whole(name):
 
 def test_pytorchcvs_unit():
     rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
-    model = settle(rir_cifar.RiRUnit(2, 2, stride=1)).eval()
-    rir.fuse_(model)
+    model = fused(rir_cifar.RiRUnit(2, 2, stride=1).eval())
     halves = X[:, :2], X[:, 2:]
     assert [(one.pattern, one.fused) for one in rir.fusion_status(model)] == [("conv_add_bn_act", True)]
     with rir.record_calls() as calls:
@@ -317,46 +295,6 @@ def test_pytorchcvs_unit():
     hook(model.res_postactiv)
     (one,) = rir.fusion_status(model)
     assert one.reason == f"res_postactiv: {HOOK}"
-
-
-class Gate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.closed = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), False
-
-    def forward(self, x):
-        return self.bn(self.conv(x)) + x if x is not None else x
-
-
-def gate(module, x, *, impl):
-    return rir.surgery.conv_bn_act(x, module.conv, module.bn, None, x, impl=impl)
-
-
-@pytest.fixture
-def gates():
-    register = rir.register_pattern(
-        Gate, pattern="conv_bn_add_act", parts={"conv": nn.Conv2d, "bn": nn.BatchNorm2d},
-        obstacle=lambda module: "it is closed" if module.closed else "",
-    )  # fmt: skip
-    register(gate)
-    yield settle(Gate())
-    rir.unregister_pattern(Gate)
-
-
-def test_forwards_that_are_registered(gates):
-    rir.fuse_(gates)
-    with rir.record_calls(gates) as calls:
-        gates(X)
-        gates.closed = True  # by its own obstacle, which is no news
-        assert not warned(lambda: gates(X))
-        assert [(one.pattern, one.reason) for one in rir.fusion_status(gates)] == [("conv_bn_add_act", "it is closed")]
-        gates.conv.groups = 2
-        with contextlib.suppress(RuntimeError):  # the weight is not that of groups
-            assert not gates(X)
-        assert len(warn._warned) == 1
-    assert [call.fused for call in calls[:2]] == [True, False]
-    assert rir.fusion_status(gates)[0].reason == "conv: groups > 1: only ungrouped convolutions are fused"
-    assert rir.fused_source(gates) == inspect.getsource(gate)
 
 
 def test_copies():
@@ -391,38 +329,33 @@ def test_the_source_is_what_runs():
     assert torch.equal(names["forward"](block, x), block(x))
 
 
-@pytest.mark.parametrize("ask", [rir.fusion_status, rir.fused_source])
-def test_what_is_no_module(ask):
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
-        ask(3)
-
-
-def test_the_source_of_what_is_not_fused():
+def test_wrong_arguments():
+    for ask in (rir.fusion_status, rir.fused_source):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+            ask(3)
     with pytest.raises(ValueError, match=r"got a ReLU that runs its own forward: call rir.fuse_\(model\) first"):
         rir.fused_source(nn.ReLU())
 
 
 def test_no_forward_runs_and_nothing_changes():
     fused, _ = resnet_twins()
-    before = copy.deepcopy(fused.state_dict())
-    dicts = [list(vars(module)) for module in fused.modules()]
+    before = snapshot(fused)
     fused.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     with rir.record_calls() as calls:
         rir.fusion_status(fused)
-    assert not calls and all(torch.equal(t, before[name]) for name, t in fused.state_dict().items())
-    assert [list(vars(module)) for module in fused.modules()] == dicts
+    assert not calls
+    assert_unchanged(fused, before)
 
 
 def test_the_compiler_is_not_disturbed():
-    """One graph, without a warning; what it runs is listed in eager mode only."""
+    """There is one graph and no warning; only eager calls are listed."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    fused = settle(nn.Sequential(of(plain), of(plain))).eval()
-    rir.fuse_(fused)
-    dilate(fused[0], "conv")
+    model = fused(nn.Sequential(with_forward(plain)(), with_forward(plain)()).eval())
+    dilate(model[0], "conv")
     counter = CompileCounter()
-    compiled = torch.compile(fused, fullgraph=True, backend=counter)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         assert not warned(lambda: compiled(X))
         with rir.record_calls() as calls:
@@ -432,25 +365,15 @@ def test_the_compiler_is_not_disturbed():
         with rir.record_calls() as calls:
             compiled(X)
         assert torch.equal(y, compiled(X)) and counter.frame_count == 2 and not calls
-        assert len(warned(lambda: fused(X))) == 1
+        assert len(warned(lambda: model(X))) == 1
     torch._dynamo.reset()
 
 
 def test_a_call_that_is_refused_compiles():
     torch._dynamo.reset()
-    model = settle(of(plain))
-    rir.fuse_(model)
+    model = fused(with_forward(plain)())
     model.bn.momentum = True  # a number to torch, but not to us
     with rir.record_calls() as calls:
         assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
     assert [call.fused for call in calls] == [False] and "momentum must be a number, got True" in calls[0].reason
     torch._dynamo.reset()
-
-
-def test_checkpointing_lists_a_forward_again():
-    fused, _ = resnet_twins()
-    with rir.record_calls(fused) as calls:
-        y = checkpoint(fused.layer1, randn(2, 8, 4, 4).requires_grad_(), use_reentrant=True)
-        forward = len(calls)
-        y.sum().backward()
-    assert forward == 2 and [call.name for call in calls] == ["layer1.0"] * 4

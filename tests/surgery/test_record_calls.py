@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rir_kernels as rir
 from rir_kernels.backends import aten
@@ -218,3 +219,12 @@ def test_a_model_that_is_none():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module or None, got str"), rir.record_calls("resnet"):
         pass
     assert not recording.on()
+
+
+def test_checkpointing_lists_a_forward_again():
+    fused, _ = resnet_twins()
+    with rir.record_calls(fused) as calls:
+        y = checkpoint(fused.layer1, torch.randn(2, 8, 4, 4, dtype=torch.float64).requires_grad_(), use_reentrant=True)
+        forward = len(calls)
+        y.sum().backward()
+    assert forward == 2 and [call.name for call in calls] == ["layer1.0"] * 4

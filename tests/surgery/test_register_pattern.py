@@ -1,14 +1,18 @@
-"""register_pattern: classes that are looked into, and forwards written by hand; the tolerance is surgery_helpers'."""
+"""register_pattern: classes that tracing looks into, and forwards written by hand."""
 
 import copy
+import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import rir_kernels as rir
-from tests.support.surgery_helpers import X, assert_same, settle
+from rir_kernels.common import warn
+from rir_kernels.surgery import fallback
+from tests.support.surgery_helpers import X, assert_same, assert_same_after, double_output, pair_of, settle
 
 
 class ConvNorm(nn.Module):
@@ -30,7 +34,7 @@ class Block(nn.Module):
 
 
 class Gate(ConvNorm):
-    """Which way it goes depends on numbers: torch.fx cannot trace it."""
+    """torch.fx cannot trace it, because its branch depends on numbers."""
 
     active = True
 
@@ -52,22 +56,17 @@ def _clean():
         rir.unregister_pattern(kind)
 
 
-def pair_of(model, patterns, **options):
+def pair(model, patterns, **options):
     torch.manual_seed(0)
-    original = settle(model)
-    fused = copy.deepcopy(original)
-    assert [item.pattern for item in rir.fuse_(fused, **options).replaced] == patterns
-    return fused, original
+    return pair_of(settle(model), patterns, **options)
 
 
 def test_a_class_that_is_looked_into():
-    pair_of(Block(), ["conv_bn"])
+    pair(Block(), ["conv_bn"])
     assert rir.register_pattern(ConvNorm) is ConvNorm  # a decorator of the class, too
-    fused, original = pair_of(Block(), ["conv_bn_add_act"])
+    fused, original = pair(Block(), ["conv_bn_add_act"])
     assert_same(fused, original, X)
-    for model in (fused, original):
-        model.branch.register_forward_hook(lambda _module, _inputs, y: 2 * y)
-    assert_same(fused, original, X, calls=0)
+    assert_same_after(lambda m: double_output(m.branch), fused, original, X, calls=0)
 
 
 def test_only_the_exact_class():
@@ -78,7 +77,7 @@ def test_only_the_exact_class():
     rir.register_pattern(ConvNorm)
     model = Block()
     model.branch = Doubling()
-    fused, original = pair_of(model, ["conv_bn"])
+    fused, original = pair(model, ["conv_bn"])
     assert_same(fused, original, X)
 
 
@@ -86,7 +85,7 @@ def test_only_the_exact_class():
 def test_a_forward_written_by_hand(training):
     assert "cannot be traced" in rir.fuse_(Gate()).skipped[0].reason
     rir.register_pattern(Gate, pattern="conv_bn_add_act", parts=PARTS)(gate)
-    fused, original = pair_of(Gate().train(training), ["conv_bn_add_act"])
+    fused, original = pair(Gate().train(training), ["conv_bn_add_act"])
     for _ in range(2):
         assert_same(fused, original, X)
     assert_same(pickle.loads(pickle.dumps(fused)), copy.deepcopy(original), X)
@@ -96,23 +95,32 @@ def test_a_forward_written_by_hand(training):
 
 def test_a_bypassed_part_that_changes():
     rir.register_pattern(Gate, pattern="conv_bn_add_act", parts=PARTS)(gate)
-    fused, original = pair_of(Gate(), ["conv_bn_add_act"])
-    for model in (fused, original):
-        model.bn.register_forward_hook(lambda _module, _inputs, y: 2 * y)
-    assert_same(fused, original, X, calls=0)
+    fused, original = pair(Gate(), ["conv_bn_add_act"])
+    assert_same_after(lambda m: double_output(m.bn), fused, original, X, calls=0)
     assert "bn: a hook" in rir.fuse_(original).skipped[0].reason
 
 
-def test_an_obstacle_of_ones_own():
-    rir.register_pattern(
+def test_a_registered_obstacle(monkeypatch):
+    """The status and the record give its reason, and nobody is warned of it, unlike of an obstacle that fuse_ finds."""
+    monkeypatch.setattr(fallback, "_told", set())
+    monkeypatch.setattr(warn, "_warned", set())
+    register = rir.register_pattern(
         Gate, pattern="conv_bn_add_act", parts=PARTS, obstacle=lambda m: "" if m.active else "it is closed"
-    )(gate)
-    fused, original = pair_of(Gate(), ["conv_bn_add_act"])
+    )
+    register(gate)
+    fused, original = pair(Gate(), ["conv_bn_add_act"])
     assert_same(fused, original, X)
-    for model in (fused, original):
-        model.active = False
-    assert_same(fused, original, X, calls=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_after(lambda m: setattr(m, "active", False), fused, original, X, calls=0)
     assert rir.fuse_(original).skipped[0].reason == "it is closed"
+    assert [(one.pattern, one.reason) for one in rir.fusion_status(fused)] == [("conv_bn_add_act", "it is closed")]
+    fused.conv.groups = 2
+    reason = "conv: groups > 1: only ungrouped convolutions are fused"
+    with pytest.raises(RuntimeError), pytest.warns(RuntimeWarning, match=reason):  # the weight is not a grouped one
+        fused(X)
+    assert rir.fusion_status(fused)[0].reason == reason
+    assert rir.fused_source(fused) == inspect.getsource(gate)
 
 
 def test_impl_is_handed_on():
