@@ -67,7 +67,7 @@ READS = [
     ),
     _fault(
         "absent: __getattr__ of others", "reads", "    if own is not nn.Module:", "    if own is None:",
-        "test_absent_attributes.py::test_class_with_a_look_up_of_its_own",
+        "test_absent_attributes.py::test_class_with_its_own_getattr",
     ),
     _fault(
         "reads: children of a list", "reads", "return tuple(module._modules) == found.names", "return True",
@@ -83,7 +83,7 @@ READS = [
     ),
     _fault(
         "aliases: of children looked into", "granted", "known[found] in looked_into or ", "",
-        "test_aliases.py::test_one_of_the_names_gets_another[inlined-all_names_of_its_own-0]",
+        "test_aliases.py::test_one_of_the_names_gets_another[inlined-new_conv_under_two_names-0]",
     ),
     _fault(
         "aliases: of parameters", "granted", "if id(tensor) in read)", "if False)",

@@ -1,6 +1,6 @@
-"""What forward asks in ways that leave no trace: which of two names is which, classes, attributes by a string.
+"""Questions of forward that leave no trace: whether two names mean one object, classes, attributes by a string.
 
-Modules and parameters with two names, of which a graph has one, may be different things later.
+A graph has one name of a module or parameter that has two; later the two names may mean different objects.
 """
 
 import copy
@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, X, assert_same, fused_calls, settle
+from tests.support.surgery_helpers import CLOSE, X, assert_same, assert_same_after, fused_calls, pair_of, settle
+from tests.support.surgery_models import Layer, with_forward
 
 
 class Net(nn.Module):
-    """forward goes by the second name of a convolution, of a part of a Sequential, and of a tied parameter."""
+    """forward uses the second name of a convolution, of a part of a Sequential, or of a tied parameter."""
 
     def __init__(self, way):
         super().__init__()
@@ -39,7 +40,7 @@ def new_conv(m):
     m.conv.weight.data.mul_(2)
 
 
-def all_names_of_its_own(m):
+def new_conv_under_two_names(m):
     new_conv(m)
     m.again = m.conv
 
@@ -56,27 +57,19 @@ def both_names(m):
 @pytest.mark.parametrize(
     ("way", "change", "calls"),
     [
-        ("child", new_conv, 0), ("inlined", new_conv, 0), ("inlined", all_names_of_its_own, 0),
-        ("child", all_names_of_its_own, 1), ("tied", new_weight, 0), ("child", both_names, 1),
+        ("child", new_conv, 0), ("inlined", new_conv, 0), ("inlined", new_conv_under_two_names, 0),
+        ("child", new_conv_under_two_names, 1), ("tied", new_weight, 0), ("child", both_names, 1),
         ("inlined", both_names, 1),
     ],
 )  # fmt: skip
 def test_one_of_the_names_gets_another(way, change, calls):
-    original = settle(Net(way)).eval()
-    fused = copy.deepcopy(original)
-    assert [item.pattern for item in fuse_(fused, filter_fn=lambda module, name: not name).replaced] == [
-        "conv_bn_add_act"
-    ]
+    fused, original = pair_of(settle(Net(way)).eval(), ["conv_bn_add_act"], filter_fn=lambda module, name: not name)
     assert_same(fused, original, X)
-    for model in (fused, original):
-        change(model)
-    assert_same(fused, original, X, calls=calls)
+    assert_same_after(change, fused, original, X, calls=calls)
 
 
 def test_one_of_the_names_of_a_compiled_model():
-    original = settle(Net("child")).eval()
-    fused = copy.deepcopy(original)
-    fuse_(fused)
+    fused, original = pair_of(settle(Net("child")).eval(), 1)
     compiled = torch.compile(fused, fullgraph=True, backend="eager")
     for change in (lambda m: None, new_conv):
         for model in (fused, original):
@@ -84,22 +77,18 @@ def test_one_of_the_names_of_a_compiled_model():
         torch.testing.assert_close(compiled(X), original(X), **CLOSE)
 
 
-class Asking(nn.Module):
-    """forward: what is asked, as a number."""
+class Asking(Layer):
+    """Its forward asks a question and multiplies by the answer."""
 
     kind, rates = 1, (1.0,)
 
     def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.other = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.layers = nn.ModuleList([nn.Tanh()])
-
-    def block(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        super().__init__(bias=True)
+        self.other, self.layers = nn.BatchNorm2d(4), nn.ModuleList([nn.Tanh()])
 
 
 def _asks(number):
-    return lambda: type("Net", (Asking,), {"forward": lambda self, x: self.block(x) * (1 + number(self))})()
+    return with_forward(lambda self, x: self.block(x) * (1 + number(self)), Asking)
 
 
 class BySuper(Asking):
@@ -157,9 +146,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_the_answer_is_another_one(name, monkeypatch):
     make, change = ASKED[name]
-    original = settle(make()).eval()
-    fused = copy.deepcopy(original)
-    assert len(fuse_(fused).replaced) == 1
+    fused, original = pair_of(settle(make()).eval(), 1)
     with fused_calls(1):
         before = fused(X)
     with monkeypatch.context() as patch, fused_calls(0):
@@ -181,7 +168,7 @@ def test_what_may_be_anything_is_refused(number, reason):
 
 
 class Named(Asking):
-    """An attribute has the name of a function that reads anything."""
+    """An attribute has the name of a function that may read anything."""
 
     vars = 2
 
@@ -193,12 +180,11 @@ def test_an_attribute_of_such_a_name():
     assert fuse_(settle(Named())).replaced
 
 
-class Shared(nn.Module):
-    """One norm, called by a fused child and by a forward that is not fused."""
+class Shared(Layer):
+    """A fused child and a forward that is not fused call the same norm."""
 
     def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        super().__init__(bias=True)
         self.body = nn.Sequential(nn.Conv2d(4, 4, 1), self.bn, nn.ReLU())
 
     def forward(self, x):
@@ -206,10 +192,8 @@ class Shared(nn.Module):
 
 
 def test_a_norm_that_is_called_elsewhere_keeps_its_backward():
-    """torch's norm keeps the running statistics for backward: those that are moved since are not another version."""
-    original = settle(Shared())
-    fused = copy.deepcopy(original)
-    fuse_(fused)
+    """torch's norm saves the running statistics for backward: updating them later may not change their version."""
+    fused, original = pair_of(settle(Shared()), 1)
     version = fused.bn.running_mean._version
     assert_same(fused, original, X)
     assert fused.bn.running_mean._version == version
