@@ -214,11 +214,11 @@ CLASSES = [
     _fault(
         "classes: super() of the own class", "classes",
         'first == "super" and (second == "type" or third == "__class__")', "False",
-        "test_patched_classes.py::test_super_of_the_instances_own_class[OwnClass-0]",
+        "test_patched_classes.py::test_super_of_the_instances_class[SuperOfClass-0]",
     ),
     _fault(
         "classes: super() of the own type", "classes", '(second == "type" or third == "__class__")',
-        'third == "__class__"', "test_patched_classes.py::test_super_of_the_instances_own_class[OwnType-0]",
+        'third == "__class__"', "test_patched_classes.py::test_super_of_the_instances_class[SuperOfType-0]",
     ),
     _fault(
         "classes: metaclasses are told", "classes", "make.__new__(type(kind), ", "type(kind)(",

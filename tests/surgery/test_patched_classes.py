@@ -1,6 +1,6 @@
-"""Classes that change after fuse_, or before: a fused model computes what the unfused one does.
+"""Classes whose methods are replaced after fuse_, or before: a fused model computes what the unfused one does.
 
-Where something was replaced both run the same modules one by one, so their outputs are compared bit by bit.
+After a replacement both run the same modules one by one, so their outputs are compared bit for bit.
 """
 
 import abc
@@ -15,14 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from rir_kernels.surgery import classes, fuse_, unfuse_
-from tests.support.surgery_helpers import X, fused_calls, settle
+from tests.support.surgery_helpers import X, fused_calls, pair_of, settle
+from tests.support.surgery_models import Layer, downsample
 
 
-class Unit(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()
-
+class Unit(Layer):
     def forward(self, x):
         return self.relu(self.bn(self.conv(x)))
 
@@ -39,13 +36,17 @@ class Methods(Unit):
         return 2.0
 
 
-def pair_of(model):
-    original = settle(model).eval()
-    fused = copy.deepcopy(original)
-    assert len(fuse_(fused).replaced) == 1
+def pair(model):
+    fused, original = pair_of(settle(model).eval(), 1)
     with fused_calls(1):
         fused(X)
     return fused, original
+
+
+def unfused_and_same(fused, original):
+    """Whether both give the same bits, the fused model one by one."""
+    with fused_calls(0):
+        return torch.equal(fused(X), original(X))
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def doubled(method):
     return lambda self, *args: 2 * method(self, *args)
 
 
-# on the class itself, what its forward calls, and what it inherits
+# methods of the class itself, methods that its forward calls, and inherited ones
 PATCHES = {
     "conv": (nn.Conv2d, "forward"),
     "conv, padding": (nn.Conv2d, "_conv_forward"),
@@ -79,7 +80,7 @@ PATCHES = {
 
 @pytest.mark.parametrize("name", PATCHES)
 def test_methods_replaced_on_a_class(name):
-    fused, original = pair_of(Methods())
+    fused, original = pair(Methods())
     plain, (kind, method) = fused(X), PATCHES[name]
     with patched(kind, method, doubled(getattr(kind, method))):
         for model in (fused, copy.deepcopy(fused)):
@@ -93,8 +94,8 @@ def test_methods_replaced_on_a_class(name):
 
 @pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu"])
 def test_functions_that_torchs_modules_call(name):
-    """Replaced by what counts operations, each is called as often as before."""
-    fused, original = pair_of(Unit())
+    """If a wrapper that counts operations replaces one, it is called as often as in the unfused model."""
+    fused, original = pair(Unit())
     counts = []
     for model in (fused, original):
         counted = mock.Mock(wraps=getattr(F, name))
@@ -110,8 +111,8 @@ class Reloaded(Unit):
 
 
 def test_code_that_is_reloaded():
-    """As tools do it that follow a source while it is edited: the function stays the same object."""
-    fused, original = pair_of(Reloaded())
+    """Tools that reload an edited source replace the code: the function stays the same object."""
+    fused, original = pair(Reloaded())
     Reloaded.forward.__code__ = (lambda self, x: 3 * x).__code__
     assert torch.equal(fused(X), 3 * X) and torch.equal(original(X), 3 * X)
 
@@ -125,9 +126,9 @@ class Scaled(Unit):
 
 
 def test_a_method_of_the_same_code():
-    fused, original = pair_of(Scaled())
-    with patched(Scaled, "forward", scaled_by(2.0)), fused_calls(0):
-        assert torch.equal(fused(X), original(X))
+    fused, original = pair(Scaled())
+    with patched(Scaled, "forward", scaled_by(2.0)):
+        assert unfused_and_same(fused, original)
 
 
 class Pickled(Unit):
@@ -135,8 +136,8 @@ class Pickled(Unit):
 
 
 def test_a_copy_that_is_pickled_while_a_method_is_replaced():
-    """It does not take the method that it finds for the one that its program stands for."""
-    fused, original = pair_of(Pickled())
+    """It does not take the method that it finds for the one that its program was made from."""
+    fused, original = pair(Pickled())
     with patched(Pickled, "forward", lambda self, x: 3 * x):
         twin = pickle.loads(pickle.dumps(fused))
         assert torch.equal(twin(X), 3 * X)
@@ -146,19 +147,18 @@ def test_a_copy_that_is_pickled_while_a_method_is_replaced():
 
 
 def test_property_replaced_on_a_class():
-    fused, original = pair_of(Methods())
+    fused, original = pair(Methods())
     with patched(Methods, "factor", property(lambda self: 3.0)):
         assert torch.equal(fused(X), original(X))
         unfuse_(fused)
-        fuse_(fused)  # what is there now
+        fuse_(fused)  # with the new property
         with fused_calls(1):
             assert torch.equal(fused(X), original(X))
-    with fused_calls(0):
-        assert torch.equal(fused(X), original(X))
+    assert unfused_and_same(fused, original)
 
 
-def test_a_replaced_class_that_is_looked_into():
-    """The forward of a Sequential whose last norm belongs to the sum behind it."""
+def test_a_replaced_class_that_tracing_looks_into():
+    """The forward of a Sequential whose last norm is fused with the sum after it."""
 
     class Body(nn.Sequential):
         forward = nn.Sequential.forward
@@ -166,14 +166,14 @@ def test_a_replaced_class_that_is_looked_into():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.relu = Body(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), nn.ReLU()
+            self.body, self.relu = Body(*downsample()), nn.ReLU()
 
         def forward(self, x):
             return self.relu(self.body(x) + x)
 
-    fused, original = pair_of(Block())
-    with patched(Body, "forward", doubled(nn.Sequential.forward)), fused_calls(0):
-        assert torch.equal(fused(X), original(X))
+    fused, original = pair(Block())
+    with patched(Body, "forward", doubled(nn.Sequential.forward)):
+        assert unfused_and_same(fused, original)
 
 
 class Shifted(nn.Conv2d):
@@ -188,8 +188,8 @@ class Halved(nn.Identity):
 
 @pytest.mark.parametrize(("name", "kind"), [("Conv2d", Shifted), ("Identity", Halved)])
 def test_names_of_torch_rebound_to_subclasses(monkeypatch, name, kind):
-    """The exact classes are those of torch, whatever torch.nn calls by their names; fused modules stay fused."""
-    fused, original = pair_of(Unit())
+    """fuse_ compares with the classes that torch defined, not with what torch.nn has under their names later."""
+    fused, original = pair(Unit())
     monkeypatch.setattr(nn, name, kind)
     with fused_calls(1):
         assert torch.equal(fused(X), original(X))
@@ -208,14 +208,14 @@ def test_a_class_that_was_patched_before_it_was_known():
     assert not classes.patched(nn.Conv2d) and not classes.patched(Unit)
 
 
-class OwnClass(Unit):
+class SuperOfClass(Unit):
     def train(self, mode=True):
         super(self.__class__, self).train(mode)
         self.bn.eval()
         return self
 
 
-class OwnType(Unit):
+class SuperOfType(Unit):
     @property
     def width(self):
         return super(type(self), self).__getattr__("conv").out_channels
@@ -228,15 +228,15 @@ class NoRecursion(Unit):
         return self
 
 
-@pytest.mark.parametrize(("kind", "fuses"), [(OwnClass, 0), (OwnType, 0), (NoRecursion, 1)])
-def test_super_of_the_instances_own_class(kind, fuses):
+@pytest.mark.parametrize(("kind", "operations"), [(SuperOfClass, 0), (SuperOfType, 0), (NoRecursion, 1)])
+def test_super_of_the_instances_class(kind, operations):
     model = kind()
     report = fuse_(model)
-    assert len(report.replaced) == fuses
+    assert len(report.replaced) == operations
     model.train()
-    if not fuses:
+    if not operations:
         assert type(model) is kind and "calls super() of the instance's own class" in report.skipped[0].reason
-        assert model.bn.training is (kind is OwnType)
+        assert model.bn.training is (kind is SuperOfType)
 
 
 def build(kind, state):
@@ -256,7 +256,7 @@ class ReducedEx(Unit):
 
 
 class Constructed(Unit):
-    """Its __new__ takes an argument, which copies bring."""
+    """Its __new__ takes an argument, which copies pass."""
 
     def __new__(cls, width=4):
         module = super().__new__(cls)
@@ -278,9 +278,9 @@ class DeepCopied(Unit):
 @pytest.mark.parametrize("kind", [Reduced, ReducedEx, Constructed, DeepCopied])
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_classes_that_say_how_they_are_copied(kind, way):
-    fused, _ = pair_of(kind())
+    fused, _ = pair(kind())
     expected, twin = fused(X), way(fused)
-    # what __deepcopy__ makes by itself is of the original class
+    # its __deepcopy__ makes an instance of the original class
     with fused_calls(0 if kind is DeepCopied and way is copy.deepcopy else 1):
         assert torch.equal(twin(X), expected)
     assert type(unfuse_(twin)) is kind and twin.conv.weight is not fused.conv.weight
@@ -320,7 +320,7 @@ def test_registries_of_subclasses_see_nothing(kind):
     before = list(registered)
     model = settle(kind())
     assert fuse_(model, dry_run=True).replaced and not kind.__subclasses__()
-    fused, _ = pair_of(model)
+    fused, _ = pair(model)
     copy.deepcopy(fused)
     assert registered == before
     assert isinstance(fused, kind) and not isinstance(kind(), type(fused)) and isinstance(kind(), kind)

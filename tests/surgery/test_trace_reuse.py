@@ -1,7 +1,6 @@
-"""Blocks of one class are traced once, and only where the forward of each is the same.
+"""Blocks of one class share a trace if, and only if, their forwards compute the same.
 
-The second of two blocks differs in one thing; the unfused copy is the oracle. In fp64 on a CPU, where fused and unfused
-differ by rounding: see surgery_helpers.
+The second of two blocks differs in one thing; the unfused copy is the oracle.
 """
 
 import copy
@@ -15,11 +14,11 @@ from torch import nn
 
 from rir_kernels.surgery import fuse_, tracing
 from rir_kernels.surgery.reuse import likeness
-from tests.support.surgery_helpers import X, assert_same, settle
+from tests.support.surgery_helpers import X, assert_same, pair_of, settle
 from tests.support.surgery_models import Layer
 
 NUMBERS = {}
-ONCE = 2  # traces: a sketch that looks into `steps`, and one that does not
+ONCE = 2  # traces of a block: a sketch that looks into `steps`, and one that does not
 
 
 class Block(Layer):
@@ -33,7 +32,7 @@ class Block(Layer):
         self.factor, self.activation, self.depth, self.scale = 3, F.tanh, 0.5, nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        y = self.relu(self.bn(self.conv(x)))
+        y = self.block(x)
         y = self.second(y) - 0.5 * self.first(y)
         for step in self.steps:
             y = step(y)
@@ -52,14 +51,14 @@ class Block(Layer):
 
 
 class Known(Layer):
-    """Which instance it is decides."""
+    """The result depends on which instance it is."""
 
     def forward(self, x):
-        return self.relu(self.bn(self.conv(x))) * NUMBERS[self.relu]
+        return self.block(x) * NUMBERS[self.relu]
 
 
 class Plain(Block):
-    """Without the cache, which prevents that a trace serves for another."""
+    """It has no cache, which would keep a trace from serving another block."""
 
     def cached(self):
         return self.depth
@@ -71,7 +70,7 @@ def two(kind):
 
 
 def traced(monkeypatch):
-    """The classes of the modules that are traced from here on."""
+    """A list that grows by the class of each module that is traced from now on."""
     modules, anew = [], tracing._trace_anew
 
     def counting(module, *args):
@@ -82,17 +81,9 @@ def traced(monkeypatch):
     return modules
 
 
-def pair_of(model, operations=1):
-    """(fused, original)"""
-    original = settle(model).eval()
-    fused = copy.deepcopy(original)
-    report = fuse_(fused)
-    assert [item.pattern for item in report.replaced] == ["conv_bn_act"] * operations, str(report)
-    return fused, original
-
-
 def fused_as_unfused(model):
-    assert_same(*pair_of(model, 2), X, calls=2)
+    fused, original = pair_of(settle(model).eval(), ["conv_bn_act"] * 2)
+    assert_same(fused, original, X, calls=2)
 
 
 def test_alike(monkeypatch):
@@ -105,29 +96,9 @@ def adds(name, value):
     return lambda block: setattr(block, name, value)
 
 
-def of_the_child(block):
-    block.conv.doubled = True
-
-
-def shared(block):
-    block.second = block.first
-
-
-def swapped(block):
-    block.steps = nn.Sequential(*reversed(block.steps))
-
-
-def shift_as_buffer(block):
-    block.register_buffer("shift", torch.ones(1))
-
-
 def scale_is_a_number(block):
     del block.scale
     block.scale = 3.0
-
-
-def method_of_the_instance(block):
-    block.raised = torch.abs
 
 
 def scale_is_a_parameter_of_the_child(block):
@@ -139,13 +110,13 @@ def scale_is_a_parameter_of_the_child(block):
 
 DIFFERENCES = {
     "attribute that was absent": adds("shift", 2.0),
-    "buffer that was absent": shift_as_buffer,
-    "attribute of the child": of_the_child,
+    "buffer that was absent": lambda block: block.register_buffer("shift", torch.ones(1)),
+    "attribute of the child": lambda block: setattr(block.conv, "doubled", True),
     "child that was None": adds("after", nn.Sigmoid()),
     "parameter that was None": adds("gain", nn.Parameter(torch.full((1,), 2.0))),
-    "shared child": shared,
+    "shared child": lambda block: setattr(block, "second", block.first),
     "shared parameter": scale_is_a_parameter_of_the_child,
-    "children in another order": swapped,
+    "children in another order": lambda block: setattr(block, "steps", nn.Sequential(*reversed(block.steps))),
     "child of another class": adds("steps", nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid())),
     "child with other names": adds("steps", nn.Sequential(OrderedDict(one=nn.Conv2d(4, 4, 1), two=nn.Tanh()))),
     "default that is overridden": adds("power", 3),
@@ -153,7 +124,7 @@ DIFFERENCES = {
     "other function": adds("activation", F.silu),
     "other item": adds("options", [2, 0]),
     "parameter that is a number": scale_is_a_number,
-    "other method": method_of_the_instance,
+    "other method": adds("raised", torch.abs),
     "number behind a property": adds("depth", 0.25),
 }
 
@@ -169,7 +140,7 @@ def test_one_differs(name, monkeypatch):
 
 @pytest.mark.parametrize("value", [3.0, True])
 def test_equal_numbers_of_another_type(value, monkeypatch):
-    """They are equal to what the first block has, but not the same: dtypes follow the type."""
+    """The numbers of both blocks compare equal, but dtypes follow their types."""
     modules = traced(monkeypatch)
     model = two(Plain)
     model[0].factor = int(value)
@@ -179,7 +150,7 @@ def test_equal_numbers_of_another_type(value, monkeypatch):
 
 
 def test_method_with_a_cache():
-    """What it has read is read no more when it is called again."""
+    """The cached method does not read its attributes again when it is called again."""
     model = two(Block)
     model[1].depth = 0.25
     fused_as_unfused(model)
@@ -194,8 +165,8 @@ def test_table_of_modules(monkeypatch):
     torch.testing.assert_close(model(X), model[1].relu(model[1].bn(model[1].conv(y))) * 5)
 
 
-def test_parameter_that_is_nothing_else_but_none():
-    """No other None is there that could tell."""
+def test_a_parameter_that_is_the_only_none():
+    """No other attribute that is None could make the difference."""
     bare, full = nn.Tanh(), nn.Tanh()
     bare.register_parameter("gain", None)
     full.gain = nn.Parameter(torch.ones(1))
