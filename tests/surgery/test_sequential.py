@@ -1,4 +1,4 @@
-"""fuse_ on conv, norm and ReLU in a row within an nn.Sequential; the tolerance is surgery_helpers'."""
+"""fuse_ on a convolution, a norm and a ReLU in a row within an nn.Sequential."""
 
 import copy
 from collections import OrderedDict
@@ -13,11 +13,17 @@ from tests.support.surgery_helpers import (
     NORM_CHANGES,
     RELU_CHANGES,
     assert_same,
+    assert_same_after,
+    assert_unchanged,
+    double_output,
     fused_calls,
+    pair_of,
     randn,
     settle,
+    snapshot,
     units_skipped,
 )
+from tests.support.surgery_models import downsample
 
 X = randn(2, 4, 7, 6)
 
@@ -30,13 +36,6 @@ def chain(*modules):
 def p1(channels=4, **options):
     conv = nn.Conv2d(4, channels, options.pop("kernel_size", 3), **options)
     return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-
-
-def pair_of(module, patterns, **options):
-    """(fused, original) with the same values, fused in these patterns."""
-    fused = copy.deepcopy(module)
-    assert [item.pattern for item in fuse_(fused, **options).replaced] == patterns
-    return fused, module
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -63,11 +62,9 @@ def test_one_run(options, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_many_runs_and_what_lies_between(training):
-    def tail():
-        return [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
-
     model = chain(
-        *tail(), nn.LeakyReLU(), nn.ReLU(), *p1(padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), *p1(padding=1), *tail()
+        *downsample(), nn.LeakyReLU(), nn.ReLU(), *p1(padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), *p1(padding=1),
+        *downsample(),
     ).train(training)  # fmt: skip
     fused, original = pair_of(model, ["conv_bn", "conv_bn_act", "conv_bn_act", "conv_bn"])
     assert [item.parts for item in fuse_(model, dry_run=True).replaced] == [
@@ -106,12 +103,12 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_changed_children(name, before):
-    """Changed before: refused, with the reason. Changed after: the unfused model's numbers, bit by bit."""
+    """A change before fuse_ is refused with a reason; after a later one the results are the unfused model's bits."""
     index, change = CHANGES[name]
     original = chain(*p1(padding=1))
     fused = copy.deepcopy(original)
     fused[2].inplace = original[2].inplace = False  # torch refuses a backward hook before an activation in place
-    if name == "other norm":  # it computes on a GPU, or as the plain norm in evaluation
+    if name == "other norm":  # on a CPU it runs only in evaluation, as the plain norm
         fused, original = fused.eval(), original.eval()
     change(original[index])
     if before:
@@ -128,18 +125,16 @@ def test_changed_children(name, before):
 
 def test_one_changed_run_leaves_the_others_fused():
     fused, original = pair_of(chain(*p1(), *p1()), ["conv_bn_act", "conv_bn_act"])
-    for model in (fused, original):
-        model[4].register_forward_hook(lambda _module, _inputs, output: output.clone())
-    assert_same(fused, original, X, calls=1)
+    assert_same_after(lambda m: double_output(m[4]), fused, original, X, calls=1)
 
 
 @pytest.mark.parametrize(
     ("modules", "reason"),
     [
-        ([nn.Conv2d(4, 4, 2, padding="same"), nn.BatchNorm2d(4), nn.ReLU()], "one side"),
+        (p1(kernel_size=2, padding="same"), "one side"),
         ([nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), nn.ReLU()], "ConvTranspose2d is not a Conv2d"),
-        ([nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()], "groups > 1"),
-        ([nn.Conv2d(4, 4, 3, dilation=(1, 2)), nn.BatchNorm2d(4), nn.ReLU()], "dilation=(1, 2)"),
+        (p1(groups=4), "groups > 1"),
+        (p1(dilation=(1, 2)), "dilation=(1, 2)"),
         ([nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)], "subclass of Conv2d"),
         ([nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4)], "SyncBatchNorm is not a BatchNorm2d"),
     ],
@@ -170,9 +165,8 @@ def test_subclasses():
     class Named(nn.Sequential):
         pass
 
-    original = settle(Doubling(*p1(), Named(*p1())))
-    fused = copy.deepcopy(original)
-    assert [item.name for item in fuse_(fused).replaced] == ["", "3"]
+    fused, original = pair_of(settle(Doubling(*p1(), Named(*p1()))), 2)
+    assert [item.name for item in fuse_(original, dry_run=True).replaced] == ["", "3"]
     assert_same(fused, original, X, calls=2)
 
 
@@ -183,14 +177,11 @@ def test_a_leading_norm():
     assert_same(fused, original, X, calls=2)
 
 
-def test_patterns():
-    model = chain(*p1(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    for enabled, other in (("conv_bn_act", "conv_bn"), ("conv_bn", "conv_bn_act")):
-        fused = copy.deepcopy(model)
-        report = fuse_(fused, patterns=[enabled])
-        assert [item.pattern for item in report.replaced] == [enabled]
-        assert other in report.skipped[0].reason
-        assert_same(fused, copy.deepcopy(model), X, calls=1)
+@pytest.mark.parametrize(("enabled", "other"), [("conv_bn_act", "conv_bn"), ("conv_bn", "conv_bn_act")])
+def test_patterns(enabled, other):
+    fused, original = pair_of(chain(*p1(), *downsample()), [enabled], patterns=[enabled])
+    assert other in fuse_(original, patterns=[enabled], dry_run=True).skipped[0].reason
+    assert_same(fused, original, X, calls=1)
 
 
 def test_nested_and_shared_containers():
@@ -204,12 +195,13 @@ def test_nested_and_shared_containers():
 
 def test_children_may_come_and_go():
     fused, original = pair_of(chain(*p1(padding=1), *p1(padding=1)), ["conv_bn_act", "conv_bn_act"])
-    for model in (fused, original):
-        torch.manual_seed(0)
+
+    def change(model):
         del model[3]
-        model.insert(1, nn.Conv2d(4, 4, 1).double())
+        model.insert(1, nn.Conv2d(4, 4, 1))
         model.append(nn.Hardtanh())
-    assert_same(fused, original, X, calls=0)
+
+    assert_same_after(change, fused, original, X, calls=0)
     assert "_modules has changed" in fuse_(fused).skipped[0].reason
     assert [item.pattern for item in fuse_(unfuse_(fused)).replaced] == ["conv_bn_act", "bn_act"]
     assert_same(fused, original, X, calls=2)  # conv, [conv, norm, ReLU], [norm, ReLU], Hardtanh
@@ -228,10 +220,10 @@ def test_slices_and_sums_are_plain():
 def test_a_call_that_raises_changes_nothing(impl):
     model = chain(*p1())
     fuse_(model, impl=impl)  # there are no fp64 kernels
-    before = copy.deepcopy(model.state_dict())
+    before, batches = snapshot(model), model[1].num_batches_tracked.clone()
     with pytest.raises((TypeError, ImportError)):
         model(X)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_unchanged(model, before)
     model[0].register_forward_hook(lambda *_: None)
-    model(X)  # the original forward does not need them
-    assert torch.equal(unfuse_(model)[1].num_batches_tracked, before["1.num_batches_tracked"] + 1)
+    model(X)  # the original forward does not need the kernels
+    assert torch.equal(unfuse_(model)[1].num_batches_tracked, batches + 1)
