@@ -1,4 +1,4 @@
-"""The swapped class under everything that copies, stores, traces or wraps a module; tolerance as in surgery_helpers."""
+"""The swapped class under everything that copies, stores, traces or wraps a module."""
 
 import copy
 import io
@@ -14,9 +14,9 @@ from rir_kernels.surgery import fuse_, unfuse_
 from tests.support.surgery_helpers import (
     CLOSE,
     OPERATIONS,
-    Net,
     X,
     assert_same,
+    change_both,
     counting,
     fused_calls,
     net,
@@ -24,6 +24,7 @@ from tests.support.surgery_helpers import (
     randn,
     settle,
 )
+from tests.support.surgery_models import downsample, unit
 
 
 def _saved(model):
@@ -76,7 +77,7 @@ def test_averaged_model():
     assert_same(averages[0].module, averages[1].module, X, calls=OPERATIONS)
 
 
-def test_optimizer_made_before():
+def test_optimizer_made_before_fusing():
     fused, original = copy.deepcopy(model := net()), model
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (fused, original)]
     fuse_(fused)
@@ -87,15 +88,6 @@ def test_optimizer_made_before():
             optimizer.step()
     for name, value in original.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[name], value, **CLOSE)
-
-
-def test_state_dict_goes_both_ways():
-    fused, original = pair_of(net())
-    assert list(fused.state_dict()) == list(original.state_dict())
-    torch.manual_seed(1)
-    other = settle(Net())
-    fused.load_state_dict(other.state_dict())
-    assert_same(fused, other, X, calls=OPERATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -124,42 +116,32 @@ def test_compiled_before_fusing():
     assert torch.equal(compiled(X), expected)
 
 
-LAYER_CHANGES = {
-    "mode": lambda m: m.eval(),
-    "one mode": lambda m: m.bn_r.eval(),
-    "parametrized": lambda m: parametrize.register_parametrization(m.conv_rt, "weight", nn.Tanh()),
-}
-CHAIN_CHANGES = {
-    "eps": lambda m: setattr(m[1], "eps", 0.5),
-    "replaced": lambda m: m.__setitem__(2, nn.Sigmoid()),
-    "weight": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() * 2)),
+CHANGES = {
+    "layer, mode": lambda m: m.eval(),
+    "layer, one mode": lambda m: m.bn_r.eval(),
+    "layer, parametrized": lambda m: parametrize.register_parametrization(m.conv_rt, "weight", nn.Tanh()),
+    "chain, eps": lambda m: setattr(m[1], "eps", 0.5),
+    "chain, replaced": lambda m: m.__setitem__(2, nn.Sigmoid()),
+    "chain, weight": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() * 2)),
 }
 
 
-@pytest.mark.parametrize("name", [*LAYER_CHANGES, *CHAIN_CHANGES])
-def test_changes_after_compiling_are_seen(name):
-    model = reference.RiRLayer(4, 4) if name in LAYER_CHANGES else Net().stem
-    fused, original = copy.deepcopy(settle(model)), model
-    fuse_(fused)
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_after_compiling_are_noticed(name):
+    fused, original = pair_of(settle(reference.RiRLayer(4, 4) if name.startswith("layer") else unit()), 1)
     compiled = torch.compile(fused, fullgraph=True, backend="eager")
     for m in (compiled, original):
         m(X)
-    for m in (fused, original):
-        (LAYER_CHANGES | CHAIN_CHANGES)[name](m)
+    change_both(CHANGES[name], fused, original)
     for _ in range(2):
         torch.testing.assert_close(compiled(X), original(X), **CLOSE)
 
 
-def test_each_class_has_recompilations_of_its_own():
-    """The compiler counts them by code object, up to eight: kinds of blocks that are compiled apart share none."""
+def test_classes_do_not_share_their_recompilations():
+    """The compiler counts up to eight for each code object, so different kinds of blocks need different ones."""
     with torch._dynamo.config.patch(recompile_limit=1):
-        for make in (
-            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
-            lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
-            lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
-        ):
-            model = settle(make())
-            assert fuse_(model).replaced
+        for model in (downsample(), unit(), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())):
+            assert fuse_(settle(model)).replaced
             compiled = torch.compile(model, backend="eager", fullgraph=True)
             assert torch.equal(compiled(randn(2, 4, 3, 3)), model(randn(2, 4, 3, 3)))
 
@@ -174,27 +156,27 @@ def test_export():
 def test_functional_call_and_transforms():
     fused, original = pair_of(net().eval())
     state = {name: value.detach() * 1.5 for name, value in fused.state_dict().items()}
-    with fused_calls(OPERATIONS):
-        found = torch.func.functional_call(fused, state, (X,))
-    torch.testing.assert_close(found, torch.func.functional_call(original, state, (X,)), **CLOSE)
-
-    def gradient(model):
-        return torch.func.grad(lambda values: torch.func.functional_call(model, values, (X,)).square().sum())(state)
-
-    state = {name: value.detach() for name, value in fused.named_parameters()}
-    found, expected = gradient(fused), gradient(original)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **CLOSE)
     inputs = torch.stack([X, 2 * X])
-    torch.testing.assert_close(torch.func.vmap(fused)(inputs), torch.func.vmap(original)(inputs), **CLOSE)
+
+    def by_sample(model):  # gradients of the parameters
+        def loss(values, x):
+            return torch.func.functional_call(model, state | values, (x,)).square().sum()
+
+        values = {name: state[name] for name, _ in model.named_parameters()}
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, inputs)
+
+    with fused_calls(OPERATIONS):
+        found = by_sample(fused)
+    for name, value in by_sample(original).items():
+        torch.testing.assert_close(found[name], value, **CLOSE)
 
 
 def test_autocast():
     """bf16 has 8 bits: with norms between, a few operations agree to some units of 2**-8."""
     fused, original = (model.float() for model in pair_of(net()))
-    with torch.autocast("cpu", torch.bfloat16), fused_calls(OPERATIONS):
-        found = fused(X.float())
     with torch.autocast("cpu", torch.bfloat16):
+        with fused_calls(OPERATIONS):
+            found = fused(X.float())
         expected = original(X.float())
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
@@ -203,8 +185,8 @@ def test_autocast():
 def test_hooks_on_the_unit_itself_run():
     fused, original = pair_of(net())
     for model in (fused, original):
-        for unit in (model.stem, model.layers[1]):
-            unit.register_forward_pre_hook(lambda _module, inputs: tuple(2 * x for x in inputs))
+        for part in (model.stem, model.layers[1]):
+            part.register_forward_pre_hook(lambda _module, inputs: tuple(2 * x for x in inputs))
         model.stem.register_forward_hook(lambda _module, _inputs, output: output + 1)
         model.stem.register_full_backward_hook(lambda _module, grads, _: (grads[0] * 3,))
     assert_same(fused, original, X, calls=OPERATIONS)
