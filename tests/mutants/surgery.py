@@ -71,7 +71,7 @@ READS = [
     ),
     _fault(
         "reads: children of a list", "reads", "return tuple(module._modules) == found.names", "return True",
-        "test_containers.py::test_changes_of_a_list_are_seen",
+        "test_containers.py::test_changes_of_a_list_are_noticed",
     ),
     _fault(
         "reads: an error that forward catches", "tracer", "return _without_an_answer(super().to_bool, obj)",
@@ -347,7 +347,7 @@ SEEN = [
     _fault(
         "coverage: frozen norms", "coverage",
         "return all(tensor is not None and tensor.dim() == 1 for tensor in tensors)", "return False",
-        "test_coverage.py::test_folding_tells_of_frozen_norms",
+        "test_coverage.py::test_folding_reports_frozen_norms",
     ),
     _fault(
         "status: says that all is well", "status", "OperationStatus(name, pattern, not reason, reason)",

@@ -1,7 +1,4 @@
-"""Units whose parts stand in lists and dicts of modules are fused; graphs made by torch.fx or torch.export say why not.
-
-The tolerance is surgery_helpers'.
-"""
+"""Units with parts in lists and dicts of modules are fused; graphs of torch.fx and torch.export say why not."""
 
 import copy
 import pickle
@@ -13,7 +10,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from rir_kernels.surgery import fold_bn_, fuse_
-from tests.support.surgery_helpers import X, assert_same, settle, units_skipped
+from tests.support.surgery_helpers import X, assert_same, assert_same_after, pair_of, settle, units_skipped
 
 
 def convs(count=3):
@@ -21,17 +18,13 @@ def convs(count=3):
 
 
 class Lists(nn.Module):
-    def __init__(self, function):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.function = function
         self.convs, self.bns = nn.ModuleList(convs()), nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
         self.heads = nn.ModuleDict({"conv": convs(1)[0], "class": nn.BatchNorm2d(4)})
         self.nested = nn.ModuleList(nn.ModuleList([conv, nn.BatchNorm2d(4)]) for conv in convs(2))
         self.wrapped = nn.ModuleList(nn.Sequential(conv) for conv in convs(2))
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def pairwise(m, x):
@@ -52,10 +45,6 @@ def of_a_slice(m, x):
     return x
 
 
-def by_key(m, x):
-    return F.relu(m.heads["class"](m.heads["conv"](x)))
-
-
 def of_lists(m, x):
     for conv, bn in m.nested:
         x = F.relu(bn(conv(x)))
@@ -68,45 +57,46 @@ def across_a_sequential(m, x):
     return x
 
 
-CASES = {pairwise: 3, by_index: 3, of_a_slice: 2, by_key: 1, of_lists: 2, across_a_sequential: 2}
+CASES = {
+    "pairwise": (pairwise, 3),
+    "by_index": (by_index, 3),
+    "of_a_slice": (of_a_slice, 2),
+    "by_key": (lambda m, x: F.relu(m.heads["class"](m.heads["conv"](x))), 1),
+    "of_lists": (of_lists, 2),
+    "across_a_sequential": (across_a_sequential, 2),
+}
+KINDS = {name: type(f"Lists_{name}", (Lists,), {"forward": forward}) for name, (forward, _) in CASES.items()}
+globals().update({kind.__name__: kind for kind in KINDS.values()})  # where pickle looks for a class
 
 
-@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
-def test_fused(function):
-    original = settle(Lists(function))
+@pytest.mark.parametrize("name", CASES)
+def test_fused(name):
+    original, operations = settle(KINDS[name]()), CASES[name][1]
     fused = copy.deepcopy(original)
     report = fuse_(fused)
-    assert len(report.replaced) == report.coverage.fused == CASES[function], report
-    # what this forward does not use
-    left = sum(isinstance(m, nn.Conv2d | nn.BatchNorm2d) for m in original.modules()) - 2 * CASES[function]
+    assert len(report.replaced) == report.coverage.fused == operations, report
+    # the modules that this forward does not use
+    left = sum(isinstance(m, nn.Conv2d | nn.BatchNorm2d) for m in original.modules()) - 2 * operations
     assert [item.reason.partition(" ")[0] for item in report.skipped] == ["no"] * left, report
-    assert_same(pickle.loads(pickle.dumps(fused)), original, X, calls=CASES[function])
+    assert_same(pickle.loads(pickle.dumps(fused)), original, X, calls=operations)
 
 
-def test_changes_of_a_list_are_seen():
-    original = settle(Lists(pairwise))
-    fused = copy.deepcopy(original)
-    fuse_(fused)
-    torch.manual_seed(1)
-    other = [nn.LeakyReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
-    for model in (original, fused):
-        act, conv, bn = copy.deepcopy(other)
-        model.bns[1] = act  # of another kind: that unit's modules are called
-        model.convs.append(conv.double())  # of another length: the whole forward is the original one
-        model.double()
+def test_changes_of_a_list_are_noticed():
+    fused, original = pair_of(settle(KINDS["pairwise"]()), 3)
+
+    def change(model):
+        model.bns[1] = nn.LeakyReLU()  # another class: the modules of that unit run one by one
+        model.convs.append(nn.Conv2d(4, 4, 1))  # another length: the original forward runs
         if model is fused:
             assert "convs" in model._rir_fusion.program.obstacle(model)
-        model.bns.append(bn.double())
-    assert_same(fused, original, X, calls=0)
+        model.bns.append(nn.BatchNorm2d(4))
+
+    assert_same_after(change, fused, original, X, calls=0)
 
 
 def test_a_list_is_folded():
-    original = settle(Lists(pairwise)).eval()
-    for unused in (
-        "heads",
-        "nested",
-        "wrapped",
-    ):  # a norm that forward does not call might take the place of one it does
+    original = settle(KINDS["pairwise"]()).eval()
+    for unused in ("heads", "nested", "wrapped"):  # an unused norm might take the place of one that forward calls
         delattr(original, unused)
     folded = fold_bn_(copy.deepcopy(original))
     assert not any(isinstance(bn, nn.BatchNorm2d) for bn in folded.bns)
@@ -114,11 +104,11 @@ def test_a_list_is_folded():
 
 
 class Extractor(fx.GraphModule):
-    """As feature extractors have a class for their graphs."""
+    """A subclass, as feature extractors have one for their graphs."""
 
 
 def of_operators(model):
-    """As torch.export has it: functions in the place of children."""
+    """A graph as torch.export makes it: functions replace the children."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     norm = [graph.get_attr(f"1.{name}") for name in ("weight", "bias", "running_mean", "running_var")]
@@ -150,10 +140,10 @@ def test_graph_modules_without_a_norm_are_not_named():
 
 
 def test_a_class_that_torch_put_on_top_says_why():
-    original = settle(Lists(pairwise))
+    original = settle(KINDS["pairwise"]())
     original.scale = nn.Parameter(torch.ones(1))
     parametrize.register_parametrization(original, "scale", nn.Identity())
     fused = copy.deepcopy(original)
     report = fuse_(fused)
-    assert not report.replaced and "ParametrizedLists" in report.skipped[0].reason
-    assert type(fused).__name__ == "ParametrizedLists"
+    assert not report.replaced and "ParametrizedLists_pairwise" in report.skipped[0].reason
+    assert type(fused).__name__ == "ParametrizedLists_pairwise"

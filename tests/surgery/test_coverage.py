@@ -11,14 +11,11 @@ from torch.nn.utils import parametrize
 
 from bench.cases import libraries
 from rir_kernels.surgery import fold_bn_, fuse_
-
-
-def conv(**options):
-    return nn.Conv2d(4, 4, 3, padding=1, **options)
+from tests.support.surgery_models import conv, unit
 
 
 class Unit(nn.Module):
-    """conv, BN, ReLU, and whatever else its parts are given."""
+    """A convolution, a norm and a ReLU, and other modules that forward does not call."""
 
     def __init__(self, first=None, norm=None, **others):
         super().__init__()
@@ -32,7 +29,7 @@ class Unit(nn.Module):
 
 
 class Frozen(nn.Module):
-    """As detectors have it, under another name."""
+    """A frozen norm as detectors have it, under another name."""
 
     def __init__(self):
         super().__init__()
@@ -50,14 +47,14 @@ class WithActivation(nn.BatchNorm2d):
 
 
 class Depends(Unit):
-    """On its values."""
+    """Its forward depends on values."""
 
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution that might have had a fused operation in its forward."""
+    """A convolution that calls a norm in its forward."""
 
     def __init__(self):
         super().__init__(4, 4, 1)
@@ -68,7 +65,7 @@ class ConvNorm(nn.Conv2d):
 
 
 class Wrapped(nn.Module):
-    """A convolution behind the border of a class."""
+    """A class that tracing does not look into, around a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +86,7 @@ class Listed(nn.Module):
 
 
 class Twice(nn.Module):
-    """One convolution for two norms, and one without."""
+    """Two norms follow one convolution, and none follows the other."""
 
     def __init__(self):
         super().__init__()
@@ -100,26 +97,15 @@ class Twice(nn.Module):
         return self.alone(self.second(self.conv(self.first(self.conv(x)))))
 
 
-def hooked():
+def changed(change):
     unit = Unit()
-    unit.bn.register_forward_hook(lambda *_: None)
+    change(unit)
     return unit
 
 
-def parametrized(name):
-    unit = Unit()
-    if name:
-        parametrize.register_parametrization(unit.get_submodule(name), "weight", nn.Identity())
-    else:
-        unit.register_parameter("extra", nn.Parameter(torch.ones(1)))
-        parametrize.register_parametrization(unit, "extra", nn.Identity())
-    return unit
-
-
-def own_forward():
-    unit = Unit()
-    unit.forward = lambda x: x
-    return unit
+def parametrized(unit):
+    unit.register_parameter("extra", nn.Parameter(torch.ones(1)))
+    parametrize.register_parametrization(unit, "extra", nn.Identity())
 
 
 NO_NORM, NO_CONV = "no norm behind it", "no convolution in front of it"
@@ -130,28 +116,29 @@ GRAPH, DEPENDS, ON_TOP, REPLACED = (
 
 
 def parts(reason):
-    """Of a Unit whose forward as a whole is left alone."""
+    """The entries of a Unit whose forward is not fused at all."""
     return {"": reason, "conv": f"0: {reason}", "bn": f"0: {reason}"}
 
 
-# child "0" of a model; of each entry the name within that child, and how the reason begins
+def by_norm(reason):
+    """The entries of a Unit whose norm is the reason."""
+    return {"": reason, "conv": f"0.bn: {reason}", "bn": reason}
+
+
+def by_conv(reason):
+    """The entries of a Unit whose convolution is the reason."""
+    return {"": reason, "conv": reason, "bn": f"0.conv: {reason}"}
+
+
+# (child "0" of a model, {name of the entry within that child: how its reason begins})
 CASES = {
     "fused": (Unit, {}),
     "graph": (lambda: fx.symbolic_trace(Unit()), parts(GRAPH)),
     "frozen": (lambda: Unit(norm=Frozen()), {"conv": NO_NORM, "bn": "Frozen is not a BatchNorm2d"}),
-    "synchronized": (
-        lambda: Unit(norm=nn.SyncBatchNorm(4)),
-        {"": "SyncBatchNorm is not", "conv": "0.bn: SyncBatchNorm is not", "bn": "SyncBatchNorm is not"},
-    ),
-    "activation within": (
-        lambda: Unit(norm=WithActivation(4)),
-        {"": "WithActivation is a sub", "conv": "0.bn: WithActivation is a sub", "bn": "WithActivation is a sub"},
-    ),
-    "grouped": (lambda: Unit(conv(groups=2)), {"": "groups > 1", "conv": "groups > 1", "bn": "0.conv: groups > 1"}),
-    "lazy": (
-        lambda: Unit(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()),
-        {"": "LazyConv2d is", "conv": "LazyConv2d is a subclass", "bn": "0.conv: LazyConv2d is"},
-    ),
+    "synchronized": (lambda: Unit(norm=nn.SyncBatchNorm(4)), by_norm("SyncBatchNorm is not")),
+    "activation within": (lambda: Unit(norm=WithActivation(4)), by_norm("WithActivation is a sub")),
+    "grouped": (lambda: Unit(conv(groups=2)), by_conv("groups > 1")),
+    "lazy": (lambda: Unit(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), by_conv("LazyConv2d is a subclass")),
     "grouped without a norm": (lambda: conv(groups=2), {"": "groups > 1"}),
     "not called": (lambda: Unit(other=conv(), norm_too=nn.BatchNorm2d(4)), {"other": NO_NORM, "norm_too": NO_CONV}),
     "behind a border": (lambda: Unit(Wrapped()), {"conv.inner": NO_NORM}),  # its norm has a ReLU: P5
@@ -159,12 +146,13 @@ CASES = {
     "untraceable": (Depends, parts(DEPENDS)),
     "a convolution with a norm": (ConvNorm, {"": DEPENDS, "bn": f"0: {DEPENDS}"}),
     "lists": (Listed, {"": DEPENDS} | dict.fromkeys(("convs.0", "convs.1", "norms.a"), f"0: {DEPENDS}")),
-    "a hook": (hooked, {"": "a hook", "conv": "0.bn: a hook", "bn": "a hook"}),
+    "a hook": (lambda: changed(lambda unit: unit.bn.register_forward_hook(lambda *_: None)), by_norm("a hook")),
     "parametrized": (
-        lambda: parametrized("conv"), {"": "it is param", "conv": "it is param", "bn": "0.conv: it is param"}
+        lambda: changed(lambda unit: parametrize.register_parametrization(unit.conv, "weight", nn.Identity())),
+        by_conv("it is param"),
     ),
-    "a class on top": (lambda: parametrized(""), parts(ON_TOP)),
-    "replaced": (own_forward, parts(REPLACED)),
+    "a class on top": (lambda: changed(parametrized), parts(ON_TOP)),
+    "replaced": (lambda: changed(lambda unit: setattr(unit, "forward", lambda x: x)), parts(REPLACED)),
     "no norm within": (lambda: nn.Sequential(conv(), nn.ReLU()), {"0": NO_NORM}),
     "other dimensions": (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)), {"": "Conv1d is not a Conv2d"}),
     "nothing": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 1), nn.Linear(1, 1)), {}),
@@ -172,7 +160,7 @@ CASES = {
 
 
 def assert_each_once(model, report):
-    """Of all convolutions and norms, told by their classes: covered by what was replaced, or an entry."""
+    """Each convolution and norm is covered by a fused operation or has one entry."""
     covered = set()
     for item in report.replaced:
         unit = model.get_submodule(item.name)
@@ -204,12 +192,12 @@ def test_entries(case):
         assert found[name].kind == type(model.get_submodule(found[name].name)).__name__
     assert "1" in [item.name for item in report.replaced]
     if case == "shared":
-        assert found["alone"].also == ("0.again",) and report.coverage.fused == 2  # of three that have five names
+        assert found["alone"].also == ("0.again",) and report.coverage.fused == 2  # of three with five names
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_again(case):
-    """What was fused before is no entry but counts; all other entries are the same."""
+    """What was fused before has no new entry but counts; all other entries are the same."""
     model = nn.Sequential(CASES[case][0](), Unit())
     first, second = fuse_(model), fuse_(model)
     names = {item.name for item in first.replaced}
@@ -220,9 +208,9 @@ def test_again(case):
     assert f"fused 0 operations ({len(first.replaced)} fused before)" in str(second)
 
 
-def test_what_has_changed_since():
-    """A chain, or a whole forward, that was fused and does not run any more."""
-    model = nn.Sequential(Unit(), Unit(), nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()), Unit())
+def test_changes_after_fusing():
+    """A chain, or a whole forward, was fused and no longer runs fused."""
+    model = nn.Sequential(Unit(), Unit(), unit(), Unit())
     assert fuse_(model).coverage.operations == 4
     model[0].bn = nn.SyncBatchNorm.convert_sync_batchnorm(model[0].bn)
     model[1].conv.register_forward_hook(lambda *_: None)
@@ -233,12 +221,12 @@ def test_what_has_changed_since():
     assert found["1.conv"].startswith("a hook") and found["1.bn"].startswith("1.conv: a hook")
     assert all("_modules has changed" in found[name] for name in ("2", "2.0", "2.1"))
     assert report.coverage.operations == report.coverage.fused == 1
-    # the reader meets it once
+    # the printed report has one line for it
     (line,) = [line for line in str(report).splitlines() if "has changed" in line]
     assert line.endswith(": 2, with 1 BatchNorm2d, 1 Conv2d")
 
 
-def test_left_alone_by_the_caller():
+def test_excluded_by_the_caller():
     model = nn.Sequential(Unit(), Unit())
     report = fuse_(model, filter_fn=lambda module, name: name != "0", dry_run=True)
     assert [(item.name, item.reason) for item in report.skipped] == [
@@ -249,19 +237,17 @@ def test_left_alone_by_the_caller():
         "conv_bn_act is not among the patterns" in item.reason for item in report.skipped
     )
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4))
-    for patterns in ("conv_bn_act", None):  # what was asked for first is what runs
+    reason = "the model itself: conv_bn is not among the patterns asked for"
+    for patterns in ("conv_bn_act", None):  # the patterns of the first call stay in effect
         report = fuse_(model, patterns=patterns)
         assert report.coverage.operations == report.coverage.fused == 1
-        assert [(item.name, item.reason) for item in report.skipped[1:]] == [
-            ("3", "the model itself: conv_bn is not among the patterns asked for"),
-            ("4", "the model itself: conv_bn is not among the patterns asked for"),
-        ]
+        assert [(item.name, item.reason) for item in report.skipped[1:]] == [("3", reason), ("4", reason)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", ["script", "trace", "freeze", "one convolution"])
 def test_compiled_by_torch_jit(make):
-    """The compiled child itself, and what is within as far as it can be seen."""
+    """The compiled child has an entry, and so have its parts if they are visible."""
     unit = Unit().eval()
     compiled = {
         "script": lambda: torch.jit.script(unit),
@@ -317,7 +303,7 @@ def test_many_read_well():
     }  # fmt: skip
 
 
-def test_folding_tells_of_frozen_norms():
+def test_folding_reports_frozen_norms():
     model = nn.Sequential(Unit(norm=Frozen()), Unit()).eval()
     report = fold_bn_(model, dry_run=True)
     assert [(item.name, item.reason) for item in report.skipped] == [("0.bn", "Frozen is not a BatchNorm2d")]

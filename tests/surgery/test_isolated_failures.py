@@ -1,7 +1,4 @@
-"""One block that cannot be fused, or whose names Python cannot spell, keeps no other block from being fused.
-
-The tolerance is surgery_helpers'.
-"""
+"""A block that cannot be fused, or whose names are no identifiers, does not keep other blocks from being fused."""
 
 import copy
 import dataclasses
@@ -14,15 +11,12 @@ from torch import nn
 
 from rir_kernels.surgery import fold_bn_, fuse_
 from rir_kernels.surgery.patterns import fx_traced
-from tests.support.surgery_helpers import CLOSE, X, assert_same, settle
-
-
-def good():
-    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+from tests.support.surgery_helpers import CLOSE, X, assert_same, pair_of, settle
+from tests.support.surgery_models import unit, with_forward
 
 
 class Named(nn.Module):
-    """Its children have these names; so has a parameter, and a decoy stands where an escape would lead."""
+    """Children and a parameter have the name; a decoy has the name that wrong escaping would make of it."""
 
     def __init__(self, name, decoy):
         super().__init__()
@@ -61,99 +55,58 @@ def test_names_of_children(name, decoy):
 @pytest.mark.parametrize("name", ["class", "a\\there"])
 def test_names_of_the_parts(name):
     torch.manual_seed(0)
-    original = good()
+    original = unit()
     original.add_module(name, nn.Conv2d(4, 4, 1))
     original.add_module("if", nn.BatchNorm2d(4))
-    fused = copy.deepcopy(settle(original))
-    assert [item.pattern for item in fuse_(fused).replaced] == ["conv_bn_act", "conv_bn"]
+    fused, original = pair_of(settle(original), ["conv_bn_act", "conv_bn"])
     assert_same(fused, original, X, calls=2)
 
 
-class Doubled(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.conv, self.bn, self.function = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), function
-
-    def forward(self, x):
-        return F.relu(self.bn(self.function(self.conv(x), x)))
-
-
-def with_itself(z, x):
-    return z + z
-
-
-def with_itself_in_place(z, x):
+def doubled_in_place(z):
     z += z
     return z
 
 
-def with_itself_scaled(z, x):
-    return z * 0.5 + z
-
-
-def with_itself_and_x(z, x):
-    return (z + z) + x
-
-
-@pytest.mark.parametrize("function", [with_itself, with_itself_in_place, with_itself_scaled, with_itself_and_x])
-def test_sums_with_itself(function):
+@pytest.mark.parametrize(
+    "joined", [lambda z, x: z + z, lambda z, x: doubled_in_place(z), lambda z, x: z * 0.5 + z, lambda z, x: (z + z) + x]
+)
+def test_sums_with_itself(joined):
     torch.manual_seed(0)
-    original = settle(nn.Sequential(Doubled(function), good()))
-    fused = copy.deepcopy(original)
-    assert [item.pattern for item in fuse_(fused).replaced] == ["bn_act", "conv_bn_act"]
+    layer = with_forward(lambda self, x: F.relu(self.bn(joined(self.conv(x), x))))
+    fused, original = pair_of(settle(nn.Sequential(layer(), unit())), ["bn_act", "conv_bn_act"])
     assert_same(fused, original, X, calls=2)
 
 
-class OnAConstant(nn.Module):
-    """Fails when it is called, but not when it is looked at."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.bn(self.conv(1.0)) + x
-
-
 def test_a_constant_is_skipped():
-    report = fuse_(nn.Sequential(OnAConstant(), good()))
+    """The forward fails when it is called, but not when it is traced."""
+    layer = with_forward(lambda self, x: self.bn(self.conv(1.0)) + x)
+    report = fuse_(nn.Sequential(layer(), unit()))
     assert [item.name for item in report.replaced] == ["1"]
     assert [item.name for item in report.skipped] == ["0", "0.conv", "0.bn"]
     assert all("constant" in item.reason for item in report.skipped)
 
 
-class Scripted(nn.Module):
-    def __init__(self, scripted):
-        super().__init__()
-        self.a, self.b = good(), scripted
-
-    def forward(self, x):
-        return self.b(self.a(x))
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["scripted", "traced"])
 @pytest.mark.parametrize("change", [fuse_, fold_bn_])
-def test_scripted_children_are_left_alone(make, change):
+def test_scripted_children_are_not_changed(make, change):
     torch.manual_seed(0)
-    original = settle(Scripted(make(settle(good()).eval()))).eval()
+    original = settle(nn.Sequential(unit(), make(settle(unit()).eval()))).eval()
     changed = copy.deepcopy(original)
     done = change(changed)
-    assert change is fold_bn_ or [item.name for item in done.replaced] == ["a"]
-    assert change is fuse_ or not isinstance(changed.a[1], nn.BatchNorm2d)
+    assert change is fold_bn_ or [item.name for item in done.replaced] == ["0"]
+    assert change is fuse_ or not isinstance(changed[0][1], nn.BatchNorm2d)
     torch.testing.assert_close(changed(X), original(X), **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_model():
-    report = fuse_(torch.jit.script(good()))
-    assert not report.replaced
+    assert not fuse_(torch.jit.script(unit())).replaced
 
 
 @pytest.mark.parametrize("place", ["find", "program"])
 def test_a_fault_of_ours_skips_its_block_only(monkeypatch, place):
-    model = nn.Sequential(good(), good())
-
+    model = nn.Sequential(unit(), unit())
     right = getattr(fx_traced.FAMILY, place)
 
     def faulty(module, *args):
@@ -167,8 +120,3 @@ def test_a_fault_of_ours_skips_its_block_only(monkeypatch, place):
     reason = "it cannot be fused: KeyError: 'a node'"
     found = [(item.name, item.reason) for item in report.skipped]
     assert found == [("0", reason), ("0.0", f"0: {reason}"), ("0.1", f"0: {reason}")]
-
-
-def test_a_fault_of_the_caller_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        fuse_(good(), filter_fn=lambda module, name: 1 / 0)
