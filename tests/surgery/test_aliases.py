@@ -123,6 +123,15 @@ def in_a_list(patch, model):
     model.layers[0] = nn.ReLU()
 
 
+def matches(m):
+    match m.other:
+        case nn.BatchNorm2d():
+            return 1
+    return 0
+
+
+_called = with_forward(lambda m, x: m.layers[0](m.block(x)) * (1 + isinstance(m.layers[0], nn.Tanh)), Asking)
+
 ASKED = {
     "type": (_asks(lambda m: type(m).kind), of_the_class("kind", 2)),
     "class": (_asks(lambda m: m.__class__.kind), of_the_class("kind", 2)),
@@ -137,6 +146,8 @@ ASKED = {
     "isinstance": (_asks(lambda m: isinstance(m.other, nn.BatchNorm2d)), other_is(nn.Identity)),
     "isinstance in a list": (_asks(lambda m: sum(isinstance(one, nn.Tanh) for one in m.layers)), in_a_list),
     "name of the class": (_asks(lambda m: m.other.__class__.__name__ == "Identity"), other_is(nn.Identity)),
+    "match": (_asks(matches), other_is(nn.Identity)),
+    "isinstance of a called child": (_called, in_a_list),
     "same child": (_asks(lambda m: m.bn is m.other), the_norm),
     "equal child": (_asks(lambda m: m.bn == m.other), the_norm),
     "same weight": (_asks(lambda m: m.bn.weight is m.other.weight), of_the_weight),

@@ -249,8 +249,9 @@ def test_a_layers_bias_that_is_no_parameter():
         assert torch.equal(fused(X), original(X))
 
 
-def test_a_hook_on_all_modules():
-    fused, original = pair(of(plain))
+@pytest.mark.parametrize("layer", [False, True])
+def test_a_hook_on_all_modules(layer):
+    fused, original = pair(reference.RiRLayer(4, 4) if layer else of(plain))
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, _inputs, y: 2 * y if isinstance(module, nn.Conv2d) else None
     )

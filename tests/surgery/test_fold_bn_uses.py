@@ -36,20 +36,13 @@ class Flat(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
-class NormsInList(nn.Module):
+class Lists(nn.Module):
     domain = 0
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norms = nn.Conv2d(4, 4, 1), nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
-
-
-class ConvsInList(nn.Module):
-    domain = 0
-
-    def __init__(self):
-        super().__init__()
-        self.convs, self.norm = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)]), nn.BatchNorm2d(4)
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
 
 
 class ConvByAnotherModule(Stem):
@@ -132,14 +125,10 @@ class TypeAsked(Stem):
         return x
 
 
-class SharedBias(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = unit(), unit()
-        self.b[0].bias = self.a[0].bias
-
-    def forward(self, x):
-        return self.a(x) + self.b(x)
+def shared_bias():
+    model = nn.Sequential(unit(), unit())
+    model[1][0].bias = model[0][0].bias
+    return model
 
 
 def hooked():
@@ -172,9 +161,9 @@ FORWARDS = {
     "NormByAttribute": (
         Flat, lambda m, x: F.relu((m.norm if m.domain == 0 else m.other)(m.conv(x))), "may call other in its place",
     ),
-    "NormFromList": (NormsInList, lambda m, x: F.relu(m.norms[m.domain](m.conv(x))), ""),
+    "NormFromList": (Lists, lambda m, x: F.relu(m.norms[m.domain](m.convs[0](x))), ""),
     "ConvByAttribute": (
-        ConvsInList, lambda m, x: F.relu(m.norm(m.convs[m.domain](x))), "may call convs.1 in its place",
+        Lists, lambda m, x: F.relu(m.norms[0](m.convs[m.domain](x))), "may call convs.1 in its place",
     ),
     "TiedDecoder": (
         Stem, lambda m, x: F.conv_transpose2d(m.stem(x), m.stem[0].weight), "'weight' of stem.0 is read",
@@ -203,7 +192,7 @@ USES = {
     "UntracedPath": (UntracedPath, "names 'conv'"),
     "Taps": (Taps, "names 'stem'"),
     "TypeAsked": (TypeAsked, "asks of which class stem.1 is"),
-    "SharedBias": (SharedBias, "several names: a.0.bias, b.0.bias"),
+    "SharedBias": (shared_bias, "several names: 0.0.bias, 1.0.bias"),
     "hooked": (hooked, "a hook on the model itself names 'stem'"),
     "hooked_by_closure": (hooked_by_closure, "a hook on the model itself holds it"),
     "forward_of_the_instance": (forward_of_the_instance, "replaced on the instance"),
@@ -272,16 +261,10 @@ class UntracedAround(Stem):
         return y if float(y.detach().sum()) > -1e9 else 2 * y
 
 
-class Twice(nn.Module):
+def twice():
     """One unit under two names, called twice: the chain is the same each time."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = unit()
-        self.b = self.a
-
-    def forward(self, x):
-        return self.b(self.a(x))
+    shared = unit()
+    return nn.Sequential(shared, shared)
 
 
 def observed():
@@ -298,7 +281,7 @@ class Harmless(Stem):
 
 
 @pytest.mark.parametrize(
-    "make", [Blocks, UntracedAround, Twice, observed, Harmless, lambda: WeightByGlobal().lend(), unit]
+    "make", [Blocks, UntracedAround, twice, observed, Harmless, lambda: WeightByGlobal().lend(), unit]
 )
 def test_what_is_used_in_the_chain_only_is_folded(make):
     torch.manual_seed(0)

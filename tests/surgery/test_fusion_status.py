@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.pytorch.networks import BasicBlock, images, resnet_twins
 from tests.support.surgery_helpers import Doubled, X, assert_unchanged, randn, settle, snapshot
 from tests.support.surgery_models import with_forward
 from tests.surgery.test_fallback import added, plain
-from tests.surgery.test_patched_classes import doubled, patched
+from tests.surgery.test_patched_classes import doubled
 
 ALL = [
     ("", "conv_bn_act"), ("layer1.0", "conv_bn_act"), ("layer1.0", "conv_bn_add_act"), ("layer2.0", "conv_bn_act"),
@@ -136,7 +137,7 @@ def test_status_is_what_a_call_does(name):
 )
 def test_classes_that_are_patched(kind, operations, reason, classes):
     fused, _ = resnet_twins()
-    with patched(kind, "forward", doubled(kind.forward)):
+    with mock.patch.object(kind, "forward", doubled(kind.forward)):
         assert_says(fused, dict.fromkeys(operations, reason), classes)
     assert all(one.fused for one in rir.fusion_status(fused))
 

@@ -148,20 +148,6 @@ def test_method_replaced_on_the_instance():
     assert_same(fused, original, X, calls=0)
 
 
-def test_arguments_of_other_shapes_and_dtypes():
-    """A residual that is broadcast, one of another dtype, and an image without a batch run the modules one by one."""
-    kind = with_forward(lambda self, x, other: self.relu(self.bn(self.conv(x)) + other))
-    fused, original = pair(kind(), CBAA)
-    assert_same(fused, original, X, X, calls=1)
-    assert_same(fused, original, X, randn(2, 4, 1, 1), calls=0)
-    for model in (fused, original):
-        model.float()
-    mixed = fused(X.float(), X)
-    assert mixed.dtype == torch.float64 and torch.equal(mixed, original(X.float(), X))
-    with pytest.raises(ValueError, match="expected 4D"):
-        fused(X[0].float(), X[0].float())
-
-
 def test_borders_of_children():
     """A ReLU behind a Sequential's last norm joins its chain; a Sequential that is a whole unit keeps to itself."""
 

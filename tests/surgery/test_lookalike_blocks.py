@@ -3,7 +3,6 @@
 Each is compared in training and in evaluation with its unfused copy; the table says how much of it may be fused.
 """
 
-import copy
 from collections import OrderedDict, defaultdict
 
 import pytest
@@ -212,23 +211,3 @@ def test_results_keep_their_type(kind, operations):
         fused.names["out"] = "other"
         with fused_calls(0):
             assert list(fused(X)) == ["other"]
-
-
-class OneConvolution(Layer):
-    """The shortcut overwrites the input of the block's one convolution, which torch allows only without gradients."""
-
-    def __init__(self, shortcut):
-        super().__init__(bias=True)
-        self.downsample = shortcut
-
-    def forward(self, x):
-        x = x.clone()
-        out = self.bn(self.conv(x))
-        return self.relu(out + self.downsample(x))
-
-
-@pytest.mark.parametrize(("shortcut", "operations"), [(DoublesInPlace(), 0), (nn.MaxPool2d(1), 1)])
-def test_shortcut_of_one_convolution(shortcut, operations):
-    fused, original = pair_of(settle(OneConvolution(copy.deepcopy(shortcut))).eval(), operations)
-    with torch.no_grad():
-        torch.testing.assert_close(fused(X), original(X))

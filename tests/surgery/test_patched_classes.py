@@ -4,10 +4,9 @@ After a replacement both run the same modules one by one, so their outputs are c
 """
 
 import abc
-import contextlib
 import copy
 import pickle
-from unittest import mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -16,12 +15,8 @@ from torch import nn
 
 from rir_kernels.surgery import classes, fuse_, unfuse_
 from tests.support.surgery_helpers import X, fused_calls, pair_of, settle
-from tests.support.surgery_models import Layer, downsample
-
-
-class Unit(Layer):
-    def forward(self, x):
-        return self.relu(self.bn(self.conv(x)))
+from tests.support.surgery_models import Layer as Unit
+from tests.support.surgery_models import downsample, with_forward
 
 
 class Methods(Unit):
@@ -49,17 +44,6 @@ def unfused_and_same(fused, original):
         return torch.equal(fused(X), original(X))
 
 
-@contextlib.contextmanager
-def patched(kind, name, value):
-    absent = name not in vars(kind)
-    before = getattr(kind, name)
-    setattr(kind, name, value)
-    try:
-        yield
-    finally:
-        delattr(kind, name) if absent else setattr(kind, name, before)
-
-
 def doubled(method):
     return lambda self, *args: 2 * method(self, *args)
 
@@ -82,7 +66,7 @@ PATCHES = {
 def test_methods_replaced_on_a_class(name):
     fused, original = pair(Methods())
     plain, (kind, method) = fused(X), PATCHES[name]
-    with patched(kind, method, doubled(getattr(kind, method))):
+    with patch.object(kind, method, doubled(getattr(kind, method))):
         for model in (fused, copy.deepcopy(fused)):
             with fused_calls(0):
                 found = model(X)
@@ -98,8 +82,8 @@ def test_functions_that_torchs_modules_call(name):
     fused, original = pair(Unit())
     counts = []
     for model in (fused, original):
-        counted = mock.Mock(wraps=getattr(F, name))
-        with patched(F, name, counted), fused_calls(0):
+        counted = Mock(wraps=getattr(F, name))
+        with patch.object(F, name, counted), fused_calls(0):
             assert torch.equal(model(X), original(X))
         counts.append(counted.call_count)
     assert counts == [2, 2]
@@ -127,18 +111,14 @@ class Scaled(Unit):
 
 def test_a_method_of_the_same_code():
     fused, original = pair(Scaled())
-    with patched(Scaled, "forward", scaled_by(2.0)):
+    with patch.object(Scaled, "forward", scaled_by(2.0)):
         assert unfused_and_same(fused, original)
-
-
-class Pickled(Unit):
-    pass
 
 
 def test_a_copy_that_is_pickled_while_a_method_is_replaced():
     """It does not take the method that it finds for the one that its program was made from."""
-    fused, original = pair(Pickled())
-    with patched(Pickled, "forward", lambda self, x: 3 * x):
+    fused, original = pair(Unit())
+    with patch.object(Unit, "forward", lambda self, x: 3 * x):
         twin = pickle.loads(pickle.dumps(fused))
         assert torch.equal(twin(X), 3 * X)
         again = pickle.loads(pickle.dumps(twin))
@@ -148,7 +128,7 @@ def test_a_copy_that_is_pickled_while_a_method_is_replaced():
 
 def test_property_replaced_on_a_class():
     fused, original = pair(Methods())
-    with patched(Methods, "factor", property(lambda self: 3.0)):
+    with patch.object(Methods, "factor", property(lambda self: 3.0)):
         assert torch.equal(fused(X), original(X))
         unfuse_(fused)
         fuse_(fused)  # with the new property
@@ -163,16 +143,10 @@ def test_a_replaced_class_that_tracing_looks_into():
     class Body(nn.Sequential):
         forward = nn.Sequential.forward
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.relu = Body(*downsample()), nn.ReLU()
-
-        def forward(self, x):
-            return self.relu(self.body(x) + x)
-
-    fused, original = pair(Block())
-    with patched(Body, "forward", doubled(nn.Sequential.forward)):
+    model = with_forward(lambda self, x: self.relu(self.body(x) + x))()
+    model.body = Body(*downsample())
+    fused, original = pair(model)
+    with patch.object(Body, "forward", doubled(nn.Sequential.forward)):
         assert unfused_and_same(fused, original)
 
 

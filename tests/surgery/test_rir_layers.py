@@ -207,20 +207,6 @@ def test_cumulative_average_needs_equal_counts(kind):
     assert_same_after(change, *pair(BOTH[kind]()), R, T, exact=True, calls=0)
 
 
-@pytest.mark.parametrize("kind", BOTH)
-def test_tensors_that_are_no_longer_registered(kind):
-    """A network that computes another one's weights leaves plain tensors; the layer finds them by name."""
-    for part, name in ((CONV[kind], "weight"), (NORMS[kind][0], "bias")):
-
-        def change(model, part=part, name=name):
-            owner = model.get_submodule(part)
-            value = getattr(owner, name).detach() * 2
-            delattr(owner, name)
-            setattr(owner, name, value)
-
-        assert_same_after(change, *pair(BOTH[kind]()), R, T)
-
-
 def test_one_norm_for_both_streams_is_not_fused():
     def change(model):
         model.trans_postactiv.bn = model.res_postactiv.bn

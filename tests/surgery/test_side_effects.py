@@ -54,7 +54,7 @@ class Net(Layer):
         super().__init__(bias=True)
         self.first, self.zero, self.same, self.relu = nn.Conv2d(4, 4, 1), Zero(), Same(), nn.ReLU(inplace=True)
         self.nothing, self.fresh, self.drop = nn.Identity(), nn.Sequential(nn.Conv2d(4, 4, 1), self.relu), nn.Dropout()
-        self.flat = nn.Sequential(nn.Identity(), self.relu)
+        self.pool, self.flat = nn.MaxPool2d(1), nn.Sequential(nn.Identity(), self.relu)
         self.around = Around(nn.Conv2d(4, 4, 1), self.bn)
         self.alike, self.hooked = nn.BatchNorm2d(4, momentum=0.5), nn.Conv2d(4, 4, 1)
         self.hooked.register_forward_pre_hook(lambda _module, inputs: (inputs[0].mul_(2),))
@@ -95,6 +95,7 @@ BETWEEN_NOTICED = {
     "function_in_place": lambda m, x: F.leaky_relu(x, 0.1, True),
 }
 RESIDUAL_NOTICED = {
+    "child_in_place": lambda m, x: m.zero(x),
     "hooked_child": lambda m, x: m.hooked(x),
     "other_names_of_the_norm": lambda m, x: m.around(m.first(x)),
     "tied_statistics": lambda m, x: m.alike(x),
@@ -161,6 +162,7 @@ NOTICED = (
 
 RESIDUAL_UNNOTICED = {
     "cat_along_1": lambda m, x: torch.cat((x[:, :2], x[:, :2] * 0), 1),
+    "pooling_child": lambda m, x: m.pool(x),
     "pool_between": lambda m, x: F.avg_pool2d(x, 3, 1, 1),
     "softmax_along_1": lambda m, x: F.softmax(x, 1),
     "dropout_without_in_place": lambda m, x: F.dropout(x, 0.5, False, False),
