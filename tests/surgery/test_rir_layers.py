@@ -97,21 +97,6 @@ def test_adjacent_streams_and_separate_ones_agree():
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-CHANGED_PARTS = [
-    *((kind, CONV[kind], name, change) for kind in BOTH for name, change in CONV_CHANGES.items()),
-    *((kind, NORMS[kind][1], name, change) for kind in BOTH for name, change in NORM_CHANGES.items()),
-    *(("unit", "res_postactiv.activ", name, change) for name, change in RELU_CHANGES.items()),
-    *(("unit", "trans_postactiv", name, change) for name, change in ANY_CHANGES.items()),
-]
-moments = pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-
-
-@pytest.mark.parametrize(("kind", "part", "name", "change"), CHANGED_PARTS)
-@moments
-def test_changed_part(kind, part, name, change, before):
-    _check(kind, lambda model: change(model.get_submodule(part)), before)
-
-
 DISAGREEMENTS = {
     "mode": lambda r, t: t.eval(),
     "eps": lambda r, t: setattr(r, "eps", 0.5),
@@ -121,19 +106,7 @@ DISAGREEMENTS = {
     "affine": lambda r, t: setattr(t, "weight", None),
     "buffers": lambda r, t: (setattr(r, "running_mean", None), setattr(r, "running_var", None)),
 }
-
-
-@pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("change", DISAGREEMENTS)
-@moments
-def test_norms_that_disagree(kind, change, before):
-    def apply(model):
-        DISAGREEMENTS[change](*(model.get_submodule(name) for name in NORMS[kind]))
-
-    _check(kind, apply, before)
-
-
-OPTIONS = {
+OTHER_CONVOLUTIONS = {
     "groups": {"groups": 2},
     "dilation": {"dilation": 2, "padding": 2},
     "padding_mode": {"padding_mode": "circular"},
@@ -142,18 +115,35 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("option", OPTIONS)
-@moments
-def test_replaced_by_a_convolution_of_another_kind(kind, option, before):
-    options = {"kernel_size": 3, "padding": 1, "bias": False} | OPTIONS[option]
+def norms(model, kind):
+    return [model.get_submodule(name) for name in NORMS[kind]]
+
+
+def other_convolution(model, kind, options):
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 4, **options).double()
-    _check(kind, lambda model: setattr(model, CONV[kind], copy.deepcopy(conv)), before)
+    options = {"kernel_size": 3, "padding": 1, "bias": False} | options
+    setattr(model, CONV[kind], nn.Conv2d(4, 4, **options).double())
 
 
-def _check(kind, change, before):
-    """Changed before: refused, with the reason. Changed after: the unfused model's numbers, bit by bit."""
+def _changes():
+    """(kind, name, change) of everything that keeps a layer from being fused."""
+    for kind in BOTH:
+        parts = [(CONV[kind], CONV_CHANGES), (NORMS[kind][1], NORM_CHANGES)]
+        if kind == "unit":
+            parts += [("res_postactiv.activ", RELU_CHANGES), ("trans_postactiv", ANY_CHANGES)]
+        for part, changes in parts:
+            for name, change in changes.items():
+                yield kind, f"{part}: {name}", lambda m, part=part, change=change: change(m.get_submodule(part))
+        for name, change in DISAGREEMENTS.items():
+            yield kind, f"norms: {name}", lambda m, kind=kind, change=change: change(*norms(m, kind))
+        for name, options in OTHER_CONVOLUTIONS.items():
+            yield kind, name, lambda m, kind=kind, options=options: other_convolution(m, kind, options)
+
+
+@pytest.mark.parametrize(("kind", "name", "change"), list(_changes()))
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_changed(kind, name, change, before):
+    """A change before fuse_ is refused with a reason; after a later one the results are the unfused layer's bits."""
     fused, original = BOTH[kind](), BOTH[kind]()
     fused.load_state_dict(original.state_dict())
     change(original)
@@ -192,7 +182,7 @@ KEPT = {
 @pytest.mark.parametrize("training", [True, False])
 def test_changes_that_the_fused_layer_follows(kind, change, training):
     fused, original = pair(BOTH[kind]().train(training))
-    change_both(lambda m: KEPT[change](m, [m.get_submodule(name) for name in NORMS[kind]]), fused, original)
+    change_both(lambda m: KEPT[change](m, norms(m, kind)), fused, original)
     for _ in range(2):
         assert_same(fused, original, R, T)
 
@@ -200,9 +190,9 @@ def test_changes_that_the_fused_layer_follows(kind, change, training):
 @pytest.mark.parametrize("kind", BOTH)
 def test_cumulative_average_needs_equal_counts(kind):
     def change(model):
-        norms = [model.get_submodule(name) for name in NORMS[kind]]
-        norms[0].momentum = norms[1].momentum = None
-        norms[1].num_batches_tracked.fill_(3)
+        r, t = norms(model, kind)
+        r.momentum = t.momentum = None
+        t.num_batches_tracked.fill_(3)
 
     assert_same_after(change, *pair(BOTH[kind]()), R, T, exact=True, calls=0)
 
