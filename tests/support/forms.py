@@ -1,4 +1,4 @@
-"""What the tests of bad inputs are tried on: implementations, and modules beside the plain PyTorch they stand for."""
+"""The implementations and modules that the tests of bad inputs run, and the same modules in plain PyTorch."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ import rir_kernels as rir
 from tests.support.emulation import gpu
 from tests.support.helpers import assert_within_budget, formula, output_gradient, run, scrambled
 
-# (implementation, where its tensors are); kernels run in Triton's interpreter, or on a GPU where there is one
+# (implementation, device of its tensors); the kernels run in Triton's interpreter, or on a GPU if there is one
 WAYS = [
     pytest.param("torch", "cpu", id="torch"),
     pytest.param("triton", "cpu", marks=pytest.mark.interpreter, id="triton"),
@@ -22,7 +22,7 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 
 class ConvNormReLU(nn.Module):
-    """ConvBNAct's names, in torch's own modules."""
+    """torch's modules under ConvBNAct's names."""
 
     def __init__(self, kernel_size):
         super().__init__()
@@ -34,14 +34,12 @@ class ConvNormReLU(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
-def _layer(kernel_size, impl):
-    ours = scrambled(rir.RiRLayer(4, 6, kernel_size=kernel_size, shortcut="projection", impl=impl))
-    return ours, ours.to_reference()
+def _rir(kind, **options):
+    def make(kernel_size, impl):
+        ours = scrambled(kind(4, 6, kernel_size=kernel_size, impl=impl, **options))
+        return ours, ours.to_reference()
 
-
-def _block(kernel_size, impl):
-    ours = scrambled(rir.RiRBlock(4, 6, kernel_size=kernel_size, impl=impl))
-    return ours, ours.to_reference()
+    return make
 
 
 def _unit(kernel_size, impl):
@@ -58,19 +56,24 @@ def _fused(kernel_size, impl):
     return ours, theirs
 
 
-# (ours, theirs) of 4 channels in and 6 out, with the same values; theirs is torch's own modules
-FORMS = {"layer": _layer, "block": _block, "unit": _unit, "fused": _fused}
+# (ours, theirs) with 4 channels in and 6 out and the same values; theirs consists of torch's modules
+FORMS = {
+    "layer": _rir(rir.RiRLayer, shortcut="projection"),
+    "block": _rir(rir.RiRBlock),
+    "unit": _unit,
+    "fused": _fused,
+}
 
 
 def make_pair(form, impl="auto", where="cpu"):
     torch.manual_seed(0)
-    # one tap is enough for the interpreter, where nine take nine times as long
+    # one tap for the interpreter, where nine would take nine times as long
     ours, theirs = FORMS[form](1 if impl == "triton" else 3, impl)
     return ours.to(where), theirs.to(where)
 
 
 forms = pytest.mark.parametrize("form", FORMS)
-checked_forms = pytest.mark.parametrize("form", [form for form in FORMS if form != "fused"])  # by our own checks
+checked_forms = pytest.mark.parametrize("form", [form for form in FORMS if form != "fused"])  # our code checks these
 
 
 def refused_as_unfused(x):
@@ -86,7 +89,7 @@ def refused_as_unfused(x):
 
 
 def by_every_form(kernels=("layer", "fused")):
-    """(form, implementation, where) of every form by torch's operators, and of these by the kernels."""
+    """Parametrizes (form, impl, where): every form runs with torch's operators, and `kernels` with the kernels, too."""
     return pytest.mark.parametrize(
         ("form", "impl", "where"),
         [
@@ -113,7 +116,7 @@ def check_call(
     tensors, options, impl, where="cpu", formula=formula, function=rir.functional.conv_bn_act, *, margin=1e-3,
     backward=True,
 ):  # fmt: skip
-    """Outputs, gradients and statistics within twice torch's own error; margin as in `output_gradient`."""
+    """Outputs, gradients and statistics are within twice torch's error; margin: see `output_gradient`."""
     dtype = tensors["x"].dtype
     dy = output_gradient(tensors, options, margin, function=formula).to(where) if backward else None
     tensors = moved(tensors, where)
@@ -125,7 +128,7 @@ def check_call(
 
 @pytest.fixture
 def launches(monkeypatch):
-    """A list that grows with every kernel that is started, in the interpreter and on a GPU."""
+    """A list that grows with every kernel launch, in the interpreter and on a GPU."""
     pytest.importorskip("triton")
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction

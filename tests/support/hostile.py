@@ -1,4 +1,4 @@
-"""What must never be run."""
+"""A pickle that would run a command."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""fuse_ on networks of torchvision, timm and pytorchcv: a few on every change, all of them when long.
+"""fuse_ on networks of torchvision, timm and pytorchcv: normally a few, all of them with --long.
 
-What is checked of each, and the tolerance, is in bench.tools.architectures.check.
+The checks and the tolerance are in bench.tools.architectures.check.
 """
 
 import json
@@ -36,7 +36,7 @@ COUNTS = {
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """The libraries' own warnings are none of ours."""
+    """Ignores the libraries' warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

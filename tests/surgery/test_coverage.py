@@ -91,10 +91,10 @@ class Twice(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.first, self.second = conv(), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.alone = self.again = conv()
+        self.last = self.again = conv()
 
     def forward(self, x):
-        return self.alone(self.second(self.conv(self.first(self.conv(x)))))
+        return self.last(self.second(self.conv(self.first(self.conv(x)))))
 
 
 def changed(change):
@@ -142,7 +142,7 @@ CASES = {
     "grouped without a norm": (lambda: conv(groups=2), {"": "groups > 1"}),
     "not called": (lambda: Unit(other=conv(), norm_too=nn.BatchNorm2d(4)), {"other": NO_NORM, "norm_too": NO_CONV}),
     "behind a border": (lambda: Unit(Wrapped()), {"conv.inner": NO_NORM}),  # its norm has a ReLU: P5
-    "shared": (Twice, {"alone": NO_NORM}),
+    "shared": (Twice, {"last": NO_NORM}),
     "untraceable": (Depends, parts(DEPENDS)),
     "a convolution with a norm": (ConvNorm, {"": DEPENDS, "bn": f"0: {DEPENDS}"}),
     "lists": (Listed, {"": DEPENDS} | dict.fromkeys(("convs.0", "convs.1", "norms.a"), f"0: {DEPENDS}")),
@@ -192,7 +192,7 @@ def test_entries(case):
         assert found[name].kind == type(model.get_submodule(found[name].name)).__name__
     assert "1" in [item.name for item in report.replaced]
     if case == "shared":
-        assert found["alone"].also == ("0.again",) and report.coverage.fused == 2  # of three with five names
+        assert found["last"].also == ("0.again",) and report.coverage.fused == 2  # of three with five names
 
 
 @pytest.mark.parametrize("case", CASES)

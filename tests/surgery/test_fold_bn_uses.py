@@ -1,4 +1,4 @@
-"""fold_bn_ leaves a convolution and a norm alone that the model also uses outside their chain.
+"""fold_bn_ does not change a convolution and a norm that the model also uses outside their chain.
 
 Each model would compute something else if they were folded blindly: outputs are compared before and after.
 """

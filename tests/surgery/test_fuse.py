@@ -129,15 +129,15 @@ def test_bypassed_modules_are_not_candidates(monkeypatch):
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inside, self.beside = Net().stem, Net().stem
+            self.inside, self.other = Net().stem, Net().stem
 
     def find(module):
         return [Refusal("odd", ("inside",)) if module.training else Match("conv_bn_scaled_add_act", ("inside",))]
 
     family = Family(**exactly(lambda: Outer), find=find, mixin=type("FusedOuter", (Fused,), {}))
     monkeypatch.setattr(rir_kernels.surgery.fuse, "families", lambda: [family, *families()])
-    assert [item.name for item in fuse_(Outer().eval(), dry_run=True).replaced] == ["", "beside"]
-    assert [item.name for item in fuse_(Outer().train(), dry_run=True).replaced] == ["inside", "beside"]
+    assert [item.name for item in fuse_(Outer().eval(), dry_run=True).replaced] == ["", "other"]
+    assert [item.name for item in fuse_(Outer().train(), dry_run=True).replaced] == ["inside", "other"]
     fuse_(model := Outer().eval())
     assert not fuse_(model).replaced
 

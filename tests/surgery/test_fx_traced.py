@@ -154,12 +154,12 @@ def test_borders_of_children():
     class Body(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.beside = nn.Sequential(*unit(), conv(), nn.BatchNorm2d(4)), unit()
+            self.body, self.shortcut = nn.Sequential(*unit(), conv(), nn.BatchNorm2d(4)), unit()
 
         def forward(self, x):
-            return F.relu(self.body(x) + self.beside(x))
+            return F.relu(self.body(x) + self.shortcut(x))
 
     fused, original = pair(Body(), ["conv_bn_act", "conv_bn_add_act", "conv_bn_act"])
-    assert type(fused.body) is nn.Sequential and type(fused.beside) is not nn.Sequential
+    assert type(fused.body) is nn.Sequential and type(fused.shortcut) is not nn.Sequential
     assert_same(fused, original, X, calls=3)
     assert_same_after(lambda m: double_output(m.body), fused, original, X, calls=1)

@@ -1,4 +1,4 @@
-"""report.coverage.macs_share against counts by hand, and that counting leaves no trace."""
+"""report.coverage.macs_share equals counts by hand, and counting leaves no trace."""
 
 import copy
 import random
@@ -6,19 +6,24 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import rir_kernels as rir
 from rir_kernels import reference
 from rir_kernels.surgery import fuse_
+from tests.support.surgery_helpers import assert_unchanged, snapshot
+from tests.support.surgery_models import with_forward
 
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 PIXELS = 2 * 6 * 6
 
 
+def conv_bn():
+    return nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+
 class Net(nn.Module):
-    """Everything that has multiply-adds, and everything that counting might disturb."""
+    """It has everything with multiply-adds, and everything that counting might change."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +68,7 @@ def test_share_and_no_trace():
         report = fuse_(model, example_inputs=(X,))
     assert states(model) == before and not seen
     again = fuse_(model, example_inputs=X).coverage
-    # of whole numbers: a quotient is rounded once
+    # a quotient of whole numbers is rounded once
     share = pytest.approx(MACS["fused"] / sum(MACS.values()), rel=1e-15)
     assert planned.macs_share == report.coverage.macs_share == again.macs_share == share
     assert f"1 of 2 convolutions (50 %), {int(100 * report.coverage.macs_share)} % of the MACs; skipped" in str(report)
@@ -71,7 +76,7 @@ def test_share_and_no_trace():
 
 
 def test_our_own_layers_are_fused_convolutions():
-    """Four convolutions or one packed weight, before fusing or after: the projection is the only one that is not."""
+    """Packed or four convolutions, before or after fuse_: only the projection does not count as fused."""
     layer = rir.RiRLayer(4, 8, stride=2, shortcut="projection")
     naive = layer.to_reference()
     products = {"packed": 2 * 9 * 8 * 4 * 9, "projection": 2 * 9 * 4 * 2}
@@ -85,9 +90,9 @@ def test_our_own_layers_are_fused_convolutions():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_torch_runs_as_one_operation():
-    """A child that torch.jit compiled, and attention, which torch has in one operation for evaluation."""
-    unit = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
+def test_operations_that_torch_fuses():
+    """A child that torch.jit compiled, and attention, which torch runs as one operation in evaluation."""
+    unit = conv_bn()
     compiled = torch.jit.script(copy.deepcopy(unit))
     assert fuse_(nn.Sequential(unit, compiled), example_inputs=X).coverage.macs_share == 0.5
     encoder = nn.TransformerEncoderLayer(36, 2, 72, batch_first=True)
@@ -100,17 +105,9 @@ def test_what_torch_runs_as_one_operation():
 
 
 def test_a_convolution_that_is_called_several_times():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
-
-        def forward(self, x, y=None):
-            x = F.relu(self.bn(self.conv(x)))
-            return x if y is None else x + y
-
+    Shared = with_forward(lambda m, x, y=None: m.block(x) if y is None else m.block(x) + y)
     unit = Shared()
-    coverage = fuse_(nn.Sequential(unit, nn.Conv2d(4, 4, 1), unit), example_inputs=X).coverage
+    coverage = fuse_(nn.Sequential(unit, nn.Conv2d(4, 4, 3, padding=1), unit), example_inputs=X).coverage
     assert (coverage.operations, coverage.fused, coverage.convolutions) == (1, 1, 2)
     assert coverage.macs_share == pytest.approx(2 / 3, rel=1e-15)
     assert fuse_(Shared(), example_inputs=(X, X)).coverage.macs_share == 1.0
@@ -128,15 +125,14 @@ def test_a_convolution_that_is_called_several_times():
 )
 def test_wrong_inputs_change_nothing(inputs, error, text):
     model = Net()
-    kinds, before = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     with pytest.raises(error, match=text):
         fuse_(model, example_inputs=inputs)
-    assert [type(m) for m in model.modules()] == kinds and model.calls == 0
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_unchanged(model, before)
+    assert model.calls == 0
 
 
 def test_nothing_is_compiled():
     compiled = []
-    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))
-    whole = torch.compile(model, backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    whole = torch.compile(conv_bn(), backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
     assert fuse_(whole, example_inputs=X).coverage.macs_share == 1.0 and not compiled

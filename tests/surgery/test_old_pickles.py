@@ -1,4 +1,4 @@
-"""Models that were fused, folded and pickled by version 0.1 load, and compute what they computed then.
+"""Models that version 0.1 fused, folded and pickled load and give the same outputs as then.
 
 `fused_by_0.1.pt` holds three of them in evaluation (one with RiRBlock and ConvBNAct, one folded and fused, one
 pre-activation), an input and their outputs on it, by "auto" on a CPU.

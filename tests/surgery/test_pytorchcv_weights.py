@@ -1,4 +1,4 @@
-"""pytorchcv's rir_cifar10 and our ResNet Init are one network: same parameters and outputs, weights both ways."""
+"""pytorchcv's rir_cifar10 and our ResNet Init are the same network: weights convert both ways, outputs agree."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ rir_cifar = pytest.importorskip("pytorchcv.models.rir_cifar")
 
 
 def thin_of_theirs(num_classes=10):
-    """A thin network of pytorchcv's in fp64, its norms unlike those of a new one."""
+    """A thin network of pytorchcv's in fp64 with randomized norms."""
     torch.manual_seed(0)
     net = rir_cifar.CIFARRiR(
         [[8] * 4, [16] * 6, [32] * 6], init_block_channels=8, final_block_channels=64, num_classes=num_classes
@@ -52,7 +52,7 @@ def test_the_wide_network(make, classes, expected):
 def test_outputs_agree(size):
     theirs, ours = thin_of_theirs(), thin_of_ours()
     ours.load_state_dict(models.from_pytorchcv(theirs.state_dict()))
-    theirs.output.final_pool = torch.nn.AdaptiveAvgPool2d(1)  # theirs pools 8x8 windows: the same at 32x32 alone
+    theirs.output.final_pool = torch.nn.AdaptiveAvgPool2d(1)  # theirs pools 8x8 windows, the same only at 32x32
     x = torch.randn(4, 3, *size, dtype=torch.float64)
     for training in (False, True):
         expected = theirs.train(training)(x)
@@ -65,7 +65,7 @@ def test_a_trained_network_of_ours_runs_as_theirs():
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     ours(x)  # statistics of a step
     theirs.load_state_dict(models.to_pytorchcv(ours.state_dict()))
-    # as above
+    # tolerance: see test_outputs_agree
     torch.testing.assert_close(theirs.eval()(x), ours.eval()(x), rtol=1e-8, atol=1e-8)
 
 

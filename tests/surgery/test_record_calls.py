@@ -1,4 +1,4 @@
-"""record_calls lists what ran: names, shapes, the implementation after all choices, and why it is that one."""
+"""record_calls lists the operations that ran: names, shapes, the implementation, and the reason for it."""
 
 import threading
 
@@ -30,7 +30,7 @@ def call(impl="auto", x=X):
 
 
 def test_functions_outside_of_modules():
-    """An explicit name needs no reason, "auto" has one, use_impl is one."""
+    """An explicit implementation needs no reason, "auto" gives one, and use_impl is one."""
     with rir.record_calls() as calls:
         call("reference")
         call("torch")
@@ -46,7 +46,7 @@ def test_functions_outside_of_modules():
 
 
 def net():
-    """Modules of ours, and one of a user's that calls the function."""
+    """Our modules, and a user's module that calls the function."""
 
     class Calls(nn.Module):
         def forward(self, x):
@@ -56,7 +56,7 @@ def net():
 
 
 def test_names():
-    """Those of the model that was given; else the classes, those that were swapped for fused ones too."""
+    """Names are those in the given model, else those of the classes, also if fuse_ has swapped the class."""
     model, (fused, _) = net(), resnet_twins()
     with rir.record_calls(model) as named, rir.record_calls() as nameless:
         model(X)
@@ -70,7 +70,7 @@ def test_names():
 
 
 def test_synchronized_norms_that_are_called():
-    """In one process they are nn.BatchNorm2d, which is none of our operations."""
+    """In one process they run nn.BatchNorm2d, which is none of our operations."""
     model = rir.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
     with rir.record_calls() as calls:
         model(X)
@@ -98,7 +98,7 @@ def test_contexts_may_end_in_any_order():
 
 
 def test_an_exception_ends_it():
-    """A call that is refused has not run; what ran before stays listed."""
+    """A refused call has not run; calls that ran before stay listed."""
     with pytest.raises(ValueError), rir.record_calls() as outer, rir.record_calls() as inner:
         call()
         call(x=X[:, :2])
@@ -106,7 +106,7 @@ def test_an_exception_ends_it():
 
 
 def test_threads():
-    """All are listed, also where several record."""
+    """The calls of all threads are listed, also if several threads record."""
     lists, start = [], threading.Barrier(4)
 
     def work():
@@ -141,8 +141,8 @@ def test_one_that_fails_is_the_last(monkeypatch):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("impl", ["triton", "hybrid"])
 def test_kernels(impl):
-    """A call and the one that repeats its plan; what joins before a norm is added first, which is no second operation;
-    without images the kernels have nothing to do."""
+    """A call and the one that repeats its plan are listed alike; a residual before the norm is no second operation;
+    an empty batch runs by torch."""
     with rir.record_calls() as calls:
         for _ in range(2):
             call(impl)
@@ -160,7 +160,7 @@ def test_kernels(impl):
 
 
 class OnGPU:
-    """What is read of x."""
+    """What the choice of an implementation reads of x."""
 
     def __init__(self, dtype=torch.bfloat16):
         self.device, self.dtype, self.shape = torch.device("cuda:0"), dtype, (8, 3, 32, 32)
@@ -174,12 +174,16 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("reason", REASONS)
-def test_why_not_triton(reason, monkeypatch):
+@pytest.fixture
+def a_gpu(monkeypatch):
     monkeypatch.setattr(choose, "_missing_on", lambda index: "")
-    monkeypatch.setattr(switches, "tf32_allowed", lambda: False)
     monkeypatch.setattr(choose, "measured_choice", lambda *_: None)
     monkeypatch.setattr(devices, "_name_at", lambda index: "a GPU")
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_not_triton(reason, a_gpu, monkeypatch):
+    monkeypatch.setattr(switches, "tf32_allowed", lambda: False)
     x, weight, options = REASONS[reason]
     arguments = x, weight, ConvBNActSpec(**options), True
     assert choose.why_not_triton(*arguments) == reason
@@ -187,10 +191,8 @@ def test_why_not_triton(reason, monkeypatch):
     assert not choose.why_not_triton(OnGPU(), None, ConvBNActSpec(), True)
 
 
-def test_measured_and_missing(monkeypatch):
-    monkeypatch.setattr(devices, "_name_at", lambda index: "a GPU")
+def test_measured_and_missing(a_gpu, monkeypatch):
     monkeypatch.setattr(choose, "measured_choice", lambda *_: "hybrid")
-    monkeypatch.setattr(choose, "_missing_on", lambda index: "")
     arguments = OnGPU(), WEIGHT, ConvBNActSpec(), True
     assert choose.why_not_triton(*arguments) == "measured to be faster here"
     missing = "needs triton >= 3.6, found 3.0"
