@@ -101,6 +101,26 @@ def assert_same_after(change, fused, original, *inputs, **options):
     assert_same(fused, original, *inputs, **options)
 
 
+def assert_change_is_noticed(change, original, before, *inputs):
+    """Before fuse_ the change is refused with a reason; after fuse_ it leads to the bits of the unfused model.
+
+    Returns how many operations could still be fused.
+    """
+    fused = copy.deepcopy(original)
+    change(original)
+    operations = 0
+    if before:
+        change(fused)
+        report = fuse_(fused)
+        assert report.skipped[0].name == "" and report.skipped[0].reason and type(fused) is type(original)
+        operations = len(report.replaced)
+    else:
+        assert fuse_(fused).replaced
+        change(fused)
+    assert_same(fused, original, *inputs, exact=True, calls=operations)
+    return operations
+
+
 OPERATIONS = 3  # of a Net
 
 

@@ -154,6 +154,10 @@ CASES = {
     "a class on top": (lambda: changed(parametrized), parts(ON_TOP)),
     "replaced": (lambda: changed(lambda unit: setattr(unit, "forward", lambda x: x)), parts(REPLACED)),
     "no norm within": (lambda: nn.Sequential(conv(), nn.ReLU()), {"0": NO_NORM}),
+    "activation before the norm": (
+        lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4)), {"0": NO_NORM, "2": NO_CONV}
+    ),
+    "empty": (nn.Sequential, {}),
     "other dimensions": (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)), {"": "Conv1d is not a Conv2d"}),
     "nothing": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 1), nn.Linear(1, 1)), {}),
 }  # fmt: skip

@@ -53,10 +53,6 @@ def added_in_place(m, x, other):
     return m.relu(y)
 
 
-def added_by_a_method(m, x, other):
-    return F.relu(m.bn(m.conv(x)).add_(other), inplace=True)
-
-
 def scaled_in_place(m, x, other):
     y = m.bn(m.conv(x))
     y *= 0.3
@@ -70,10 +66,13 @@ def before_the_norm(m, x, other):
     return m.relu(m.bn(y))
 
 
-SUMS = (added, added_in_place, added_by_a_method, scaled_in_place, before_the_norm)
+def added_by_a_method(m, x, other):
+    return F.relu(m.bn(m.conv(x)).add_(other), inplace=True)
 
 
-@pytest.mark.parametrize("function", SUMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [added, added_in_place, added_by_a_method, scaled_in_place, before_the_norm], ids=lambda f: f.__name__
+)
 def test_sums_of_other_dtypes_and_shapes(function):
     """In place a sum keeps its dtype and shape, or raises; out of place it is promoted and broadcast."""
     fused, original = pair(of(function))

@@ -163,7 +163,6 @@ OTHER = nn.Conv2d(4, 4, 1).double()
     ("first", "reason"),
     [
         (sets_and_catches, "sets the attribute 'calls'"),
-        (lambda module: vars(module).get("scale"), "calls vars"),
         (lambda module: OTHER(None), "none of its children"),
         (lambda module: module if is_fx_tracing() else None, "is_fx_tracing"),
     ],
