@@ -101,6 +101,16 @@ def assert_same_after(change, fused, original, *inputs, **options):
     assert_same(fused, original, *inputs, **options)
 
 
+def assert_compiled_same(fused, original, *changes):
+    """torch.compile makes one graph of the fused model, and the compiled model follows each change of both models."""
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), original(X), **CLOSE)
+    for change in changes:
+        change_both(change, fused, original)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(X), original(X), **CLOSE)
+
+
 def assert_change_is_noticed(change, original, before, *inputs):
     """Before fuse_ the change is refused with a reason; after fuse_ it leads to the bits of the unfused model.
 

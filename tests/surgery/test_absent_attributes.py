@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rir_kernels.surgery import fuse_
-from tests.support.surgery_helpers import CLOSE, X, assert_same, assert_same_after, change_both, pair_of, settle
+from tests.support.surgery_helpers import X, assert_compiled_same, assert_same, assert_same_after, pair_of, settle
 from tests.support.surgery_models import Layer
 
 
@@ -70,11 +70,7 @@ def test_added_to_a_copy():
 
 @pytest.mark.parametrize("name", ["adapter", "scale"])
 def test_added_to_a_compiled_model(name):
-    fused, original = pair(Adapted())
-    compiled = torch.compile(fused, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(X), original(X), **CLOSE)
-    change_both(ADDED[name][1], fused, original)
-    torch.testing.assert_close(compiled(X), original(X), **CLOSE)
+    assert_compiled_same(*pair(Adapted()), ADDED[name][1])
 
 
 def test_class_with_its_own_getattr():

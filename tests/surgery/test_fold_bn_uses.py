@@ -13,7 +13,7 @@ from torch import nn
 import rir_kernels as rir
 from rir_kernels.surgery.folded_norm import FoldedNorm
 from tests.support.surgery_helpers import CLOSE, X, assert_unchanged, settle, snapshot
-from tests.support.surgery_models import unit
+from tests.support.surgery_models import unit, with_forward
 
 
 class Stem(nn.Module):
@@ -45,36 +45,22 @@ class Lists(nn.Module):
         self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
 
 
-class ConvByAnotherModule(Stem):
-    class Head(nn.Module):
-        def __init__(self, conv):
-            super().__init__()
-            self.borrowed = [conv]
-
-        def forward(self, x):
-            return self.borrowed[0](x)
-
-    def __init__(self):
-        super().__init__()
-        self.head = self.Head(self.stem[0])
-
-    def forward(self, x):
-        return self.stem(x) + self.head(x)
+def conv_by_another_module():
+    model = with_forward(lambda m, x: m.stem(x) + m.head(x), Stem)()
+    model.head = with_forward(lambda m, x: m.borrowed[0](x), nn.Module)()
+    model.head.borrowed = [model.stem[0]]
+    return model
 
 
-class ConvByWeakReference(Stem):
-    def forward(self, x):
-        return self.stem(x) + self.borrowed()(x)
-
-    def lend(self):
-        self.borrowed = weakref.ref(self.stem[0])
-        return self
+def conv_by_weak_reference():
+    model = with_forward(lambda m, x: m.stem(x) + m.borrowed()(x), Stem)()
+    model.borrowed = weakref.ref(model.stem[0])
+    return model
 
 
-class RawByArgument(Flat):
-    def forward(self, x, raw=False):
-        y = self.conv(x)
-        return y if raw else F.relu(self.norm(y))
+def raw_by_argument(m, x, raw=False):
+    y = m.conv(x)
+    return y if raw else F.relu(m.norm(y))
 
 
 def penalty(model):
@@ -102,27 +88,20 @@ class UntracedPath(nn.Module):
         return y + self.child.conv(x) if float(y.detach().sum()) > -1e9 else y
 
 
-class Taps(Stem):
-    """Takes features out of a network, as perceptual losses do."""
-
-    def __init__(self):
-        super().__init__()
-        self.taps = {0}
-
-    def forward(self, x):
-        found = []
-        for i, layer in enumerate(self.stem):
-            x = layer(x)
-            if i in self.taps:
-                found.append(x)
-        return sum(found) + x
+def tapped(m, x):
+    """It takes features out of a network, as perceptual losses do."""
+    found = []
+    for i, layer in enumerate(m.stem):
+        x = layer(x)
+        if i in m.taps:
+            found.append(x)
+    return sum(found) + x
 
 
-class TypeAsked(Stem):
-    def forward(self, x):
-        for layer in self.stem:
-            x = 2 * layer(x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
-        return x
+def type_asked(m, x):
+    for layer in m.stem:
+        x = 2 * layer(x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+    return x
 
 
 def shared_bias():
@@ -165,6 +144,8 @@ FORWARDS = {
     "ConvByAttribute": (
         Lists, lambda m, x: F.relu(m.norms[0](m.convs[m.domain](x))), "may call convs.1 in its place",
     ),
+    "RawByArgument": (Flat, raw_by_argument, "is another one with other arguments"),
+    "TypeAsked": (Stem, type_asked, "asks of which class stem.1 is"),
     "TiedDecoder": (
         Stem, lambda m, x: F.conv_transpose2d(m.stem(x), m.stem[0].weight), "'weight' of stem.0 is read",
     ),
@@ -186,12 +167,10 @@ UNTRACED = {
 USES = {
     **{name: (type(name, (base,), {"forward": forward}), says) for name, (base, forward, says) in FORWARDS.items()},
     **{name: (type(name, (Untraced,), {"more": more}), says) for name, (more, says) in UNTRACED.items()},
-    "ConvByAnotherModule": (ConvByAnotherModule, "the forward of head holds it"),
-    "ConvByWeakReference": (lambda: ConvByWeakReference().lend(), "the model itself holds it"),
-    "RawByArgument": (RawByArgument, "is another one with other arguments"),
+    "ConvByAnotherModule": (conv_by_another_module, "the forward of head holds it"),
+    "ConvByWeakReference": (conv_by_weak_reference, "the model itself holds it"),
     "UntracedPath": (UntracedPath, "names 'conv'"),
-    "Taps": (Taps, "names 'stem'"),
-    "TypeAsked": (TypeAsked, "asks of which class stem.1 is"),
+    "Taps": (with_forward(tapped, Stem, taps={0}), "names 'stem'"),
     "SharedBias": (shared_bias, "several names: 0.0.bias, 1.0.bias"),
     "hooked": (hooked, "a hook on the model itself names 'stem'"),
     "hooked_by_closure": (hooked_by_closure, "a hook on the model itself holds it"),
@@ -204,7 +183,7 @@ def outputs(model):
     found = []
     for domain in (1, 0):
         model.domain = domain
-        found += [model(X), model(X, raw=True)] if isinstance(model, RawByArgument) else [model(X)]
+        found += [model(X), model(X, raw=True)] if type(model).__name__ == "RawByArgument" else [model(X)]
     return found
 
 
@@ -227,15 +206,11 @@ def test_another_use_is_seen(name):
 BORROWED = []
 
 
-class WeightByGlobal(Stem):
+def weight_by_global():
     """No forward shows that the weight is the convolution's; that tensor keeps its values."""
-
-    def forward(self, x):
-        return F.conv_transpose2d(self.stem(x), BORROWED[-1])
-
-    def lend(self):
-        BORROWED.append(self.stem[0].weight)
-        return self
+    model = with_forward(lambda m, x: F.conv_transpose2d(m.stem(x), BORROWED[-1]), Stem)()
+    BORROWED.append(model.stem[0].weight)
+    return model
 
 
 class Blocks(nn.Module):
@@ -273,16 +248,11 @@ def observed():
     return model
 
 
-class Harmless(Stem):
-    """Folding does not change the attribute that it reads of the convolution."""
-
-    def forward(self, x):
-        return self.stem(F.pad(x, [self.stem[0].stride[0]] * 4))
+# folding does not change the attribute that it reads of the convolution
+Harmless = with_forward(lambda m, x: m.stem(F.pad(x, [m.stem[0].stride[0]] * 4)), Stem)
 
 
-@pytest.mark.parametrize(
-    "make", [Blocks, UntracedAround, twice, observed, Harmless, lambda: WeightByGlobal().lend(), unit]
-)
+@pytest.mark.parametrize("make", [Blocks, UntracedAround, twice, observed, Harmless, weight_by_global, unit])
 def test_what_is_used_in_the_chain_only_is_folded(make):
     torch.manual_seed(0)
     model = settle(make()).eval()

@@ -13,13 +13,10 @@ import rir_kernels as rir
 from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.support.surgery_helpers import X, assert_same, assert_same_after, double_output, pair_of, settle
+from tests.support.surgery_models import Layer
 
 
-class ConvNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-
+class ConvNorm(Layer):
     def forward(self, x):
         return self.bn(self.conv(x))
 
