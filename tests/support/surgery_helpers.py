@@ -183,6 +183,7 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+# subclasses that compute something else with the same parameters
 class ShiftedNorm(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) + 1
@@ -202,35 +203,18 @@ def double_output(module):
     module.register_forward_hook(lambda _module, _inputs, output: 2 * output)
 
 
-def _replace(kind):
-    """Makes the submodule an instance of a subclass that computes something else with the same parameters."""
-
-    def change(module):
-        module.__class__ = kind
-
-    return change
-
-
-def _override(module):
-    module.forward = lambda x: 2 * x
-
-
-def _prune(module):
-    prune.l1_unstructured(module, "weight", amount=0.5)
-
-
-# what keeps a submodule from being bypassed; each changes the numbers, or is seen by the hook
+# what keeps a submodule from being bypassed; each changes the numbers, or the hook sees it
 ANY_CHANGES = {
     "forward hook": double_output,
     "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],)),
     "backward hook": lambda module: module.register_full_backward_hook(lambda _module, grads, _: (2 * grads[0],)),
     "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda _module, grads: (2 * grads[0],)),
-    "own forward": _override,
+    "own forward": lambda module: setattr(module, "forward", lambda x: 2 * x),
 }
 CONV_CHANGES = ANY_CHANGES | {
     "parametrized": lambda conv: parametrize.register_parametrization(conv, "weight", Doubled()),
-    "pruned": _prune,
-    "subclass": _replace(ScaledConv),
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", amount=0.5),
+    "subclass": lambda conv: setattr(conv, "__class__", ScaledConv),
 }
-NORM_CHANGES = ANY_CHANGES | {"subclass": _replace(ShiftedNorm)}
-RELU_CHANGES = ANY_CHANGES | {"subclass": _replace(SquaredReLU)}
+NORM_CHANGES = ANY_CHANGES | {"subclass": lambda norm: setattr(norm, "__class__", ShiftedNorm)}
+RELU_CHANGES = ANY_CHANGES | {"subclass": lambda relu: setattr(relu, "__class__", SquaredReLU)}

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from rir_kernels.surgery import fold_bn_, fuse_
 from tests.support.surgery_helpers import X, assert_same, assert_same_after, pair_of, settle, units_skipped
@@ -137,13 +136,3 @@ def test_graph_modules_without_a_norm_are_not_named():
     report = fuse_(fx.symbolic_trace(nn.Sequential(*convs(1), nn.ReLU())))
     assert not report.replaced
     assert [(item.name, item.reason.partition(" that")[0]) for item in report.skipped] == [("0", "no norm behind it")]
-
-
-def test_a_class_that_torch_put_on_top_says_why():
-    original = settle(KINDS["pairwise"]())
-    original.scale = nn.Parameter(torch.ones(1))
-    parametrize.register_parametrization(original, "scale", nn.Identity())
-    fused = copy.deepcopy(original)
-    report = fuse_(fused)
-    assert not report.replaced and "ParametrizedLists_pairwise" in report.skipped[0].reason
-    assert type(fused).__name__ == "ParametrizedLists_pairwise"

@@ -32,10 +32,6 @@ SWITCH, FACTORS, OPTIONS, MODE, CONFIG = False, [1.0, 1.0], {"scale": {"by": 1.0
 PARTIAL = functools.partial(torch.mul, other=1.0)
 
 
-def block(m, x):
-    return m.relu(m.bn(m.conv(x)))
-
-
 def helped(x):
     return x * 2 if SWITCH else x
 
@@ -180,36 +176,36 @@ DRAW = GENERATOR.random
 
 
 def with_a_generator(m, x, generator=GENERATOR):
-    return block(m, x) if generator.random() < 0.5 else x
+    return m.block(x) if generator.random() < 0.5 else x
 
 
 def of_a_closure():
     generator = random.Random(0)
-    return lambda m, x: block(m, x) if generator.random() < 0.5 else x
+    return lambda m, x: m.block(x) if generator.random() < 0.5 else x
 
 
 def autocast_off(m, x):
     with torch.autocast("cpu", enabled=False):
-        return block(m, x)
+        return m.block(x)
 
 
 @torch.autocast("cpu", enabled=False)
 def decorated(m, x):
-    return block(m, x)
+    return m.block(x)
 
 
 REFUSED = {
-    "autocast asked": (lambda m, x: block(m, x) * (2 if torch.is_autocast_enabled("cpu") else 1), "autocast"),
-    "dtype of autocast": (lambda m, x: block(m, x).to(torch.get_autocast_dtype("cpu")), "autocast"),
+    "autocast asked": (lambda m, x: m.block(x) * (2 if torch.is_autocast_enabled("cpu") else 1), "autocast"),
+    "dtype of autocast": (lambda m, x: m.block(x).to(torch.get_autocast_dtype("cpu")), "autocast"),
     "autocast off": (autocast_off, "autocast"),
     "autocast decorates": (lambda m, x: decorated(m, x), "autocast"),
-    "generator": (lambda m, x: block(m, x) if GENERATOR.random() < 0.5 else x, "GENERATOR"),
-    "its method": (lambda m, x: block(m, x) if DRAW() < 0.5 else x, "DRAW"),
-    "generator of NumPy": (lambda m, x: block(m, x) if NUMBERS.random() < 0.5 else x, "NUMBERS"),
-    "generator of torch": (lambda m, x: x if torch.rand((), generator=TORCHS) < 0.5 else block(m, x), "TORCHS"),
+    "generator": (lambda m, x: m.block(x) if GENERATOR.random() < 0.5 else x, "GENERATOR"),
+    "its method": (lambda m, x: m.block(x) if DRAW() < 0.5 else x, "DRAW"),
+    "generator of NumPy": (lambda m, x: m.block(x) if NUMBERS.random() < 0.5 else x, "NUMBERS"),
+    "generator of torch": (lambda m, x: x if torch.rand((), generator=TORCHS) < 0.5 else m.block(x), "TORCHS"),
     "of a default": (with_a_generator, "__defaults__"),
     "of a closure": (of_a_closure(), "random"),
-    "a tensor": (lambda m, x: block(m, x) * NOISE, "NOISE"),
+    "a tensor": (lambda m, x: m.block(x) * NOISE, "NOISE"),
 }
 
 
@@ -226,7 +222,7 @@ def test_refused(name):
 
 def test_gradients_asked_where_they_make_no_difference():
     def forward(m, x):
-        y = block(m, x)
+        y = m.block(x)
         out = y
         if torch.is_grad_enabled():
             out = y  # the same

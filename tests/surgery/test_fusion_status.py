@@ -148,22 +148,17 @@ def test_a_hook_on_all_modules(request):
 SWITCH = 1.0
 
 
-def scaled(m, x):
-    return plain(m, x * SWITCH)
-
-
 def test_globals_and_closures_by_name(monkeypatch):
     factor = 1.0
-
-    def enclosed(m, x):
-        return plain(m, x * factor)
-
-    models = with_forward(scaled)(), with_forward(enclosed)()
-    for model in models:
+    models = {
+        "SWITCH": with_forward(lambda m, x: m.block(x * SWITCH))(),
+        "factor": with_forward(lambda m, x: m.block(x * factor))(),
+    }
+    for model in models.values():
         rir.fuse_(model)
     monkeypatch.setitem(globals(), "SWITCH", 2.0)
     factor = 2.0
-    for model, name in zip(models, ("SWITCH", "factor"), strict=True):
+    for name, model in models.items():
         (one,) = rir.fusion_status(model)
         assert (one.fused, one.reason) == (False, f"{name} has changed")
         assert len(warned(lambda model=model: model(X.float()))) == 1
@@ -173,8 +168,7 @@ def test_a_class_on_top_and_another_forward():
     """A subclass that inherits our forward runs it; a subclass or an instance with another forward does not."""
     fused, _ = resnet_twins()
     block, ours = fused.layer1[0], type(fused.layer1[0])
-    plainly = type("Plainly", (ours,), {})
-    block.__class__ = plainly
+    block.__class__ = plainly = type("Plainly", (ours,), {})
     assert_says(fused)
     block.__class__ = type("Above", (plainly,), {"forward": lambda self, x: x})
     above = "Above has another forward, which was put on top"
@@ -194,11 +188,8 @@ def test_a_class_on_top_and_another_forward():
         fused(images())
     assert "layer1.0" not in [call.name for call in calls] and len(calls) == 4
     del block.forward
-    ours.forward, forward = (lambda self, x: x), ours.forward
-    try:
+    with mock.patch.object(ours, "forward", lambda self, x: x):
         assert not rir.fusion_status(fused)[1].fused
-    finally:
-        ours.forward = forward
 
 
 CALLS = {
