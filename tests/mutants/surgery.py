@@ -14,7 +14,7 @@ def _effect(name, old, new, case, file="effects"):
 
 
 def _use(name, file, old, new, case):
-    return _fault(f"fold: {name}", file, old, new, f"test_fold_bn_uses.py::test_another_use_is_seen[{case}]")
+    return _fault(f"fold: {name}", file, old, new, f"test_fold_bn_uses.py::test_other_uses_are_noticed[{case}]")
 
 
 EFFECTS = [
@@ -79,52 +79,52 @@ READS = [
     ),
     _fault(
         "aliases: not asked again", "program", "return self.granted.obstacle(module)", 'return ""',
-        "test_aliases.py::test_one_of_the_names_gets_another[child-new_conv-0]",
+        "test_aliases.py::test_one_name_is_rebound[child-new_conv-0]",
     ),
     _fault(
         "aliases: of children looked into", "granted", "known[found] in looked_into or ", "",
-        "test_aliases.py::test_one_of_the_names_gets_another[inlined-new_conv_under_two_names-0]",
+        "test_aliases.py::test_one_name_is_rebound[inlined-new_conv_under_two_names-0]",
     ),
     _fault(
         "aliases: of parameters", "granted", "if id(tensor) in read)", "if False)",
-        "test_aliases.py::test_one_of_the_names_gets_another[tied-new_weight-0]",
+        "test_aliases.py::test_one_name_is_rebound[tied-new_weight-0]",
     ),
     _fault(
         "which: not asked of the code", "by_name", "if not _ASK_WHICH.isdisjoint(code.co_names):", "if False:",
-        "test_aliases.py::test_the_answer_is_another_one[isinstance]",
+        "test_aliases.py::test_changed_answers[isinstance]",
     ),
     _fault(
         "which: nothing is compared", "by_name", 'step in _COMPARE and before != "LOAD_CONST"', "False",
-        "test_aliases.py::test_the_answer_is_another_one[same weight]",
+        "test_aliases.py::test_changed_answers[same weight]",
     ),
     _fault(
         "which: classes of children", "granted", "if class_of(_at(module, name)) is not kind:", "if False:",
-        "test_aliases.py::test_the_answer_is_another_one[isinstance in a list]",
+        "test_aliases.py::test_changed_answers[isinstance in a list]",
     ),
     _fault(
         "by name: classes", "by_name", "owners += classes", "pass",
-        "test_aliases.py::test_the_answer_is_another_one[super]",
+        "test_aliases.py::test_changed_answers[super]",
     ),
     _fault(
         "by name: imports", "by_name", "owners = list(_imported(code, names))", "owners = []",
-        "test_aliases.py::test_the_answer_is_another_one[import]",
+        "test_aliases.py::test_changed_answers[import]",
     ),
     _fault(
         "by name: absent ones", "by_name", "(there is not None or name in asked)", "there is not None",
-        "test_aliases.py::test_the_answer_is_another_one[class, absent]",
+        "test_aliases.py::test_changed_answers[class, absent]",
     ),
     _fault(
         "by name: of what globals name", "by_name", "for name in code.co_names if name in names) if asked else ():",
         "for name in code.co_names if name in names) if False else ():",
-        "test_aliases.py::test_the_answer_is_another_one[a module's, absent]",
+        "test_aliases.py::test_changed_answers[a module's, absent]",
     ),
     _fault(
         "by name: any name", "by_name", "if name in _ANY_NAME and name not in names", "if False",
-        "test_aliases.py::test_what_may_be_anything_is_refused",
+        "test_aliases.py::test_unbounded_reads_are_refused",
     ),
     _fault(
         "by name: __dict__", "tracer", 'if path is not None and name == "__dict__" and not is_library(where):',
-        "if False:", "test_aliases.py::test_what_may_be_anything_is_refused",
+        "if False:", "test_aliases.py::test_unbounded_reads_are_refused",
     ),
 ]  # fmt: skip
 OUTSIDE = [
@@ -250,11 +250,11 @@ CALLS = [
     ),
     _fault(
         "one by one: numbers that torch reads", "bypass", "if isinstance(norm.eps, float | int) else", "if True else",
-        "test_fallback.py::test_numbers_that_are_not_pythons[eps, tensor]",
+        "test_fallback.py::test_numbers_of_other_types[eps, tensor]",
     ),
     _fault(
         "one by one: tensors before parameters", "bypass", "if name in parameters and name not in module.__dict__:",
-        "if name in parameters:", "test_fallback.py::test_weights_that_are_no_parameters[shadowed-False]",
+        "if name in parameters:", "test_fallback.py::test_weights_that_are_not_parameters[shadowed-False]",
     ),
     _fault(
         "one by one: padding with a stride", "bypass", "if dilation is None or pair(conv.stride) != (1, 1):",
@@ -271,7 +271,7 @@ CALLS = [
     Mutant(
         "statistics: another version", "rir_kernels/common/running_statistics.py",
         "statistics.data if is_plain_eager() else", "",
-        (f"{TRUTH}/test_aliases.py::test_a_norm_that_is_called_elsewhere_keeps_its_backward",),
+        (f"{TRUTH}/test_aliases.py::test_norm_called_elsewhere_keeps_its_backward",),
     ),
 ]  # fmt: skip
 WATCH = [
@@ -336,7 +336,7 @@ REUSE = [
     _fault(
         "recording: a look-up of others", "recording",
         "if kind.__getattribute__ not in (object.__getattribute__, _look_up):", "if False:",
-        "test_recording.py::test_class_with_its_own_look_up",
+        "test_recording.py::test_class_with_its_own_getattribute",
     ),
 ]  # fmt: skip
 SEEN = [
@@ -359,7 +359,7 @@ SEEN = [
     ),
     _fault(
         "one by one: a ReLU that is gone", "runtime", "(acts if act is None else not isinstance(act, str | tuple))",
-        "act is not None and not isinstance(act, str | tuple)", "test_fallback.py::test_a_child_that_is_gone",
+        "act is not None and not isinstance(act, str | tuple)", "test_fallback.py::test_missing_child",
     ),
 ]  # fmt: skip
 FOLD = [

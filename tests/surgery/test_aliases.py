@@ -70,13 +70,13 @@ def both_names(m):
         ("inlined", both_names, 1),
     ],
 )  # fmt: skip
-def test_one_of_the_names_gets_another(way, change, calls):
+def test_one_name_is_rebound(way, change, calls):
     fused, original = pair_of(settle(Net(way)).eval(), ["conv_bn_add_act"], filter_fn=lambda module, name: not name)
     assert_same(fused, original, X)
     assert_same_after(change, fused, original, X, calls=calls)
 
 
-def test_one_of_the_names_of_a_compiled_model():
+def test_one_name_is_rebound_after_compiling():
     assert_compiled_same(*pair_of(settle(Net("child")).eval(), 1), new_conv)
 
 
@@ -158,7 +158,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_the_answer_is_another_one(name, monkeypatch):
+def test_changed_answers(name, monkeypatch):
     make, change = ASKED[name]
     fused, original = pair_of(settle(make()).eval(), 1)
     with fused_calls(1):
@@ -176,7 +176,7 @@ def test_the_answer_is_another_one(name, monkeypatch):
         (lambda m: globals().get("ABSENT", 1), "globals"), (lambda m: eval("X.size(0)"), "eval"),
     ],
 )  # fmt: skip
-def test_what_may_be_anything_is_refused(number, reason):
+def test_unbounded_reads_are_refused(number, reason):
     report = fuse_(settle(_asks(number)()))
     assert not report.replaced and reason in report.skipped[0].reason, str(report)
 
@@ -190,7 +190,7 @@ class Named(Asking):
         return self.block(x) * self.vars
 
 
-def test_an_attribute_of_such_a_name():
+def test_attribute_named_like_a_function_that_reads_anything():
     assert fuse_(settle(Named())).replaced
 
 
@@ -205,7 +205,7 @@ class Shared(Layer):
         return self.body(self.bn(torch.tanh(self.conv(x))))
 
 
-def test_a_norm_that_is_called_elsewhere_keeps_its_backward():
+def test_norm_called_elsewhere_keeps_its_backward():
     """torch's norm saves the running statistics for backward: updating them later may not change their version."""
     fused, original = pair_of(settle(Shared()), 1)
     version = fused.bn.running_mean._version

@@ -1,4 +1,4 @@
-"""fuse_ on networks of torchvision, timm and pytorchcv: normally a few, all of them with --long.
+"""fuse_ preserves networks of torchvision, timm and pytorchcv; the tests run a few of them, with --long all.
 
 The checks and the tolerance are in bench.tools.architectures.check.
 """

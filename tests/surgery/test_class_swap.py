@@ -1,4 +1,4 @@
-"""The swapped class under everything that copies, stores, traces or wraps a module."""
+"""Copying, saving, compiling, exporting and wrapping a model work with the classes that fuse_ has swapped."""
 
 import copy
 import io

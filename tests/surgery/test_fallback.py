@@ -165,7 +165,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_that_are_not_pythons(name):
+def test_numbers_of_other_types(name):
     fused, original = pair(of(plain))
     value, calls = NUMBERS[name]
     attribute = name.partition(",")[0]
@@ -229,7 +229,7 @@ CHANGES = [(change, False) for change in (replica, flattened, frozen, shadowed)]
 
 
 @pytest.mark.parametrize(("change", "layer"), CHANGES)
-def test_weights_that_are_no_parameters(change, layer):
+def test_weights_that_are_not_parameters(change, layer):
     fused, original = pair((reference.RiRLayer(4, 4) if layer else of(plain)).eval())
     fused, original = change(fused), change(original)
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_weights_that_are_no_parameters(change, layer):
         torch.testing.assert_close(found, original(X), **CLOSE)
 
 
-def test_a_layers_bias_that_is_no_parameter():
+def test_bias_of_a_layer_that_is_not_a_parameter():
     """The layer has no bias; one that is set later is noticed and added."""
     fused, original = pair(reference.RiRLayer(4, 4).eval())
     for model in (fused, original):
@@ -284,7 +284,7 @@ def test_other_arguments():
     assert outcome(fused, X, X, X) == outcome(original, X, X, X)
 
 
-def test_kernels_get_pythons_integers():
+def test_pairs_are_python_integers():
     pairs = [bypass.pair(value) for value in (np.int64(2), (np.int64(2), 1), [2, np.int32(1)], (2,), 2, True)]
     assert pairs == [(2, 2), (2, 1), (2, 1), (2, 2), (2, 2), (1, 1)]
     assert {type(one) for found in pairs for one in found} == {int}
@@ -296,7 +296,7 @@ def test_kernels_get_pythons_integers():
     [*((unit, name) for name in "012"), *((lambda: of(plain), name) for name in ("conv", "bn", "relu"))],
 )
 @pytest.mark.parametrize("how", ["None", "deleted"])
-def test_a_child_that_is_gone(make, name, how):
+def test_missing_child(make, name, how):
     """The call raises the error of the unfused module, or returns what a Sequential returns without the child."""
     fused, original = pair(make())
     for model in (fused, original):

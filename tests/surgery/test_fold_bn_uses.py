@@ -188,7 +188,7 @@ def outputs(model):
 
 
 @pytest.mark.parametrize("name", USES)
-def test_another_use_is_seen(name):
+def test_other_uses_are_noticed(name):
     make, says = USES[name]
     torch.manual_seed(0)
     model = settle(make()).eval()
@@ -253,7 +253,7 @@ Harmless = with_forward(lambda m, x: m.stem(F.pad(x, [m.stem[0].stride[0]] * 4))
 
 
 @pytest.mark.parametrize("make", [Blocks, UntracedAround, twice, observed, Harmless, weight_by_global, unit])
-def test_what_is_used_in_the_chain_only_is_folded(make):
+def test_other_chains_are_folded(make):
     torch.manual_seed(0)
     model = settle(make()).eval()
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_an_exception_leaves_each_chain_folded_or_not(monkeypatch):
     assert [type(part[1]) for part in model] == [FoldedNorm, nn.BatchNorm2d]
 
 
-def test_what_else_refers_to_a_weight_keeps_its_values():
+def test_other_references_to_a_weight_keep_its_values():
     model = settle(unit()).eval()
     weight = model[0].weight
     before, seen_elsewhere = weight.detach().clone(), nn.Parameter(weight.detach())  # one storage

@@ -1,4 +1,4 @@
-"""fusion_status predicts what a call does: after each change it gives the reason that record_calls then gives, too.
+"""fusion_status predicts what a call does: its reasons are those that record_calls lists for the call.
 
 A warning comes once for each class and reason, and not for changes that the model's owner makes knowingly.
 """
@@ -164,7 +164,7 @@ def test_globals_and_closures_by_name(monkeypatch):
         assert len(warned(lambda model=model: model(X.float()))) == 1
 
 
-def test_a_class_on_top_and_another_forward():
+def test_other_forwards_of_class_and_instance():
     """A subclass that inherits our forward runs it; a subclass or an instance with another forward does not."""
     fused, _ = resnet_twins()
     block, ours = fused.layer1[0], type(fused.layer1[0])
@@ -179,7 +179,7 @@ def test_a_class_on_top_and_another_forward():
     def wrapper(x):
         return ours.forward(block, x)
 
-    block.forward = wrapper  # which says what it wraps
+    block.forward = wrapper  # its __wrapped__ is the original
     assert_says(fused)
     block.forward = lambda x: x
     replaced = "its forward was replaced on the instance"
@@ -256,7 +256,7 @@ UNITS = {
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_units_that_are_known_as_a_whole(name):
+def test_modules_that_are_units(name):
     make, pattern, change, reason, texts = UNITS[name]
     model = fused(make())
     change(model)
@@ -299,7 +299,7 @@ def test_copies():
     assert not rir.fusion_status(copy.deepcopy(fused))[1].fused
 
 
-def test_what_is_printed():
+def test_printed():
     fused, original = resnet_twins()
     hook(fused.bn1)
     status = rir.fusion_status(fused)

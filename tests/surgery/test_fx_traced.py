@@ -1,7 +1,4 @@
-"""fuse_ on forwards that torch.fx traces: what is found, and which changes afterwards are noticed.
-
-The tolerance is surgery_helpers'; on a CPU most of it is the same operators in the same order.
-"""
+"""fuse_ finds the patterns in forwards that torch.fx traces, and fused models notice later changes."""
 
 import copy
 
@@ -127,7 +124,7 @@ def test_buffers_that_forward_changes(options, function):
     assert_same(fused, original, randn(2, 4, 5, 6), calls=0)
 
 
-# (change, fused calls that remain): what forward decides by undoes all of it, a part only its own chain
+# (change, fused calls that remain): a value that decides a branch undoes the whole forward, a part only its chain
 LATER = {
     "no downsample": (lambda m: setattr(m, "downsample", None), 0),
     "other scale": (lambda m: setattr(m, "scale", 3.0), 1),
@@ -154,7 +151,7 @@ def test_method_replaced_on_the_instance():
 
 
 def test_borders_of_children():
-    """A ReLU behind a Sequential's last norm joins its chain; a Sequential that is a whole unit keeps to itself."""
+    """A ReLU behind a Sequential's last norm joins its chain; a Sequential that is a whole unit is fused by itself."""
 
     class Body(nn.Module):
         def __init__(self):

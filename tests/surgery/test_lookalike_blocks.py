@@ -1,4 +1,4 @@
-"""Blocks with the attribute names of well-known ones that compute something else: none is fused to what it is not.
+"""Blocks may have the attribute names of well-known ones and compute something else: fuse_ preserves what they compute.
 
 Each is compared in training and in evaluation with its unfused copy; the table says how much of it may be fused.
 """
@@ -110,7 +110,7 @@ FORWARDS = {
     added_to_itself: [CBA, CB],
     functional_norm: [CBA],
 }
-# what is written in one line: (forward, patterns)
+# further forwards and the patterns that may be fused
 SHORT = {
     # weights are shared, which the operation allows
     "convolution called twice": (lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv2(x))))) + x), [CBA, CBAA]),

@@ -77,7 +77,7 @@ def test_synchronized_norms_that_are_called():
     assert not calls
 
 
-def test_nothing_is_listed_outside_and_each_context_has_its_own():
+def test_each_context_has_its_own_list():
     with rir.record_calls() as outer:
         call()
         with rir.record_calls() as inner:
@@ -207,7 +207,7 @@ def test_transforms():
     assert [(one.impl, one.shape) for one in calls] == [("torch", (2, 3, 5, 5))]
 
 
-def test_what_is_printed():
+def test_printed():
     with rir.record_calls(model := net()) as calls:
         model(X)
     lines = str(calls).splitlines()

@@ -55,7 +55,7 @@ def looks_at_modules(module):
         raise ValueError("nothing is recorded")
 
 
-def test_the_base_of_all_modules_is_left_alone():
+def test_nn_module_is_not_changed():
     """The check runs within a forward that is traced."""
     report = fuse_(calls(looks_at_modules))
     assert len(report.replaced) == 2, str(report)
@@ -172,7 +172,7 @@ def test_refused(first, reason):
     assert [item.name for item in report.replaced] == ["body"] and reason in report.skipped[0].reason, str(report)
 
 
-def test_torch_is_told_that_fx_traces(monkeypatch):
+def test_torch_sees_that_fx_traces(monkeypatch):
     """From 2.14 on torch has a context for it and no global."""
     told = []
 
@@ -188,7 +188,7 @@ def test_torch_is_told_that_fx_traces(monkeypatch):
     assert told[:2] == [True, "before"]
 
 
-def test_class_with_its_own_look_up():
+def test_class_with_its_own_getattribute():
     class Doubling(nn.Identity):
         def __getattribute__(self, name):
             return 2 if name == "factor" else super().__getattribute__(name)

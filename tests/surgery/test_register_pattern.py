@@ -1,4 +1,4 @@
-"""register_pattern: classes that tracing looks into, and forwards written by hand."""
+"""register_pattern makes tracing look into a class, or replaces the class's forward by one written by hand."""
 
 import copy
 import inspect
@@ -58,7 +58,7 @@ def pair(model, patterns, **options):
     return pair_of(settle(model), patterns, **options)
 
 
-def test_a_class_that_is_looked_into():
+def test_tracing_looks_into_a_registered_class():
     pair(Block(), ["conv_bn"])
     assert rir.register_pattern(ConvNorm) is ConvNorm  # a decorator of the class, too
     fused, original = pair(Block(), ["conv_bn_add_act"])

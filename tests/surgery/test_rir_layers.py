@@ -1,4 +1,4 @@
-"""fuse_ on generalized residual layers: reference.RiRLayer and pytorchcv's RiRUnit."""
+"""fuse_ fuses generalized residual layers: reference.RiRLayer and pytorchcv's RiRUnit."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""fuse_ on a convolution, a norm and a ReLU in a row within an nn.Sequential."""
+"""fuse_ fuses a convolution, a norm and a ReLU in a row within an nn.Sequential."""
 
 from collections import OrderedDict
 

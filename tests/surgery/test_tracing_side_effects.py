@@ -98,7 +98,7 @@ def test_nothing_is_left(effect, dry_run):
     assert any(word in report.skipped[0].reason for word in words), str(report)
 
 
-def test_what_others_do_is_not_in_the_way():
+def test_harmless_effects():
     """Reading a container is no effect, and a hook's effects belong to the hook."""
     reads = with_forward(lambda m, x: m.block(x) * len(m.features) + len(m.cache["inner"]), Net)
     model = nn.Sequential(settle(reads()))
