@@ -120,11 +120,11 @@ READS = [
     ),
     _fault(
         "by name: any name", "by_name", "if name in _ANY_NAME and name not in names", "if False",
-        "test_aliases.py::test_unbounded_reads_are_refused",
+        "test_untraceable.py::test_refused[globals]",
     ),
     _fault(
         "by name: __dict__", "tracer", 'if path is not None and name == "__dict__" and not is_library(where):',
-        "if False:", "test_aliases.py::test_unbounded_reads_are_refused",
+        "if False:", "test_untraceable.py::test_refused[__dict__]",
     ),
 ]  # fmt: skip
 OUTSIDE = [
@@ -154,11 +154,11 @@ OUTSIDE = [
     ),
     _fault(
         "outside: generators", "outside", 'raise Unknown(f"a {type(value).__name__}")', "return value",
-        "test_external_state.py::test_refused[generator]",
+        "test_untraceable.py::test_refused[generator]",
     ),
     _fault(
         "outside: methods of generators", "outside", "any(owner is one for one in _WATCHED)", "True",
-        "test_external_state.py::test_refused[its method]",
+        "test_untraceable.py::test_refused[its method]",
     ),
     _fault(
         "outside: pickled after a change", "outside", "found = MISSING if self.holds() else _Missing.CHANGED",

@@ -169,18 +169,6 @@ def test_changed_answers(name, monkeypatch):
         assert torch.equal(fused(X), original(X)) and not torch.allclose(fused(X), before)
 
 
-@pytest.mark.parametrize(
-    ("number", "reason"),
-    [
-        (lambda m: m.__dict__.get("absent", 1), "__dict__"), (lambda m: vars(m).get("absent", 1), "vars"),
-        (lambda m: globals().get("ABSENT", 1), "globals"), (lambda m: eval("X.size(0)"), "eval"),
-    ],
-)  # fmt: skip
-def test_unbounded_reads_are_refused(number, reason):
-    report = fuse_(settle(_asks(number)()))
-    assert not report.replaced and reason in report.skipped[0].reason, str(report)
-
-
 class Named(Asking):
     """An attribute has the name of a function that may read anything."""
 

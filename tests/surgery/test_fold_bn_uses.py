@@ -110,17 +110,18 @@ def shared_bias():
     return model
 
 
-def hooked():
+def with_hook(hook):
     model = Stem()
-    model.register_forward_hook(lambda module, inputs, output: output + module.stem[0](inputs[0]))
+    model.register_forward_hook(hook(model.stem[0]))
     return model
+
+
+def hooked():
+    return with_hook(lambda conv: lambda module, inputs, output: output + module.stem[0](inputs[0]))
 
 
 def hooked_by_closure():
-    model = Stem()
-    conv = model.stem[0]
-    model.register_forward_hook(lambda module, inputs, output: output + conv(inputs[0]))
-    return model
+    return with_hook(lambda conv: lambda module, inputs, output: output + conv(inputs[0]))
 
 
 def forward_of_the_instance():
@@ -243,9 +244,8 @@ def twice():
 
 
 def observed():
-    model, seen = Stem(), []
-    model.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    return model
+    seen = []
+    return with_hook(lambda conv: lambda module, inputs, output: seen.append(output.shape))
 
 
 # folding does not change the attribute that it reads of the convolution

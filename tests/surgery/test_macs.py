@@ -50,7 +50,8 @@ MACS = {
 def states(model):
     tensors = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     hooks = [(list(m._forward_hooks), list(m._forward_pre_hooks), m.training) for m in model.modules()]
-    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    _, numbers, position, *_ = np.random.get_state()
+    generators = random.getstate(), numbers.tolist(), position, torch.get_rng_state().tolist()
     return {name: (i, t.tolist()) for name, (i, t) in tensors.items()}, hooks, generators, model.calls, X.tolist()
 
 

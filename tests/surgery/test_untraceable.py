@@ -43,6 +43,29 @@ def checkpointed(m, x):
     return m.relu(checkpoint(lambda x: m.bn(m.conv(x)), x, use_reentrant=False))
 
 
+GENERATOR, NUMBERS, TORCHS, NOISE = random.Random(0), np.random.default_rng(0), torch.Generator(), torch.ones(())
+DRAW = GENERATOR.random
+
+
+def with_a_generator(m, x, generator=GENERATOR):
+    return m.block(x) if generator.random() < 0.5 else x
+
+
+def of_a_closure():
+    generator = random.Random(0)
+    return lambda m, x: m.block(x) if generator.random() < 0.5 else x
+
+
+def autocast_off(m, x):
+    with torch.autocast("cpu", enabled=False):
+        return m.block(x)
+
+
+@torch.autocast("cpu", enabled=False)
+def autocast_decorates(m, x):
+    return m.block(x)
+
+
 REFUSED = {
     "depends on values": (lambda m, x: m.bn(m.conv(x)) if x.sum() > 0 else x, "cannot be traced"),
     "asks for the type": (lambda m, x: m.block(x) if isinstance(x, torch.Tensor) else x, "asks what type"),
@@ -57,7 +80,29 @@ REFUSED = {
     "partly in autocast": (partly_in_autocast, "autocast"),
     "checkpointed": (checkpointed, "checkpointing"),
     "reads a dict of more than constants": (lambda m, x: m.block(x) * m.options["scale"][0], "'options', a dict"),
+    "autocast asked": (lambda m, x: m.block(x) * (2 if torch.is_autocast_enabled("cpu") else 1), "autocast"),
+    "dtype of autocast": (lambda m, x: m.block(x).to(torch.get_autocast_dtype("cpu")), "autocast"),
+    "autocast off": (autocast_off, "autocast"),
+    "autocast decorates": (lambda m, x: autocast_decorates(m, x), "autocast"),
+    "generator": (lambda m, x: m.block(x) if GENERATOR.random() < 0.5 else x, "GENERATOR"),
+    "its method": (lambda m, x: m.block(x) if DRAW() < 0.5 else x, "DRAW"),
+    "generator of NumPy": (lambda m, x: m.block(x) if NUMBERS.random() < 0.5 else x, "NUMBERS"),
+    "generator of torch": (lambda m, x: x if torch.rand((), generator=TORCHS) < 0.5 else m.block(x), "TORCHS"),
+    "of a default": (with_a_generator, "__defaults__"),
+    "of a closure": (of_a_closure(), "random"),
+    "a tensor": (lambda m, x: m.block(x) * NOISE, "NOISE"),
+    "__dict__": (lambda m, x: m.block(x) * m.__dict__.get("absent", 1), "__dict__"),
+    "vars": (lambda m, x: m.block(x) * vars(m).get("absent", 1), "vars"),
+    "globals": (lambda m, x: m.block(x) * globals().get("ABSENT", 1), "globals"),
+    "eval": (lambda m, x: m.block(x) * eval("NOISE.dim()"), "eval"),
 }
+
+
+def states():
+    """The states of all generators that forward may draw from."""
+    ours = GENERATOR.getstate(), NUMBERS.bit_generator.state, TORCHS.get_state().tolist()
+    _, numbers, position, *_ = np.random.get_state()
+    return *ours, random.getstate(), numbers.tolist(), position, torch.get_rng_state().tolist()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -66,12 +111,8 @@ def test_refused(name):
     kind = with_forward(function)
     model = kind()
     model.options = {"scale": [2.0]}
-    before, numbers = dict(model.__dict__), (random.getstate(), torch.get_rng_state())
-    np.random.seed(3)
-    expected = np.random.RandomState(3).random()
+    before, generators = dict(model.__dict__), states()
     report = fuse_(model)
-    assert not report.replaced and reason in report.skipped[0].reason
-    assert type(model) is kind and model.__dict__ == before
-    assert random.getstate() == numbers[0] and torch.equal(torch.get_rng_state(), numbers[1])
-    assert np.random.random() == expected
+    assert not report.replaced and reason in report.skipped[0].reason, str(report)
+    assert type(model) is kind and model.__dict__ == before and states() == generators
     assert "__getattribute__" not in nn.Module.__dict__ and model.train(False).training is False
