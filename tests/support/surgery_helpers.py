@@ -178,6 +178,14 @@ def assert_unchanged(model, before):
         assert identity == before[1][name][0] and torch.equal(value, before[1][name][1]), name
 
 
+@contextlib.contextmanager
+def unchanged(model):
+    """Asserts that nothing in the model changes within the context."""
+    before = snapshot(model)
+    yield
+    assert_unchanged(model, before)
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight

@@ -18,21 +18,19 @@ from tests.support.surgery_helpers import (
     Net,
     X,
     assert_same,
-    assert_unchanged,
     fused_calls,
     net,
     pair_of,
     settle,
-    snapshot,
+    unchanged,
     units_skipped,
 )
 
 
 def test_dry_run_reports_and_changes_nothing():
     model = net()
-    before = snapshot(model)
-    planned = fuse_(model, dry_run=True, filter_fn=lambda _module, name: name != "stem")
-    assert_unchanged(model, before)
+    with unchanged(model):
+        planned = fuse_(model, dry_run=True, filter_fn=lambda _module, name: name != "stem")
     done = fuse_(model, filter_fn=lambda _module, name: name != "stem")
     assert (planned.replaced, planned.skipped) == (done.replaced, done.skipped)
     assert "would fuse 2" in str(planned) and "fused 2" in str(done)
@@ -69,16 +67,14 @@ def test_filter_fn_sees_module_and_name_of_what_could_be_fused():
 
 def test_a_filter_fn_that_raises_changes_nothing():
     model = net()
-    before = snapshot(model)
 
     def filter_fn(_module, name):
         if name == "layers.1":
             raise KeyError(name)
         return True
 
-    with pytest.raises(KeyError):
+    with unchanged(model), pytest.raises(KeyError):
         fuse_(model, filter_fn=filter_fn)
-    assert_unchanged(model, before)
 
 
 def test_patterns():
@@ -100,10 +96,8 @@ def test_patterns():
 )
 def test_wrong_arguments(arguments, error, text):
     model = net()
-    before = snapshot(model)
-    with pytest.raises(error, match=text):
+    with unchanged(model), pytest.raises(error, match=text):
         fuse_(model, **arguments)
-    assert_unchanged(model, before)
 
 
 def test_no_module():
