@@ -28,6 +28,13 @@ def with_forward(forward, base=Layer, **attributes):
     return type(forward.__name__, (base,), {"forward": forward, "__module__": forward.__module__} | attributes)
 
 
+class Opaque(nn.Sequential):
+    """A Sequential that tracing does not look into, because its class has another forward."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class Variant(Layer):
     """Its forward is an attribute."""
 

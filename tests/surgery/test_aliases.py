@@ -99,11 +99,10 @@ class BySuper(Asking):
         return self.block(x) * super().kind
 
 
-class ByImport(Asking):
-    def forward(self, x):
-        from math import tau
+def _by_import(m, x):
+    from math import tau
 
-        return self.block(x) * tau
+    return m.block(x) * tau
 
 
 def other_is(value):
@@ -143,7 +142,7 @@ ASKED = {
         lambda p, m: p.setattr(Asking, "absent", 1, False),
     ),
     "super": (BySuper, of_the_class("kind", 2)),
-    "import": (ByImport, lambda patch, model: patch.setattr(math, "tau", 1.0)),
+    "import": (with_forward(_by_import, Asking), lambda patch, model: patch.setattr(math, "tau", 1.0)),
     "a module's, absent": (_asks(lambda m: hasattr(nn, "absent")), lambda p, m: p.setattr(nn, "absent", 1, False)),
     "type of a child": (_asks(lambda m: type(m.other) is nn.BatchNorm2d), other_is(nn.Identity)),
     "isinstance": (_asks(lambda m: isinstance(m.other, nn.BatchNorm2d)), other_is(nn.Identity)),

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from bench.cases import libraries
 from rir_kernels.surgery import fold_bn_, fuse_
-from tests.support.surgery_models import conv, unit
+from tests.support.surgery_models import Opaque, conv, unit
 
 
 class Unit(nn.Module):
@@ -62,13 +62,6 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x):
         return self.bn(super().forward(x)) if x.sum() > 0 else x
-
-
-class Wrapped(nn.Sequential):
-    """A class that tracing does not look into."""
-
-    def forward(self, x):
-        return super().forward(x)
 
 
 class Listed(nn.Module):
@@ -137,7 +130,7 @@ CASES = {
     "lazy": (lambda: Unit(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), by_conv("LazyConv2d is a subclass")),
     "grouped without a norm": (lambda: conv(groups=2), {"": "groups > 1"}),
     "not called": (lambda: Unit(other=conv(), norm_too=nn.BatchNorm2d(4)), {"other": NO_NORM, "norm_too": NO_CONV}),
-    "behind a border": (lambda: Unit(Wrapped(conv())), {"conv.0": NO_NORM}),  # its norm has a ReLU: P5
+    "behind a border": (lambda: Unit(Opaque(conv())), {"conv.0": NO_NORM}),  # its norm has a ReLU: P5
     "shared": (Twice, {"last": NO_NORM}),
     "untraceable": (Depends, parts(DEPENDS)),
     "a convolution with a norm": (ConvNorm, {"": DEPENDS, "bn": f"0: {DEPENDS}"}),

@@ -13,21 +13,12 @@ import rir_kernels as rir
 from rir_kernels.common import warn
 from rir_kernels.surgery import fallback
 from tests.support.surgery_helpers import X, assert_same, assert_same_after, double_output, pair_of, settle
-from tests.support.surgery_models import Layer
+from tests.support.surgery_models import Layer, with_forward
 
 
 class ConvNorm(Layer):
     def forward(self, x):
         return self.bn(self.conv(x))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.branch = ConvNorm()
-
-    def forward(self, x):
-        return torch.relu(self.branch(x) + x)
 
 
 class Gate(ConvNorm):
@@ -37,6 +28,12 @@ class Gate(ConvNorm):
 
     def forward(self, x):
         return self.bn(self.conv(x)) + x if x.sum() > -1e6 else x
+
+
+def block(branch):
+    model = with_forward(lambda m, x: torch.relu(m.branch(x) + x), nn.Module)()
+    model.branch = branch
+    return model
 
 
 def gate(module, x, *, impl):
@@ -59,9 +56,9 @@ def pair(model, patterns, **options):
 
 
 def test_tracing_looks_into_a_registered_class():
-    pair(Block(), ["conv_bn"])
+    pair(block(ConvNorm()), ["conv_bn"])
     assert rir.register_pattern(ConvNorm) is ConvNorm  # a decorator of the class, too
-    fused, original = pair(Block(), ["conv_bn_add_act"])
+    fused, original = pair(block(ConvNorm()), ["conv_bn_add_act"])
     assert_same(fused, original, X)
     assert_same_after(lambda m: double_output(m.branch), fused, original, X, calls=0)
 
@@ -72,9 +69,7 @@ def test_only_the_exact_class():
             return 2 * super().forward(x)
 
     rir.register_pattern(ConvNorm)
-    model = Block()
-    model.branch = Doubling()
-    fused, original = pair(model, ["conv_bn"])
+    fused, original = pair(block(Doubling()), ["conv_bn"])
     assert_same(fused, original, X)
 
 

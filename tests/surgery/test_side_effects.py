@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from rir_kernels.surgery import fuse_
 from tests.support.surgery_helpers import CLOSE, X, pair_of, settle
-from tests.support.surgery_models import Layer, with_forward
+from tests.support.surgery_models import Layer, Opaque, with_forward
 
 
 def _halve(scale, x):
@@ -36,26 +36,13 @@ class Same(nn.Module):
         return v[:]
 
 
-class Around(nn.Module):
-    """Its forward is not traced into."""
-
-    def __init__(self, *inner):
-        super().__init__()
-        self.inner = nn.ModuleList(inner)
-
-    def forward(self, v):
-        for module in self.inner:
-            v = module(v)
-        return v
-
-
 class Net(Layer):
     def __init__(self):
         super().__init__(bias=True)
         self.first, self.zero, self.same, self.relu = nn.Conv2d(4, 4, 1), Zero(), Same(), nn.ReLU(inplace=True)
         self.nothing, self.fresh, self.drop = nn.Identity(), nn.Sequential(nn.Conv2d(4, 4, 1), self.relu), nn.Dropout()
         self.pool, self.flat = nn.MaxPool2d(1), nn.Sequential(nn.Identity(), self.relu)
-        self.around = Around(nn.Conv2d(4, 4, 1), self.bn)
+        self.around = Opaque(nn.Conv2d(4, 4, 1), self.bn)
         self.alike, self.hooked = nn.BatchNorm2d(4, momentum=0.5), nn.Conv2d(4, 4, 1)
         self.hooked.register_forward_pre_hook(lambda _module, inputs: (inputs[0].mul_(2),))
 
