@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from rir_kernels import record_calls, reference
 from rir_kernels.surgery import fuse_
 
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+CLOSE, EXACT = {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 0, "atol": 0}
 
 
 @contextlib.contextmanager
@@ -81,10 +81,7 @@ def assert_same(fused, original, *inputs, exact=False, calls=1, **options):
         expected = step(original, *inputs, **options)
     with fused_calls(calls):
         found = step(fused, *inputs, **options)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        tolerance = {"rtol": 0, "atol": 0} if exact else CLOSE
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    torch.testing.assert_close(found, expected, **(EXACT if exact else CLOSE))
 
 
 def change_both(change, fused, original):

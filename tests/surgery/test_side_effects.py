@@ -204,9 +204,7 @@ def check(kind, operations):
     original.alike.running_mean = original.bn.running_mean
     fused, _ = pair_of(original, operations, **options)
     for training in (True, False):
-        found, expected = forward(fused, training), forward(original, training)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
+        torch.testing.assert_close(forward(fused, training), forward(original, training), **CLOSE)
     return [item.reason for item in fuse_(original, dry_run=True, **options).skipped if not item.name]
 
 
