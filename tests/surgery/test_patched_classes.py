@@ -89,27 +89,20 @@ def test_functions_that_torchs_modules_call(name):
     assert counts == [2, 2]
 
 
-class Reloaded(Unit):
-    def forward(self, x):
-        return Unit.forward(self, x)
-
-
 def test_code_that_is_reloaded():
     """Tools that reload an edited source replace the code: the function stays the same object."""
+    Reloaded = with_forward(lambda self, x: self.block(x))
     fused, original = pair(Reloaded())
     Reloaded.forward.__code__ = (lambda self, x: 3 * x).__code__
     assert torch.equal(fused(X), 3 * X) and torch.equal(original(X), 3 * X)
 
 
 def scaled_by(factor):
-    return lambda self, x: Unit.forward(self, x) * factor
-
-
-class Scaled(Unit):
-    forward = scaled_by(1.0)
+    return lambda self, x: self.block(x) * factor
 
 
 def test_a_method_of_the_same_code():
+    Scaled = with_forward(scaled_by(1.0))
     fused, original = pair(Scaled())
     with patch.object(Scaled, "forward", scaled_by(2.0)):
         assert unfused_and_same(fused, original)
