@@ -87,9 +87,9 @@ class Twice(nn.Module):
 
 
 def changed(change):
-    unit = Unit()
-    change(unit)
-    return unit
+    model = Unit()
+    change(model)
+    return model
 
 
 def parametrized(unit):
@@ -138,7 +138,10 @@ CASES = {
         by_conv("it is param"),
     ),
     "a class on top": (lambda: changed(parametrized), parts("torch has put a class on top")),
-    "replaced": (lambda: changed(lambda unit: setattr(unit, "forward", lambda x: x)), parts("its forward was replaced on the instance")),
+    "replaced": (
+        lambda: changed(lambda unit: setattr(unit, "forward", lambda x: x)),
+        parts("its forward was replaced on the instance"),
+    ),
     "no norm within": (lambda: nn.Sequential(conv(), nn.ReLU()), {"0": NO_NORM}),
     "activation before the norm": (
         lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4)), {"0": NO_NORM, "2": NO_CONV}
