@@ -34,12 +34,9 @@ class ConvNormReLU(nn.Module):
         return self.relu(self.bn(self.conv(x)))
 
 
-def _rir(kind, **options):
-    def make(kernel_size, impl):
-        ours = scrambled(kind(4, 6, kernel_size=kernel_size, impl=impl, **options))
-        return ours, ours.to_reference()
-
-    return make
+def _rir(kind, kernel_size, impl, **options):
+    ours = scrambled(kind(4, 6, kernel_size=kernel_size, impl=impl, **options))
+    return ours, ours.to_reference()
 
 
 def _unit(kernel_size, impl):
@@ -58,8 +55,8 @@ def _fused(kernel_size, impl):
 
 # (ours, theirs) with 4 channels in and 6 out and the same values; theirs consists of torch's modules
 FORMS = {
-    "layer": _rir(rir.RiRLayer, shortcut="projection"),
-    "block": _rir(rir.RiRBlock),
+    "layer": functools.partial(_rir, rir.RiRLayer, shortcut="projection"),
+    "block": functools.partial(_rir, rir.RiRBlock),
     "unit": _unit,
     "fused": _fused,
 }

@@ -20,11 +20,6 @@ from tests.support.surgery_helpers import (
 )
 from tests.support.surgery_models import Block, Generalized, PreBlock, downsample, unit
 
-
-def count(model, kind):
-    return sum(type(m) is kind for m in model.modules())
-
-
 # (model, inputs, norms that are folded into a convolution, norms that become an affine map, norms that stay)
 MODELS = {
     "conv_bn_act": (unit(), 1, 1, 0, 0),
@@ -58,7 +53,7 @@ def test_folded(name, order):
         rir.fuse_(folded)
     found = [m for m in folded.modules() if isinstance(m, FoldedNorm)]
     assert sum(m.weight is None for m in found) == into_conv and sum(m.weight is not None for m in found) == affine
-    assert count(folded, nn.BatchNorm2d) == left
+    assert sum(type(m) is nn.BatchNorm2d for m in folded.modules()) == left
     with torch.no_grad():
         expected = original(*inputs)
         torch.testing.assert_close(folded(*inputs), expected, **CLOSE)

@@ -110,18 +110,10 @@ def shared_bias():
     return model
 
 
-def with_hook(hook):
+def with_hook(make_hook):
     model = Stem()
-    model.register_forward_hook(hook(model.stem[0]))
+    model.register_forward_hook(make_hook(model.stem[0]))
     return model
-
-
-def hooked():
-    return with_hook(lambda conv: lambda module, inputs, output: output + module.stem[0](inputs[0]))
-
-
-def hooked_by_closure():
-    return with_hook(lambda conv: lambda module, inputs, output: output + conv(inputs[0]))
 
 
 def forward_of_the_instance():
@@ -173,8 +165,14 @@ USES = {
     "UntracedPath": (UntracedPath, "names 'conv'"),
     "Taps": (with_forward(tapped, Stem, taps={0}), "names 'stem'"),
     "SharedBias": (shared_bias, "several names: 0.0.bias, 1.0.bias"),
-    "hooked": (hooked, "a hook on the model itself names 'stem'"),
-    "hooked_by_closure": (hooked_by_closure, "a hook on the model itself holds it"),
+    "hooked": (
+        lambda: with_hook(lambda conv: lambda module, inputs, output: output + module.stem[0](inputs[0])),
+        "a hook on the model itself names 'stem'",
+    ),
+    "hooked_by_closure": (
+        lambda: with_hook(lambda conv: lambda module, inputs, output: output + conv(inputs[0])),
+        "a hook on the model itself holds it",
+    ),
     "forward_of_the_instance": (forward_of_the_instance, "replaced on the instance"),
 }
 
