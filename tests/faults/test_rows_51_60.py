@@ -356,7 +356,7 @@ def test_row_57_no_value_is_read_on_the_host(impl, training):
         x = torch.empty(2, 8, 6, 6, requires_grad=True)
     if impl in ("hybrid", "triton"):
         with _NoReading(), torch.no_grad():
-            spec = ((1, 1), (1, 1), (1, 1), 1, 0, False, 1.0, 1e-5, True)
+            spec = ((1, 1), (1, 1), (1, 1), 1, 0, False, 1.0, 1e-5, "relu", None)
             weight, vector = torch.empty(8, 8, 3, 3, device="meta"), torch.empty(8, device="meta")
             outputs = torch.ops.rir_kernels.conv_bn_act(
                 x, weight, None, vector, vector, vector, vector, [], *spec, training, True, impl
