@@ -1,5 +1,6 @@
 """The whole fused operation through `functional`: outputs, every gradient and the running statistics."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import rir_kernels as rir
 from rir_kernels import functional, reference
+from rir_kernels.common import activations
 from tests.support.helpers import assert_within_budget, formula, make_call, output_gradient, run
 
 from .targets import INTERPRETED_HALF, TARGETS, crossed, ieee_fp32, rand  # noqa: F401 (an autouse fixture)
@@ -49,6 +51,24 @@ def test_within_the_budget(case, target, impl, training, poisoned):
     golden = run(formula, tensors, options, dy, torch.float64)
     torchs = run(reference.conv_bn_act, tensors, options, dy)
     assert_within_budget(run(_fused(impl), tensors, options, dy), torchs, golden, target[1])
+
+
+@impls
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_derivative_that_needs_the_sum_after_the_norm(impl, target, training, monkeypatch):
+    """No kernel applies the activation, and the results are within the budget: as if y's sign told nothing of ReLU."""
+    from rir_kernels.triton.launch import runtime
+
+    monkeypatch.setitem(activations._KINDS, "relu", dataclasses.replace(activations._KINDS["relu"], by_sign=False))
+    tensors, options, dy = _call(CASES["P3 residual after the norm"], target, training)
+    golden = run(formula, tensors, options, dy, torch.float64)
+    torchs = run(reference.conv_bn_act, tensors, options, dy)
+    seen = []
+    with runtime.observed(lambda kernel, programs, options: seen.append(options.get("ACT"))):
+        found = run(_fused(impl), tensors, options, dy)
+    assert seen and set(seen) == {None}
+    assert_within_budget(found, torchs, golden, target[1])
 
 
 @impls
