@@ -25,7 +25,7 @@ def save_text(path: str | Path, text: str) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a draft of its own: two writers would mix in one
+    # one draft per writer: two would mix in one
     draft = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         draft.write_text(text, encoding="utf-8")

@@ -69,7 +69,7 @@ def apply(
         x = to_format(aten.joined(call.x, residuals, call.spec), channels_last)
         spec = dataclasses.replace(call.spec, branch_scale=1.0)
         return apply(call.having(x=x, residuals=(), spec=spec), impl, process_group=process_group)
-    if by_kernels and call.needs_grad() and not (by_sign(call.spec.activation) or call.derivative_from_z()):
+    if by_kernels and not (by_sign(call.spec.activation) or call.derivative_from_z()) and call.needs_grad():
         # the derivative needs the sum after the norm: torch's own function of it keeps it
         spec = dataclasses.replace(call.spec, activation=None)
         y = apply(call.having(spec=spec), impl, process_group=process_group, torch_format=torch_format)

@@ -61,7 +61,7 @@ class Program:
     """A generated forward and its guards.
 
     inputs: names of forward's arguments. untouched: the children whose forward is not called, with their classes;
-    without convolutions, norms and activations, which `units` checks, and calls if needed.
+    without convolutions, norms and activations, which `runtime` checks, and calls if needed.
     """
 
     source: str
@@ -133,7 +133,7 @@ def write_program(module: nn.Module, trace: Trace, chains: list[Chain], inlined:
     graph.output(graph.graph_copy(trace.graph, copies))
     helpers = {f"{_ONE_BY_ONE}{i}": _one_by_one(chain) for i, chain in enumerate(chains)}
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-        # the class has it, see swap.Recipe
+        # the class has it, see class_swap.Recipe
         impl = graph.call_function(getattr, (graph.call_function(getattr, (root, "_rir_fusion")), "impl"))
     for name, chain in zip(helpers, chains, strict=True):
         _replace(graph, chain, copies, root, {"impl": impl}, name)

@@ -23,6 +23,8 @@ import rir_kernels as rir
 from bench.measure import timing, tune
 from models.quantized import quantize_
 from rir_kernels import reference
+from rir_kernels.autograd import registered_op
+from rir_kernels.common.spec import ConvBNActSpec
 from rir_kernels.dispatch import preference
 from rir_kernels.surgery import fuse, fuse_, unfuse_
 from rir_kernels.triton.shapes import Shape
@@ -356,7 +358,7 @@ def test_row_57_no_value_is_read_on_the_host(impl, training):
         x = torch.empty(2, 8, 6, 6, requires_grad=True)
     if impl in ("hybrid", "triton"):
         with _NoReading(), torch.no_grad():
-            spec = ((1, 1), (1, 1), (1, 1), 1, 0, False, 1.0, 1e-5, "relu", None)
+            spec = registered_op.flat(ConvBNActSpec(padding=(1, 1)))
             weight, vector = torch.empty(8, 8, 3, 3, device="meta"), torch.empty(8, device="meta")
             outputs = torch.ops.rir_kernels.conv_bn_act(
                 x, weight, None, vector, vector, vector, vector, [], *spec, training, True, impl

@@ -185,8 +185,7 @@ def bn_apply(z, statistics: Statistics, *, gamma, beta, residuals, spec, out=Non
 def bn_reduce(dy, z, y, *, mean, invstd, gamma, beta, spec) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (dbeta, dgamma), fp32: branch_scale * sum dy', branch_scale * sum dy' * xhat.
 
-    dy has evenly spaced pixels (`evenly_spaced`). y has the sign of the
-    pre-activation; if y is None, z gives it.
+    dy has evenly spaced pixels (`evenly_spaced`). y has the sign of the pre-activation; if y is None, z gives it.
     """
     return bn_sum(_reduced(dy, z, y, mean, invstd, gamma, beta, spec), spec.norm_scale)
 
